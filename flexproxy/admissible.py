@@ -1,0 +1,277 @@
+"""Which blocks, and which sampled tokens, a mask admits.
+
+NOTE [Two routes]
+A mask with clauses (NOTE [Clauses]) is classified by counting, and its tokens are evaluated from the clauses wherever
+they are needed. Any other ``mask_mod`` is evaluated once over all token pairs, in chunks of rows; what the estimator
+needs of it later is kept as one bit for each *sampled* pair, 1/(8 stride**2) byte a pair.
+
+Shapes: ``Bm`` is 1 or B and ``Hm`` is 1 or Hq, where 1 means that the mask does not depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
+
+from flexproxy._ops import opaque
+from flexproxy.clauses import Clause, ClauseStack, allowed, dense_labels, inclusion_exclusion, stack
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+# Elements of the largest temporary. While compiling, fewer and larger pieces keep the trace short, and are fused.
+CHUNK_ELEMENTS, COMPILED_CHUNK_ELEMENTS = 2**23, 2**28
+
+
+class Admissible(NamedTuple):
+    """What a mask admits, by blocks and by rows.
+
+    any:   bool ``[Bm, Hm, Nq, Nk]``, some token pair of the block pair is allowed.
+    full:  bool ``[Bm, Hm, Nq, Nk]``, all block_size x block_size token pairs exist and are allowed.
+    valid: bool ``[Bm, Hm, Sq]``, the query has an allowed key.
+    """
+
+    any: Tensor
+    full: Tensor
+    valid: Tensor
+
+
+class SampledMask(NamedTuple):
+    """The mask at some rows (sampled or probed queries) and some keys, by clauses or by bits.
+
+    clauses: with ``[C, b, rows]`` and, for labels of keys, ``[C, b, keys]``; None if ``bits`` holds the mask.
+    bits:    uint8 ``[b, heads, rows, ceil(keys / 8)]``, little end first; None if ``clauses`` hold it.
+    """
+
+    clauses: ClauseStack | None
+    bits: Tensor | None
+
+    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """lo, hi, q_label, k_label, bits: as operators take them."""
+        return (*(self.clauses or (None, None, None, None)), self.bits)
+
+
+def mask_chunk(
+    lo: Tensor | None,
+    hi: Tensor | None,
+    q_label: Tensor | None,
+    k_label: Tensor | None,
+    bits: Tensor | None,
+    rows: slice,
+    keys: slice,
+    key_step: int,
+) -> Tensor:
+    """The rows and keys of a SampledMask as bool ``[b, heads, rows, keys]``; key n is at position n * key_step.
+
+    ``keys.start`` must be a multiple of 8.
+    """
+    if bits is not None:
+        packed = bits[:, :, rows, keys.start // 8 : -(-keys.stop // 8), None]
+        shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+        return ((packed >> shifts) & 1).bool().flatten(-2)[..., : keys.stop - keys.start]
+    assert lo is not None
+    assert hi is not None
+    position = torch.arange(keys.start, keys.stop, dtype=torch.int32, device=lo.device) * key_step
+    q_part = q_label[..., rows] if q_label is not None else None
+    k_part = k_label[..., keys] if k_label is not None else None
+    return allowed(lo[..., rows], hi[..., rows], q_part, k_part, position)[:, None]
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """bool ``[..., n]`` to uint8 ``[..., ceil(n / 8)]``, little end first."""
+    padded = F.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (padded * weights).sum(-1, dtype=torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------------ by counting
+
+
+def classify_clauses(clauses: tuple[Clause, ...], num_keys: int, block_size: int) -> Admissible:
+    """Classify the blocks of a union of clauses, exactly, at a cost of Sq * Nk (not Sq * Skv)."""
+    terms, signs = inclusion_exclusion(clauses)
+    terms = tuple(
+        t if t.q_label is None or t.k_label is None else t._replace(**_dense(t.q_label, t.k_label)) for t in terms
+    )
+    return Admissible(*_count_blocks(*stack(terms), signs, num_keys, block_size))
+
+
+def _dense(q_label: Tensor, k_label: Tensor) -> dict[str, Tensor]:
+    q_dense, k_dense = dense_labels(q_label, k_label)
+    return {"q_label": q_dense, "k_label": k_dense}
+
+
+def _count_blocks_fake(
+    lo: Tensor,
+    hi: Tensor,
+    q_label: Tensor | None,
+    k_label: Tensor | None,
+    signs: Sequence[int],
+    num_keys: int,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, batch, num_queries = lo.shape
+    blocks = lo.new_empty(batch, 1, -(-num_queries // block_size), -(-num_keys // block_size), dtype=torch.bool)
+    return blocks, torch.empty_like(blocks), lo.new_empty(batch, 1, num_queries, dtype=torch.bool)
+
+
+@opaque(
+    "(Tensor lo, Tensor hi, Tensor? q_label, Tensor? k_label, int[] signs, SymInt num_keys, int block_size)"
+    " -> (Tensor, Tensor, Tensor)",
+    _count_blocks_fake,
+)
+def _count_blocks(
+    lo: Tensor,
+    hi: Tensor,
+    q_label: Tensor | None,
+    k_label: Tensor | None,
+    signs: Sequence[int],
+    num_keys: int,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, for every query and key block, the keys in the union of clauses whose inclusion-exclusion terms are given.
+
+    lo, hi, q_label ``[M, b, Sq]``; k_label ``[M, b, Skv]``, dense labels. Returns any, full, valid of Admissible.
+    """
+    _, batch, num_queries = lo.shape
+    num_blocks = -(-num_keys // block_size)
+    tables: list[Tensor | None] = [None] * len(signs)
+    padded: list[Tensor | None] = [None] * len(signs)
+    if k_label is not None:
+        for m in range(len(signs)):
+            tables[m] = _keys_by_label_and_block(k_label[m], block_size, num_blocks)
+            padded[m] = F.pad(k_label[m], (0, -num_keys % block_size), value=-1)
+
+    any_, full, valid = [], [], []
+    rows_per_chunk = max(1, CHUNK_ELEMENTS // (batch * num_blocks * block_size)) * block_size
+    for start in range(0, num_queries, rows_per_chunk):
+        rows = slice(start, min(start + rows_per_chunk, num_queries))
+        count = lo.new_zeros(batch, rows.stop - start, num_blocks)
+        for m, sign in enumerate(signs):
+            label = None if q_label is None else q_label[m, :, rows]
+            count += sign * _count_keys(
+                lo[m, :, rows], hi[m, :, rows], label, padded[m], tables[m], num_keys, block_size
+            )
+        valid.append((count > 0).any(-1))
+        padded_count = F.pad(count, (0, 0, 0, -count.shape[1] % block_size))
+        count = rearrange(padded_count, "b (q_block row) block -> b q_block row block", row=block_size)
+        any_.append((count > 0).any(2))
+        full.append((count == block_size).all(2))
+    return torch.cat(any_, 1)[:, None], torch.cat(full, 1)[:, None], torch.cat(valid, 1)[:, None]
+
+
+def _keys_by_label_and_block(k_label: Tensor, block_size: int, num_blocks: int) -> Tensor:
+    """How many keys of each label each block has: int32 ``[b, labels, Nk]``, from dense labels ``[b, Skv]``."""
+    batch, num_keys = k_label.shape
+    block = torch.arange(num_keys, device=k_label.device) // block_size
+    cell = k_label.clamp(min=0) * num_blocks + block
+    table = torch.zeros(batch, num_keys * num_blocks, dtype=torch.int32, device=k_label.device)
+    return table.scatter_add_(1, cell, (k_label >= 0).to(torch.int32)).view(batch, num_keys, num_blocks)
+
+
+def _count_keys(
+    lo: Tensor,
+    hi: Tensor,
+    q_label: Tensor | None,
+    k_label: Tensor | None,
+    table: Tensor | None,
+    num_keys: int,
+    block_size: int,
+) -> Tensor:
+    """Keys that one clause allows to each query in each block: int32 ``[b, rows, Nk]``; ``k_label`` is padded."""
+    first = torch.arange(0, num_keys, block_size, dtype=torch.int32, device=lo.device)
+    last = (first + block_size).clamp(max=num_keys)
+    count = (torch.minimum(hi[..., None], last) - torch.maximum(lo[..., None], first)).clamp(min=0)
+    if q_label is None or k_label is None or table is None:
+        return count
+    # Inside the interval the table has the count. Its two ends lie in two blocks, where the tokens are compared.
+    rows_of_table = q_label.clamp(min=0)[..., None].expand(-1, -1, len(first))
+    inside = torch.where(count == last - first, table.gather(1, rows_of_table), 0)
+    for end in (lo, hi - 1):
+        block = (end // block_size).clamp(0, len(first) - 1).to(torch.int64)[..., None]
+        position = block * block_size + torch.arange(block_size, device=lo.device)  # [b, rows, block_size]
+        label = k_label.gather(1, position.flatten(1)).view_as(position)
+        same = (label == q_label[..., None]) & (position >= lo[..., None]) & (position < hi[..., None])
+        inside.scatter_(-1, block, same.sum(-1, keepdim=True, dtype=torch.int32))
+    return torch.where((q_label >= 0)[..., None], inside, 0)
+
+
+# ------------------------------------------------------------------------------------------------ by evaluation
+
+
+def evaluate(
+    mask_mod: MaskMod,
+    batch: int,
+    heads: int,
+    q_index: Callable[[Tensor, Tensor, Tensor], Tensor],
+    rows: int,
+    num_keys: int,
+    device: torch.device,
+) -> Tensor:
+    """Evaluate a mask at chosen queries and all keys: bool ``[batch, heads, rows, Skv]``.
+
+    q_index: from (b, h, row) to the index of the query.
+    """
+
+    def at_rows(b: Tensor, h: Tensor, row: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask_mod(b, h, q_index(b, h, row), kv_idx) & (row >= 0)  # `&`: also a mask that ignores its arguments
+
+    mask: Tensor = create_mask(at_rows, batch, heads, rows, num_keys, device=device)
+    return mask
+
+
+def classify_by_evaluation(
+    mask_mod: MaskMod,
+    batch: int,
+    heads: int,
+    num_queries: int,
+    num_keys: int,
+    block_size: int,
+    stride: int,
+    merge_heads: Callable[[Tensor], Tensor],
+    device: torch.device,
+) -> tuple[Admissible, Tensor]:
+    """Classify any mask by evaluating it, some rows of blocks at a time, and keep its sampled pairs.
+
+    merge_heads: from bool ``[b, heads, ...]`` to ``[b, P or 1, ...]``, whether any head of a group allows it.
+
+    Returns:
+        Admissible, and the bits ``[batch, P or 1, ceil(Sq / stride), ...]`` of a SampledMask.
+    """
+    budget = COMPILED_CHUNK_ELEMENTS if torch.compiler.is_compiling() else CHUNK_ELEMENTS
+    rows_per_chunk = max(1, budget // (batch * heads * num_keys * block_size)) * block_size
+    any_, full, valid, bits = [], [], [], []
+    for start in range(0, num_queries, rows_per_chunk):
+        rows = min(rows_per_chunk, num_queries - start)
+        mask = evaluate(mask_mod, batch, heads, lambda b, h, row, start=start: row + start, rows, num_keys, device)  # type: ignore[misc]
+        valid.append(mask.any(-1))
+        bits.append(pack_bits(merge_heads(mask[:, :, ::stride, ::stride])))
+        padding = (0, -num_keys % block_size, 0, -rows % block_size)
+        blocks = F.pad(mask, padding).unflatten(3, (-1, block_size)).unflatten(2, (-1, block_size))
+        any_.append(blocks.any(5).any(3))
+        full.append(blocks.all(5).all(3))
+    return Admissible(torch.cat(any_, 2), torch.cat(full, 2), torch.cat(valid, 2)), torch.cat(bits, 2)
+
+
+class _Tracked(Tensor):
+    """A tensor whose results are of its own class: shows whether a function's result depends on it."""
+
+
+def depends_on(mask_mod: MaskMod, device: torch.device) -> tuple[bool, bool]:
+    """Whether a mask depends on the batch index and on the head; True where that cannot be told."""
+    if torch.compiler.is_compiling():
+        return True, True
+    result = []
+    for tracked in range(2):
+        arguments = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(4)]
+        arguments[tracked] = arguments[tracked].as_subclass(_Tracked)
+        try:
+            result.append(isinstance(mask_mod(*arguments), _Tracked))
+        except Exception:  # the mask is the caller's code; evaluating it for real shows what is wrong with it
+            result.append(True)
+    return result[0], result[1]

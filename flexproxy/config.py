@@ -1,0 +1,131 @@
+"""The one configuration object."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["ProxyConfig"]
+
+MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyConfig:
+    """How blocks are scored, and how many of them each head keeps.
+
+    The defaults are those of the paper (arXiv 2509.24745, section 4.1).
+
+    Attributes:
+        num_proxies: number P of proxy heads. Divides Hkv, or is a multiple of Hkv that divides Hq. Heads are grouped
+            contiguously, aligned with the KV groups of GQA.
+        groups: proxy index of every query head, length Hq, every index from 0 to P - 1 used. Replaces ``num_proxies``.
+        gamma: attention mass that each head's budget must reach, in (0, 1]. 1.0 keeps every block.
+        density: target mean density (kept blocks / admissible blocks) in (0, 1]. Replaces ``gamma``: the one gamma that
+            brings the heads of a sequence nearest to the target is found, so all of them reach the same coverage.
+        stride: tokens from one sampled query (or key) to the next in the scores. Divides ``block_size``.
+        block_size: tokens per block, for queries and for keys. A power of two from 16 to 1024.
+        min_budget: tokens that every row keeps at least (where the mask admits so many).
+        max_budget: tokens that a row keeps at most.
+        sink_blocks: first key blocks that every row keeps, inside its budget.
+        local_blocks: most recent key blocks that every row keeps, inside its budget; the diagonal is the first of them.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is out of range, or two fields contradict each other.
+    """
+
+    num_proxies: int = 1
+    groups: Sequence[int] | None = None
+    gamma: float = 0.95
+    density: float | None = None
+    stride: int = 4
+    block_size: int = 128
+    min_budget: int = 2048
+    max_budget: int | None = None
+    sink_blocks: int = 0
+    local_blocks: int = 1
+
+    def __post_init__(self) -> None:
+        _check_int("num_proxies", self.num_proxies, 1)
+        _check_fraction("gamma", self.gamma)
+        if self.density is not None:
+            _check_fraction("density", self.density)
+        _check_int("block_size", self.block_size, MIN_BLOCK_SIZE, MAX_BLOCK_SIZE)
+        if self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size: expected a power of two, got {self.block_size}; use 64 or 128")
+        _check_int("stride", self.stride, 1)
+        if self.block_size % self.stride:
+            raise ValueError(
+                f"stride: expected a divisor of block_size {self.block_size}, got {self.stride}; use 1, 2, 4, 8 or 16"
+            )
+        _check_int("sink_blocks", self.sink_blocks, 0)
+        _check_int("local_blocks", self.local_blocks, 1)
+        _check_int("min_budget", self.min_budget, 0)
+        if self.max_budget is not None:
+            _check_int("max_budget", self.max_budget, 1)
+            if self.max_budget < self.min_budget:
+                raise ValueError(
+                    f"max_budget: expected at least min_budget {self.min_budget}, got {self.max_budget}; "
+                    "raise max_budget or lower min_budget"
+                )
+            # One more block than is forced: the queries of one block may see themselves in two key blocks.
+            forced = (self.sink_blocks + self.local_blocks + 1) * self.block_size
+            if self.max_budget < forced:
+                raise ValueError(
+                    f"max_budget: expected at least {forced} tokens, (sink_blocks + local_blocks + 1) forced blocks x "
+                    f"block_size, got {self.max_budget}; raise max_budget or force fewer blocks"
+                )
+        if self.groups is not None:
+            object.__setattr__(self, "groups", _check_groups(self.groups))
+
+    @property
+    def min_blocks(self) -> int:
+        """Blocks that every row keeps at least."""
+        return -(-self.min_budget // self.block_size)
+
+    @property
+    def max_blocks(self) -> int | None:
+        """Blocks that a row keeps at most."""
+        return None if self.max_budget is None else self.max_budget // self.block_size
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every admissible block is kept, whatever the inputs are."""
+        target = self.gamma if self.density is None else self.density
+        return target == 1.0 and self.max_budget is None
+
+
+def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    span = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected {span}, got {value!r} of type {type(value).__name__}; pass a Python int")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name}: expected {span}, got {value}")
+
+
+def _check_fraction(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{name}: expected a number in (0, 1], got {value!r} of type {type(value).__name__}; pass a Python float"
+        )
+    if math.isnan(value) or not 0.0 < value <= 1.0:
+        raise ValueError(f"{name}: expected a number in (0, 1], got {value}; 1.0 keeps every block")
+
+
+def _check_groups(groups: object) -> tuple[int, ...]:
+    if isinstance(groups, (str, bytes)) or not isinstance(groups, Sequence):
+        raise TypeError(
+            f"groups: expected the proxy index of every query head, for example [0, 0, 1, 1], got {groups!r} "
+            f"of type {type(groups).__name__}; pass a list or tuple of ints"
+        )
+    for index in groups:
+        _check_int("groups", index, 0)
+    missing = sorted(set(range(max(groups, default=-1) + 1)) - set(groups))
+    if not groups or missing:
+        raise ValueError(
+            f"groups: expected every proxy index from 0 to P - 1 to be used, got {list(groups)}, which leaves out "
+            f"{missing or 'all of them'}; number the proxies without gaps"
+        )
+    return tuple(groups)

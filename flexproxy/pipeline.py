@@ -1,0 +1,254 @@
+"""The algorithm: from queries and keys to a BlockMask, stage by stage.
+
+ProxyAttn, "Guided Sparse Attention via Representative Heads", arXiv 2509.24745. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexproxy import masks
+from flexproxy._checks import check_config, check_masks, check_queries_and_keys, check_scale
+from flexproxy._ops import capturable
+from flexproxy.admissible import (
+    Admissible,
+    SampledMask,
+    classify_by_evaluation,
+    classify_clauses,
+    depends_on,
+    evaluate,
+    pack_bits,
+)
+from flexproxy.block_mask import compile_block_mask, dense_maps
+from flexproxy.budget import (
+    block_masses,
+    blocks_to_reach,
+    clip_counts,
+    cumulative_masses,
+    gamma_for_density,
+    last_valid_queries,
+)
+from flexproxy.clauses import ClauseStack, stack
+from flexproxy.config import ProxyConfig
+from flexproxy.masks import MaskMod
+from flexproxy.proxy import Groups, head_groups, merge_heads, pool_heads, proxy_of_heads
+from flexproxy.ranking import forced_blocks, rank_blocks
+from flexproxy.scores import block_scores
+from flexproxy.selection import Selection
+
+
+def select(
+    q: Tensor,
+    k: Tensor,
+    *,
+    mask_mod: MaskMod | None = None,
+    block_mask: BlockMask | None = None,
+    config: ProxyConfig | None = None,
+    scale: float | None = None,
+) -> Selection:
+    """Estimate which blocks every head needs: the selection behind ``build``, to look at or to reuse.
+
+    Args:
+        q: queries ``[B, Hq, Sq, D]``, after the position embedding; fp32, fp16 or bf16, any strides.
+        k: keys ``[B, Hkv, Skv, D]``, Sq <= Skv; Hkv divides Hq.
+        mask_mod: the mask, one of ``flexproxy.masks``, ``and_masks`` / ``or_masks`` of them, or any function of
+            ``(b, h, q_idx, kv_idx)``; the latter is evaluated for every pair of tokens. With neither mask given:
+            causal, aligned at the end, so query i sits at position i + Skv - Sq.
+        block_mask: the mask, already classified, with blocks of ``config.block_size``; ``mask_mod`` is then left alone.
+        config: the settings; None is ``ProxyConfig()``.
+        scale: factor of the attention scores; None is 1 / sqrt(D).
+
+    Returns:
+        Selection with ``rank [B, P, Nq, Nk]``, ``count [B, Hq]``, ``proxy_of [Hq]``. No gradient flows through it.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, and what to do.
+    """
+    config = check_config(config)
+    check_queries_and_keys(q, k)
+    check_masks(mask_mod, block_mask, q, k, config.block_size)
+    scale = check_scale(scale, q.shape[3])
+    groups, k_groups = head_groups(config.num_proxies, config.groups, q.shape[1], k.shape[1])  # type: ignore[arg-type]
+    needs_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    q, k = q.detach(), k.detach()
+
+    mask = _read_mask(mask_mod, block_mask, q, k, config, groups)
+
+    # 1. Proxy heads, and their scores: one ranking of blocks for all heads of a proxy.
+    q_proxy, k_proxy = pool_heads(q, groups, config.stride), pool_heads(k, k_groups, config.stride)
+    cell = config.block_size // config.stride
+    scores = block_scores(q_proxy, k_proxy, *mask.sampled.tensors(), cell, config.stride, scale)
+    rank = rank_blocks(scores, merge_heads(mask.admissible.any, groups), mask.forced)
+
+    # 2. Dynamic budgets: one count for every head, from the last queries of its sequence.
+    count = _count_blocks(q, k, mask, config, scale)
+
+    return Selection(
+        rank=rank,
+        count=count,
+        proxy_of=proxy_of_heads(groups, q.device),
+        _admissible=mask.admissible,
+        _mask_mod=mask.mask_mod,
+        _block_size=config.block_size,
+        _seq_lengths=(q.shape[2], k.shape[2]),
+        _compute_q_blocks=needs_gradients,
+    )
+
+
+def build(
+    q: Tensor,
+    k: Tensor,
+    *,
+    mask_mod: MaskMod | None = None,
+    block_mask: BlockMask | None = None,
+    config: ProxyConfig | None = None,
+    scale: float | None = None,
+) -> BlockMask:
+    """Build the per-head BlockMask of ProxyAttn, for ``flex_attention(q, k, v, block_mask=..., enable_gqa=True)``.
+
+    Arguments and errors are those of ``select``.
+
+    Returns:
+        BlockMask ``[B, Hq, Sq, Skv]``: every head's kept blocks, within them the mask that was given. It has the lists
+        that gradients need if q or k requires them.
+    """
+    return select(q, k, mask_mod=mask_mod, block_mask=block_mask, config=config, scale=scale).block_mask()
+
+
+def dense_block_mask(
+    q: Tensor, k: Tensor, mask_mod: MaskMod | None, block_size: int, compute_q_blocks: bool
+) -> BlockMask:
+    """The BlockMask that keeps every admissible block."""
+    mask_mod = _causal_at_end(q, k) if mask_mod is None else mask_mod
+    admissible = _classify(mask_mod, q, k, block_size, 1, None).admissible
+    lengths = q.shape[2], k.shape[2]
+    return compile_block_mask(admissible.any, admissible.full, mask_mod, block_size, lengths, compute_q_blocks)
+
+
+class _Mask(NamedTuple):
+    """The caller's mask, as the stages need it."""
+
+    mask_mod: MaskMod
+    admissible: Admissible
+    forced: Tensor  # bool [b, 1, Nq, Nk]
+    sampled: SampledMask  # at every stride-th query and key
+    probes: Tensor  # int64 [b, h, block_size], the last valid queries, -1 where there are fewer
+    probed: SampledMask  # at the probes and every key
+
+
+class _Classified(NamedTuple):
+    admissible: Admissible
+    clauses: ClauseStack | None
+    bits: Tensor | None
+
+
+def _causal_at_end(q: Tensor, k: Tensor) -> MaskMod:
+    # The offset is a tensor, so that a new length does not recompile a kernel.
+    offset = torch.full((), k.shape[2] - q.shape[2], dtype=torch.int32, device=q.device)
+    return masks.shift(masks.causal, offset)
+
+
+def _classify(
+    mask_mod: MaskMod, q: Tensor, k: Tensor, block_size: int, stride: int, groups: Groups | None
+) -> _Classified:
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    clauses = masks.clauses_of(masks.structure_of(mask_mod), num_queries, num_keys, q.device)
+    if clauses is not None:
+        return _Classified(classify_clauses(clauses, num_keys, block_size), stack(clauses), None)
+    on_batch, on_head = depends_on(mask_mod, q.device)
+    admissible, bits = classify_by_evaluation(
+        mask_mod,
+        q.shape[0] if on_batch else 1,
+        q.shape[1] if on_head else 1,
+        num_queries,
+        num_keys,
+        block_size,
+        stride,
+        lambda mask: mask if groups is None else merge_heads(mask, groups),
+        q.device,
+    )
+    return _Classified(admissible, None, bits)
+
+
+def _read_mask(
+    mask_mod: MaskMod | None, block_mask: BlockMask | None, q: Tensor, k: Tensor, config: ProxyConfig, groups: Groups
+) -> _Mask:
+    num_queries, num_keys, size = q.shape[2], k.shape[2], config.block_size
+    num_q_blocks, num_k_blocks = -(-num_queries // size), -(-num_keys // size)
+    if block_mask is not None:
+        mask_mod = block_mask.mask_mod
+    elif mask_mod is None:
+        mask_mod = _causal_at_end(q, k)
+    admissible, clauses, bits = _classify(mask_mod, q, k, size, config.stride, groups)
+    if block_mask is not None:
+        some, full = dense_maps(block_mask, num_q_blocks, num_k_blocks)
+        admissible = admissible._replace(any=some, full=full)
+
+    offset = masks.structure_of(mask_mod).offset
+    if not isinstance(offset, Tensor):
+        offset = torch.full((1,), num_keys - num_queries if offset is None else offset, device=q.device)
+    forced = forced_blocks(
+        offset.reshape(-1).to(torch.int64),
+        num_queries,
+        num_q_blocks,
+        num_k_blocks,
+        size,
+        config.sink_blocks,
+        config.local_blocks,
+    )
+
+    probes = last_valid_queries(admissible.valid, size)
+    if clauses is not None:
+        sampled = SampledMask(_sampled(clauses, config.stride), None)
+        probed = SampledMask(_gather_rows(clauses, probes[:, 0].clamp(min=0)), None)
+    else:
+        sampled = SampledMask(None, bits)
+        rows = capturable(probes.clamp(min=0))
+        at_probes = evaluate(
+            mask_mod, rows.shape[0], rows.shape[1], lambda b, h, row: rows[b, h, row], size, num_keys, q.device
+        )
+        probed = SampledMask(None, pack_bits(at_probes))
+    return _Mask(mask_mod, admissible, forced, sampled, probes, probed)
+
+
+def _sampled(clauses: ClauseStack, stride: int) -> ClauseStack:
+    """The clauses at every stride-th query and key."""
+    step = slice(None, None, stride)
+    lo, hi, q_label, k_label = clauses
+    labels = (None, None) if q_label is None or k_label is None else (q_label[..., step], k_label[..., step])
+    return ClauseStack(lo[..., step], hi[..., step], *labels)
+
+
+def _gather_rows(clauses: ClauseStack, rows: Tensor) -> ClauseStack:
+    """The clauses at some queries, int64 ``[b, rows]``, and at all keys."""
+    lo, hi, q_label, k_label = clauses
+    index = rows[None].expand(lo.shape[0], max(rows.shape[0], lo.shape[1]), -1)
+
+    def at(part: Tensor) -> Tensor:
+        return part.expand(-1, index.shape[1], -1).gather(-1, index)
+
+    return ClauseStack(at(lo), at(hi), None if q_label is None else at(q_label), k_label)
+
+
+def _count_blocks(q: Tensor, k: Tensor, mask: _Mask, config: ProxyConfig, scale: float) -> Tensor:
+    """int32 ``[B, Hq]``."""
+    num_blocks = mask.admissible.any.shape[-1]
+    target = config.gamma if config.density is None else config.density
+    bounds = config.min_blocks, config.max_blocks
+    forced = (mask.forced & mask.admissible.any).sum(-1, dtype=torch.int32).amax(-1)  # [b, h]
+    if target == 1.0:
+        count = torch.full(q.shape[:2], num_blocks, dtype=torch.int32, device=q.device)
+        return clip_counts(count, forced, *bounds, num_blocks)
+    index = mask.probes.expand(*q.shape[:2], -1)
+    queries = q.gather(2, index.clamp(min=0)[..., None].expand(-1, -1, -1, q.shape[3]))
+    masses = block_masses(queries, k, mask.probes >= 0, *mask.probed.tensors(), config.block_size, scale)
+    cumulative = cumulative_masses(masses)
+    gamma: float | Tensor = config.gamma
+    if config.density is not None:
+        rows = mask.admissible.any.sum(-1, dtype=torch.int32)
+        gamma = gamma_for_density(cumulative, rows, forced, config.density, *bounds)
+    return clip_counts(blocks_to_reach(cumulative, gamma), forced, *bounds, num_blocks)

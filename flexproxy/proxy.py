@@ -1,0 +1,80 @@
+"""Stage 1, proxy heads: which heads go together, and their means (paper section 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Groups = tuple[tuple[int, ...], ...]
+
+
+def head_groups(
+    num_proxies: int, groups: tuple[int, ...] | None, num_q_heads: int, num_kv_heads: int
+) -> tuple[Groups, Groups]:
+    """The query heads, and the key heads, of every proxy.
+
+    A key head belongs to a group if a query head of the group uses it, and counts once.
+
+    Raises:
+        ValueError: the proxies do not fit the heads.
+    """
+    if groups is None:
+        fits = num_kv_heads % num_proxies == 0 or (num_proxies % num_kv_heads == 0 and num_q_heads % num_proxies == 0)
+        if not fits:
+            possible = [
+                p
+                for p in range(1, num_q_heads + 1)
+                if num_kv_heads % p == 0 or (p % num_kv_heads == 0 and num_q_heads % p == 0)
+            ]
+            raise ValueError(
+                f"num_proxies: expected a divisor of the {num_kv_heads} KV heads, or a multiple of it that divides the "
+                f"{num_q_heads} query heads, got {num_proxies}; use one of {possible}, or set groups"
+            )
+        groups = tuple(head * num_proxies // num_q_heads for head in range(num_q_heads))
+    elif len(groups) != num_q_heads:
+        raise ValueError(
+            f"groups: expected the proxy index of each of the {num_q_heads} query heads, got {len(groups)} of them; "
+            "calibrate for this model, or use num_proxies"
+        )
+    heads_per_kv = num_q_heads // num_kv_heads
+    q_heads: list[list[int]] = [[] for _ in range(max(groups) + 1)]
+    for head, proxy in enumerate(groups):
+        q_heads[proxy].append(head)
+    k_heads = [sorted({head // heads_per_kv for head in heads}) for heads in q_heads]
+    return tuple(map(tuple, q_heads)), tuple(map(tuple, k_heads))
+
+
+def proxy_of_heads(q_groups: Groups, device: torch.device) -> Tensor:
+    """Proxy index of every query head, int64 ``[Hq]``, made on the device: a copy from the host would synchronise."""
+    size = len(q_groups[0])
+    num_heads = sum(map(len, q_groups))
+    if _is_contiguous(q_groups, num_heads):
+        return torch.arange(num_heads, device=device) // size
+    index = {head: proxy for proxy, heads in enumerate(q_groups) for head in heads}
+    return torch.stack([torch.full((), index[head], dtype=torch.int64, device=device) for head in range(num_heads)])
+
+
+def pool_heads(x: Tensor, groups: Groups, stride: int) -> Tensor:
+    """Mean over the heads of each group, of every stride-th token: ``[B, H, S, D]`` to ``[B, P, ceil(S / stride), D]``.
+
+    Accumulated in fp32 and rounded to the dtype of ``x``.
+    """
+    x = x[:, :, ::stride]
+    if _is_contiguous(groups, x.shape[1]):
+        return x.unflatten(1, (len(groups), -1)).mean(dim=2, dtype=torch.float32).to(x.dtype)
+    means = [torch.stack([x[:, head] for head in heads], 1).mean(dim=1, dtype=torch.float32) for heads in groups]
+    return torch.stack(means, 1).to(x.dtype)
+
+
+def merge_heads(mask: Tensor, groups: Groups) -> Tensor:
+    """Whether any head of a group has it: bool ``[b, Hq, ...]`` to ``[b, P, ...]``; ``[b, 1, ...]`` stays."""
+    if mask.shape[1] == 1:
+        return mask
+    return torch.stack([torch.stack([mask[:, head] for head in heads], 1).any(dim=1) for heads in groups], 1)
+
+
+def _is_contiguous(groups: Groups, num_heads: int) -> bool:
+    """Whether the groups are equal runs of consecutive heads, each head once."""
+    return len({len(heads) for heads in groups}) == 1 and [h for heads in groups for h in heads] == list(
+        range(num_heads)
+    )

@@ -1,0 +1,166 @@
+"""The method as a specification: dense, in double precision, a loop where a loop is clearest. Not fast, not for use.
+
+Shares no arithmetic with the fast path, and is what the fast path is tested against. Follows the paper (arXiv
+2509.24745); what the paper leaves open is marked [ours]. ``allowed`` is always the caller's mask for token pairs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange, reduce, repeat
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
+
+from flexproxy.masks import MaskMod
+
+Groups = list[list[int]]
+
+
+def token_mask(mask_mod: MaskMod, batch: int, heads: int, num_queries: int, num_keys: int, device: str) -> Tensor:
+    """The mask for token pairs: bool ``[B, Hq, Sq, Skv]``."""
+    mask: Tensor = create_mask(mask_mod, batch, heads, num_queries, num_keys, device=device)
+    return mask.expand(batch, heads, num_queries, num_keys)
+
+
+def classify(allowed: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Blocks with any allowed pair, and with all pairs existing and allowed: bool ``[B, Hq, Nq, Nk]`` each."""
+    num_queries, num_keys = allowed.shape[-2:]
+    padded = torch.zeros(
+        *allowed.shape[:2],
+        -(-num_queries // block_size) * block_size,
+        -(-num_keys // block_size) * block_size,
+        dtype=torch.int32,
+    )
+    padded[..., :num_queries, :num_keys] = allowed
+    pairs = reduce(padded, "b h (i x) (j y) -> b h i j", "sum", x=block_size, y=block_size)
+    return pairs > 0, pairs == block_size**2
+
+
+def groups_of(num_proxies: int, num_q_heads: int) -> Groups:
+    """Query heads of each proxy: equal runs of consecutive heads."""
+    size = num_q_heads // num_proxies
+    return [list(range(p * size, (p + 1) * size)) for p in range(num_proxies)]
+
+
+def key_groups(groups: Groups, num_q_heads: int, num_kv_heads: int) -> Groups:
+    """Key heads that the query heads of each group use, each once."""
+    return [sorted({head * num_kv_heads // num_q_heads for head in heads}) for heads in groups]
+
+
+def pool_heads(x: Tensor, groups: Groups, stride: int) -> Tensor:
+    """Mean of each group's heads at the first token of every window of ``stride``: ``[B, P, ceil(S / stride), D]``."""
+    sampled = x[:, :, torch.arange(0, x.shape[2], stride)].double()
+    return torch.stack([sampled[:, heads].mean(1) for heads in groups], 1).to(x.dtype)
+
+
+def block_scores(q: Tensor, k: Tensor, allowed: Tensor, cell: int, scale: float) -> Tensor:
+    """Largest log-probability of the sampled pairs of each block pair: fp64 ``[B, P, Nq, Nk]``, -inf where none.
+
+    q ``[B, P, Mq, D]``, k ``[B, P, Mk, D]``, allowed ``[B, P, Mq, Mk]``; ``cell`` sampled tokens a block.
+    """
+    scores = scale * torch.einsum("bpqd,bpkd->bpqk", q.double(), k.double())
+    scores = scores.masked_fill(~allowed, -math.inf)
+    log_probability = torch.log_softmax(scores, -1).masked_fill(~allowed, -math.inf)
+    num_queries, num_keys = allowed.shape[-2:]
+    padded = log_probability.new_full(
+        (*allowed.shape[:2], -(-num_queries // cell) * cell, -(-num_keys // cell) * cell), -math.inf
+    )
+    padded[..., :num_queries, :num_keys] = log_probability
+    return reduce(padded, "b p (i x) (j y) -> b p i j", "max", x=cell, y=cell)
+
+
+def probe_masses(q: Tensor, k: Tensor, allowed: Tensor, block_size: int, scale: float) -> Tensor:
+    """Mass of every key block over the last ``block_size`` valid queries of each sequence: fp64 ``[B, Hq, Nk]``."""
+    batch, num_q_heads = q.shape[:2]
+    num_blocks = -(-k.shape[2] // block_size)
+    masses = torch.zeros(batch, num_q_heads, num_blocks * block_size, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(num_q_heads):
+            rows = allowed[b, h].any(-1).nonzero().flatten()[-block_size:]
+            if len(rows):
+                key_head = h * k.shape[1] // num_q_heads
+                scores = scale * q[b, h, rows].double() @ k[b, key_head].double().T
+                probability = scores.masked_fill(~allowed[b, h, rows], -math.inf).softmax(-1)
+                masses[b, h, : k.shape[2]] = probability.mean(0)
+    return reduce(masses, "b h (j y) -> b h j", "sum", y=block_size)
+
+
+def budgets(
+    masses: Tensor, gamma: float, min_budget: int, max_budget: int | None, block_size: int, forced: Tensor
+) -> Tensor:
+    """Blocks that each head keeps: int ``[B, Hq]``. forced ``[B, Hq]``: most forced blocks of a row [ours]."""
+    batch, num_heads, num_blocks = masses.shape
+    counts = torch.zeros(batch, num_heads, dtype=torch.int32)
+    for b in range(batch):
+        for h in range(num_heads):
+            total, needed = 0.0, 0
+            for mass in masses[b, h].sort(descending=True).values.tolist():
+                total, needed = total + mass, needed + 1
+                if total >= gamma:
+                    break
+            if gamma == 1.0 or total < gamma:
+                needed = num_blocks
+            needed = max(needed, math.ceil(min_budget / block_size))
+            if max_budget is not None:
+                needed = min(needed, max_budget // block_size)
+            counts[b, h] = min(max(needed, int(forced[b, h])), num_blocks)
+    return counts
+
+
+def forced(offset: list[int], num_queries: int, num_keys: int, block_size: int, sinks: int, local: int) -> Tensor:
+    """Forced blocks [ours]: bool ``[B, Nq, Nk]``; query i of sequence b stands at key position i + offset[b]."""
+    num_q_blocks, num_k_blocks = -(-num_queries // block_size), -(-num_keys // block_size)
+    result = torch.zeros(len(offset), num_q_blocks, num_k_blocks, dtype=torch.bool)
+    for b, start in enumerate(offset):
+        for i in range(num_queries):
+            own = (i + start) // block_size
+            for j in range(num_k_blocks):
+                if j == own or j < sinks:
+                    result[b, i // block_size, j] = True
+        for i in range(num_q_blocks):
+            first_own = (i * block_size + start) // block_size
+            for j in range(max(0, first_own - local + 1), min(first_own, num_k_blocks)):
+                result[b, i, j] = True
+    return result
+
+
+def rank_blocks(scores: Tensor, admissible: Tensor, forced: Tensor) -> Tensor:
+    """Rank of every block in its row: int32 ``[B, P, Nq, Nk]``.
+
+    The order [ours]: forced, scored by score, unscored, inadmissible; equals by index.
+    """
+    rank = torch.zeros(scores.shape, dtype=torch.int32)
+    for b in range(scores.shape[0]):
+        for p in range(scores.shape[1]):
+            for i in range(scores.shape[2]):
+                row = scores[b, p, i].tolist()
+
+                def place(j: int, b: int = b, p: int = p, i: int = i, row: list[float] = row) -> tuple[int, float, int]:
+                    if not admissible[b, p, i, j]:
+                        return 3, 0.0, j
+                    if forced[b, i, j]:
+                        return 0, 0.0, j
+                    return (2, 0.0, j) if row[j] == -math.inf else (1, -row[j], j)
+
+                for r, j in enumerate(sorted(range(len(row)), key=place)):
+                    rank[b, p, i, j] = r
+    return rank
+
+
+def select(rank: Tensor, count: Tensor, groups: Groups, admissible: Tensor) -> Tensor:
+    """selected = admissible & (rank[proxy of the head] < count): bool ``[B, Hq, Nq, Nk]``."""
+    selected = torch.zeros_like(admissible)
+    for proxy, heads in enumerate(groups):
+        for head in heads:
+            selected[:, head] = admissible[:, head] & (rank[:, proxy] < count[:, head, None, None])
+    return selected
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
+    """Dense attention under a mask of token pairs, fp64 ``[B, Hq, Sq, D]``; rows without an allowed key are 0."""
+    size = q.shape[1] // k.shape[1]
+    k, v = (repeat(x.double(), "b h s d -> b (h g) s d", g=size) for x in (k, v))
+    scores = (scale * q.double() @ rearrange(k, "b h s d -> b h d s")).masked_fill(~allowed, -math.inf)
+    return scores.softmax(-1).nan_to_num(0.0) @ v

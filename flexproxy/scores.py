@@ -1,0 +1,78 @@
+"""Stage 2, unified scoring: one score for every block pair and proxy head (paper section 3.2, equation 3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import reduce
+from torch import Tensor
+
+from flexproxy._ops import opaque
+from flexproxy.admissible import mask_chunk
+
+CHUNK_ELEMENTS = 2**24  # logits in one piece, 64 MiB
+
+
+def _block_scores_fake(
+    q: Tensor,
+    k: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    q_label: Tensor | None,
+    k_label: Tensor | None,
+    bits: Tensor | None,
+    cell: int,
+    stride: int,
+    scale: float,
+) -> Tensor:
+    num_q_blocks, num_k_blocks = -(-q.shape[2] // cell), -(-k.shape[2] // cell)
+    return q.new_empty(q.shape[0], q.shape[1], num_q_blocks, num_k_blocks, dtype=torch.float32)
+
+
+@opaque(
+    "(Tensor q, Tensor k, Tensor? lo, Tensor? hi, Tensor? q_label, Tensor? k_label, Tensor? bits, int cell, int stride,"
+    " float scale) -> Tensor",
+    _block_scores_fake,
+)
+def block_scores(
+    q: Tensor,
+    k: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    q_label: Tensor | None,
+    k_label: Tensor | None,
+    bits: Tensor | None,
+    cell: int,
+    stride: int,
+    scale: float,
+) -> Tensor:
+    """Largest log-probability of the sampled pairs of each block pair: fp32 ``[B, P, Nq, Nk]``.
+
+    ``max(score) - logsumexp(scores of the query)`` ranks as the probabilities do and never underflows.
+
+    Args:
+        q, k: pooled and sampled, ``[B, P, ceil(Sq / stride), D]`` and ``[B, P, ceil(Skv / stride), D]``.
+        lo, hi, q_label, k_label, bits: a SampledMask at those queries and keys.
+        cell: sampled tokens per block, block_size / stride.
+        stride: tokens from one sampled key to the next.
+        scale: factor of the scores.
+
+    Returns:
+        Scores; -inf for a block pair without an admissible sampled pair, NaN where the inputs were not finite.
+    """
+    batch, proxies, num_queries, _ = q.shape
+    num_keys = k.shape[2]
+    num_blocks = -(-num_keys // cell)
+    keys = k.float().transpose(-1, -2)
+    rows_per_chunk = max(1, CHUNK_ELEMENTS // (batch * proxies * num_blocks * cell * cell)) * cell
+    out = []
+    for start in range(0, num_queries, rows_per_chunk):
+        rows = slice(start, min(start + rows_per_chunk, num_queries))
+        ok = mask_chunk(lo, hi, q_label, k_label, bits, rows, slice(0, num_keys), stride)
+        logits = (q[:, :, rows].float() @ keys).mul_(scale).masked_fill_(~ok, -torch.inf)  # [B, P, rows, keys]
+        padded = F.pad(logits, (0, -num_keys % cell), value=-torch.inf)
+        row_max = reduce(padded, "b p row (block key) -> b p row block", "max", key=cell)
+        relative = (row_max - logits.logsumexp(-1, keepdim=True)).masked_fill_(row_max == -torch.inf, -torch.inf)
+        padded = F.pad(relative, (0, 0, 0, -relative.shape[2] % cell), value=-torch.inf)
+        out.append(reduce(padded, "b p (q_block row) block -> b p q_block block", "max", row=cell))
+    return torch.cat(out, 2)

@@ -1,0 +1,92 @@
+"""Stage 5, selection: the blocks that every head keeps, to look at, to reuse, or to compile into a BlockMask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexproxy._ops import opaque
+from flexproxy.admissible import Admissible
+from flexproxy.block_mask import compile_block_mask
+from flexproxy.masks import MaskMod
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Which blocks every head keeps (METHOD: selected = admissible & (rank[proxy of the head] < count)).
+
+    Attributes:
+        rank: int32 ``[B, P, Nq, Nk]``, rank of every key block in its row, 0 first; inadmissible blocks come last.
+        count: int32 ``[B, Hq]``, blocks that every row of the head keeps, where so many are admissible.
+        proxy_of: int64 ``[Hq]``, proxy index of every query head.
+    """
+
+    rank: Tensor
+    count: Tensor
+    proxy_of: Tensor
+    _admissible: Admissible = field(repr=False)
+    _mask_mod: MaskMod = field(repr=False)
+    _block_size: int = field(repr=False)
+    _seq_lengths: tuple[int, int] = field(repr=False)
+    _compute_q_blocks: bool = field(repr=False)
+
+    def block_map(self) -> Tensor:
+        """Kept blocks: bool ``[B, Hq, Nq, Nk]``."""
+        return _select_blocks(self.rank, self.count, self.proxy_of, self._admissible.any)
+
+    def density(self) -> Tensor:
+        """Kept blocks divided by admissible blocks: fp32 ``[B, Hq]``; 1 where no block is admissible."""
+        kept = self.block_map().sum((-2, -1))
+        admissible = self._admissible.any.sum((-2, -1)).expand_as(kept)
+        return torch.where(admissible > 0, kept / admissible.clamp(min=1), 1.0).to(torch.float32)
+
+    def mask_mod(self) -> MaskMod:
+        """Membership alone, ``mask_mod(b, h, q_idx, kv_idx)``, for ``and_masks`` and ``create_block_mask``.
+
+        It says which blocks are kept, not which tokens of them are allowed: combine it with the mask that was given.
+        """
+        return membership(self.block_map(), self._block_size)
+
+    def block_mask(self) -> BlockMask:
+        """The mask of ``build``: kept blocks, and within them the mask that was given."""
+        block_map = self.block_map()
+        member, mask_mod = membership(block_map, self._block_size), self._mask_mod
+
+        # NOTE: eager flex_attention looks at nothing but this function, so membership is part of it.
+        def proxy_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return member(b, h, q_idx, kv_idx) & mask_mod(b, h, q_idx, kv_idx)
+
+        return compile_block_mask(
+            block_map, self._admissible.full, proxy_mask, self._block_size, self._seq_lengths, self._compute_q_blocks
+        )
+
+
+def membership(block_map: Tensor, block_size: int) -> MaskMod:
+    """A ``mask_mod`` that looks a token pair's block up in a map ``[B, Hq, Nq, Nk]``.
+
+    Raises:
+        ValueError: compiled kernels address the map with 32 bits, and it is too large for that.
+    """
+    if block_map.numel() >= 2**31:
+        raise ValueError(
+            f"block_size: expected fewer than 2**31 block pairs in all, got {list(block_map.shape)} = "
+            f"{block_map.numel()} with blocks of {block_size}; use a larger block_size, or fewer sequences a call"
+        )
+
+    def member(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return block_map[b, h, q_idx // block_size, kv_idx // block_size]
+
+    return member
+
+
+def _select_blocks_fake(rank: Tensor, count: Tensor, proxy_of: Tensor, admissible: Tensor) -> Tensor:
+    return rank.new_empty(rank.shape[0], count.shape[1], *rank.shape[2:], dtype=torch.bool)
+
+
+@opaque("(Tensor rank, Tensor count, Tensor proxy_of, Tensor admissible) -> Tensor", _select_blocks_fake)
+def _select_blocks(rank: Tensor, count: Tensor, proxy_of: Tensor, admissible: Tensor) -> Tensor:
+    """The method in one line: bool ``[B, Hq, Nq, Nk]``."""
+    return admissible & (rank[:, proxy_of] < count[..., None, None])
