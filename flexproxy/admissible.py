@@ -84,7 +84,7 @@ def mask_chunk(
 
 def pack_bits(mask: Tensor) -> Tensor:
     """bool ``[..., n]`` to uint8 ``[..., ceil(n / 8)]``, little end first."""
-    padded = F.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    padded: Tensor = F.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (padded * weights).sum(-1, dtype=torch.uint8)
 

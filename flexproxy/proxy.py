@@ -61,7 +61,8 @@ def pool_heads(x: Tensor, groups: Groups, stride: int) -> Tensor:
     """
     x = x[:, :, ::stride]
     if _is_contiguous(groups, x.shape[1]):
-        return x.unflatten(1, (len(groups), -1)).mean(dim=2, dtype=torch.float32).to(x.dtype)
+        by_group: Tensor = x.unflatten(1, (len(groups), -1))
+        return by_group.mean(dim=2, dtype=torch.float32).to(x.dtype)
     means = [torch.stack([x[:, head] for head in heads], 1).mean(dim=1, dtype=torch.float32) for heads in groups]
     return torch.stack(means, 1).to(x.dtype)
 

@@ -1,0 +1,183 @@
+"""The selection against its specification: ranks, counts, lists, over random cases."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import and_masks, create_block_mask
+
+import flexproxy
+from flexproxy import ProxyConfig, reference
+from flexproxy.proxy import head_groups, pool_heads
+from tests.oracle import EPS, Case, check_count, check_rank, expect, random_case
+
+NUM_CASES, CASES_PER_TEST = 240, 20
+
+
+def pooled(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    config = case.config
+    groups, k_groups = head_groups(config.num_proxies, config.groups, case.q.shape[1], case.k.shape[1])  # type: ignore[arg-type]
+    return pool_heads(case.q, groups, config.stride), pool_heads(case.k, k_groups, config.stride)
+
+
+@pytest.mark.parametrize("first", range(0, NUM_CASES, CASES_PER_TEST))
+def test_selection_equals_the_reference(first: int, device: str) -> None:
+    """Ranks, counts and lists are those of the specification, over all that the contract lets vary.
+
+    Exact but for near-ties: two scored blocks may swap where their scores differ by less than twice the error of an
+    fp32 score, ``EPS * (8 sqrt(D) max|q||k| scale + 16)``; a count may be that of a gamma within ``64 EPS``.
+    """
+    differing, blocks, different_counts, counts = 0, 0, 0, 0
+    for seed in range(first, first + CASES_PER_TEST):
+        case = random_case(seed, device)
+        expected = expect(case, *pooled(case))
+        selection = flexproxy.select(case.q, case.k, mask_mod=case.mask_mod, config=case.config)
+        rank, count = selection.rank.cpu(), selection.count.cpu()
+        groups = case.groups()
+        context = f"seed {seed}, {case.mask_name}, {case.config}"
+        try:
+            assert all(h in groups[p] for h, p in enumerate(selection.proxy_of.tolist()))
+            differing += check_rank(rank, expected)
+            different_counts += check_count(count, expected, case.config)
+            blocks, counts = blocks + rank.numel(), counts + count.numel()
+
+            # Given ranks and counts, all that follows is exact.
+            selected = reference.select(rank, count, groups, expected.admissible)
+            assert torch.equal(selection.block_map().cpu(), selected)
+            kept, admissible = selected.sum((-2, -1)), expected.admissible.sum((-2, -1))
+            density = torch.where(admissible > 0, kept / admissible.clamp(min=1), 1.0)
+            torch.testing.assert_close(selection.density().cpu(), density, rtol=1e-6, atol=0)
+            mask = flexproxy.build(case.q, case.k, mask_mod=case.mask_mod, config=case.config)
+            check_lists(mask, selected, expected.full)
+        except AssertionError as error:
+            raise AssertionError(f"{context}: {error}") from error
+    # The tolerances above are for near-ties, which are rare: nearly everything must be equal.
+    print(differing, blocks, different_counts, counts)
+    assert differing <= 0.002 * blocks
+    assert different_counts <= 0.02 * counts
+
+
+def check_lists(mask: object, selected: torch.Tensor, full: torch.Tensor) -> None:
+    """A BlockMask's lists hold the selected blocks, ascending, split by the specification's full blocks."""
+    for wanted, number, index in (
+        (selected & ~full, mask.kv_num_blocks, mask.kv_indices),  # type: ignore[attr-defined]
+        (selected & full, mask.full_kv_num_blocks, mask.full_kv_indices),  # type: ignore[attr-defined]
+    ):
+        number, index = number.cpu(), index.cpu()
+        assert number.dtype == index.dtype == torch.int32
+        assert torch.equal(number, wanted.sum(-1, dtype=torch.int32))
+        column = torch.arange(index.shape[-1])
+        listed = torch.where(column < number[..., None], index, index.shape[-1])
+        ascending = torch.where(wanted, column, index.shape[-1]).sort(-1).values
+        assert torch.equal(listed, ascending.to(torch.int32))
+
+
+def rounds_lengths_up() -> bool:
+    """Whether this torch's create_block_mask rounds lengths up to whole blocks (2.5): then ragged ones differ."""
+    mask = create_block_mask(lambda b, h, q, kv: q >= kv, 1, 1, 130, 130, device="cpu")
+    return tuple(mask.shape[-2:]) != (130, 130)
+
+
+@pytest.mark.parametrize("first", range(0, 60, 20))
+def test_create_block_mask_gives_the_same_mask(first: int, device: str) -> None:
+    """The route through create_block_mask and ``selection.mask_mod()`` gives build's mask: dense, partial and full."""
+    for seed in range(first, first + 20):
+        case = random_case(1000 + seed, device)
+        num_queries, num_keys = case.lengths
+        size = case.config.block_size
+        if rounds_lengths_up() and (num_queries % size or num_keys % size or num_queries < 128):
+            continue
+        selection = flexproxy.select(case.q, case.k, mask_mod=case.mask_mod, config=case.config)
+        built = flexproxy.build(case.q, case.k, mask_mod=case.mask_mod, config=case.config)
+        mask_mod = case.mask_mod or flexproxy.masks.shift(flexproxy.masks.causal, num_keys - num_queries)
+        both = and_masks(mask_mod, selection.mask_mod())
+        created = create_block_mask(
+            both, case.q.shape[0], case.q.shape[1], num_queries, num_keys, device=device, BLOCK_SIZE=size
+        )
+        assert created.full_kv_num_blocks is not None
+        assert built.full_kv_num_blocks is not None
+        assert torch.equal(built.to_dense(), created.to_dense()), seed
+        assert torch.equal(built.kv_num_blocks, created.kv_num_blocks), seed
+        assert torch.equal(built.full_kv_num_blocks, created.full_kv_num_blocks), seed
+        assert tuple(built.shape) == tuple(created.shape)
+
+
+@pytest.mark.parametrize("first", range(0, 60, 20))
+def test_classified_mask_gives_the_same_selection(first: int, device: str) -> None:
+    """A mask given as a BlockMask, computed once, selects as the same mask given as a function."""
+    for seed in range(first, first + 20):
+        case = random_case(2000 + seed, device)
+        size, lengths = case.config.block_size, case.lengths
+        if case.mask_mod is None or (
+            rounds_lengths_up() and (lengths[0] % size or lengths[1] % size or lengths[0] < 128)
+        ):
+            continue
+        for dims in ((1, 1), case.q.shape[:2]):
+            if dims == (1, 1) and case.mask_name not in ("causal", "full", "window", "closure", "nothing"):
+                continue
+            given = create_block_mask(
+                case.mask_mod, dims[0], dims[1], lengths[0], lengths[1], device=device, BLOCK_SIZE=size
+            )
+            by_block = flexproxy.build(case.q, case.k, block_mask=given, config=case.config)
+            by_function = flexproxy.build(case.q, case.k, mask_mod=case.mask_mod, config=case.config)
+            assert torch.equal(by_block.to_dense(), by_function.to_dense())
+            assert torch.equal(by_block.kv_num_blocks, by_function.kv_num_blocks)
+
+
+def test_pooling_is_the_mean_rounded_once(device: str) -> None:
+    """Pooled heads are within one unit in the last place of the exact mean."""
+    for seed in range(40):
+        case = random_case(3000 + seed, device)
+        groups = case.groups()
+        k_groups = reference.key_groups(groups, case.q.shape[1], case.k.shape[1])
+        for x, heads, got in zip((case.q, case.k), (groups, k_groups), pooled(case), strict=True):
+            want = reference.pool_heads(x.cpu(), heads, case.config.stride)
+            assert got.dtype == x.dtype
+            rounding = 4 * EPS * float(x.abs().max())
+            torch.testing.assert_close(got.cpu(), want, rtol=torch.finfo(x.dtype).eps, atol=rounding)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 0.9, 1.0])
+def test_density_finds_the_nearest_gamma(density: float, device: str) -> None:
+    """``density=`` keeps what one gamma for all heads of a sequence keeps, the one nearest to the target."""
+    for seed in range(12):
+        case = random_case(4000 + seed, device)
+        config = ProxyConfig(
+            **{name: getattr(case.config, name) for name in ("num_proxies", "groups", "stride", "block_size")},
+            min_budget=case.config.block_size,
+            density=density,
+        )
+        case = Case(case.q, case.k, case.v, config, case.mask_name, case.mask_mod, case.offset)
+        expected = expect(case, *pooled(case))
+        selection = flexproxy.select(case.q, case.k, mask_mod=case.mask_mod, config=config)
+        count = selection.count.cpu()
+        rows = expected.admissible.sum(-1)
+
+        def density_of(counts: torch.Tensor, rows: torch.Tensor = rows) -> torch.Tensor:
+            kept = torch.minimum(rows, counts[..., None]).sum(-1) / rows.sum(-1).clamp(min=1)
+            return kept.double().mean(1)
+
+        def budgets(gamma: float, expected: object = expected, config: ProxyConfig = config) -> torch.Tensor:
+            return reference.budgets(
+                expected.masses,  # type: ignore[attr-defined]
+                gamma,
+                config.min_budget,
+                None,
+                config.block_size,
+                expected.forced_count,  # type: ignore[attr-defined]
+            )
+
+        cumulative = expected.masses.sort(-1, descending=True).values.cumsum(-1)
+        for b in range(len(cumulative)):
+            steps = sorted({*cumulative[b].flatten().tolist()})
+            middles = [*((x + y) / 2 for x, y in itertools.pairwise(steps)), steps[-1] * (1 - 1e-9)]
+            candidates = [steps[0] * (1 - 1e-9), *middles, 1.0]
+            reachable = [budgets(gamma)[b] for gamma in candidates if gamma > 0]
+            best = min(abs(float(density_of(c[None].expand(len(cumulative), -1))[b]) - density) for c in reachable)
+            got = abs(float(density_of(count)[b]) - density)
+            assert got <= best + 1e-6, (seed, b, got, best)
+    if density == 1.0:
+        assert bool((count == math.ceil(case.lengths[1] / config.block_size)).all())
