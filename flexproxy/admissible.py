@@ -24,8 +24,14 @@ from flexproxy.clauses import Clause, ClauseStack, allowed, dense_labels, inclus
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-# Elements of the largest temporary. While compiling, fewer and larger pieces keep the trace short, and are fused.
-CHUNK_ELEMENTS, COMPILED_CHUNK_ELEMENTS = 2**23, 2**28
+CHUNK_ELEMENTS = 2**23  # of the largest temporary of counting
+
+
+def _evaluated_elements(device: torch.device) -> int:
+    """Token pairs to evaluate at once: few on a CPU, for memory; on a GPU and in a trace more, for fewer steps."""
+    if torch.compiler.is_compiling():
+        return 2**28
+    return 2**23 if device.type == "cpu" else 2**27
 
 
 class Admissible(NamedTuple):
@@ -243,8 +249,7 @@ def classify_by_evaluation(
     Returns:
         Admissible, and the bits ``[batch, P or 1, ceil(Sq / stride), ...]`` of a SampledMask.
     """
-    budget = COMPILED_CHUNK_ELEMENTS if torch.compiler.is_compiling() else CHUNK_ELEMENTS
-    rows_per_chunk = max(1, budget // (batch * heads * num_keys * block_size)) * block_size
+    rows_per_chunk = max(1, _evaluated_elements(device) // (batch * heads * num_keys * block_size)) * block_size
     any_, full, valid, bits = [], [], [], []
     for start in range(0, num_queries, rows_per_chunk):
         rows = min(rows_per_chunk, num_queries - start)
@@ -268,7 +273,8 @@ def depends_on(mask_mod: MaskMod, device: torch.device) -> tuple[bool, bool]:
         return True, True
     result = []
     for tracked in range(2):
-        arguments = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(4)]
+        # One element instead of none: an index of no dimension would be read by the host.
+        arguments = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(4)]
         arguments[tracked] = arguments[tracked].as_subclass(_Tracked)
         try:
             result.append(isinstance(mask_mod(*arguments), _Tracked))

@@ -72,7 +72,7 @@ def select(
     check_queries_and_keys(q, k)
     check_masks(mask_mod, block_mask, q, k, config.block_size)
     scale = check_scale(scale, q.shape[3])
-    groups, k_groups = head_groups(config.num_proxies, config.groups, q.shape[1], k.shape[1])  # type: ignore[arg-type]
+    groups, k_groups = head_groups(config.num_proxies, config.groups, q.shape[1], k.shape[1])
     needs_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     q, k = q.detach(), k.detach()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 def head_groups(
-    num_proxies: int, groups: tuple[int, ...] | None, num_q_heads: int, num_kv_heads: int
+    num_proxies: int, groups: Sequence[int] | None, num_q_heads: int, num_kv_heads: int
 ) -> tuple[Groups, Groups]:
     """The query heads, and the key heads, of every proxy.
 

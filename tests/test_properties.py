@@ -162,7 +162,7 @@ def test_prefill_in_chunks_ranks_as_the_whole(seed: int, device: str) -> None:
 
 def _pooled(case: Case) -> tuple[Tensor, Tensor]:
     config = case.config
-    groups, k_groups = head_groups(config.num_proxies, config.groups, case.q.shape[1], case.k.shape[1])  # type: ignore[arg-type]
+    groups, k_groups = head_groups(config.num_proxies, config.groups, case.q.shape[1], case.k.shape[1])
     return pool_heads(case.q, groups, config.stride), pool_heads(case.k, k_groups, config.stride)
 
 

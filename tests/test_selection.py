@@ -19,7 +19,7 @@ NUM_CASES, CASES_PER_TEST = 240, 20
 
 def pooled(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     config = case.config
-    groups, k_groups = head_groups(config.num_proxies, config.groups, case.q.shape[1], case.k.shape[1])  # type: ignore[arg-type]
+    groups, k_groups = head_groups(config.num_proxies, config.groups, case.q.shape[1], case.k.shape[1])
     return pool_heads(case.q, groups, config.stride), pool_heads(case.k, k_groups, config.stride)
 
 
