@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
 from flexproxy._ops import opaque
+from flexproxy._tensors import pad_to_multiple
 from flexproxy.clauses import Clause, ClauseStack, allowed, dense_labels, inclusion_exclusion, stack
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -90,7 +90,7 @@ def mask_chunk(
 
 def pack_bits(mask: Tensor) -> Tensor:
     """bool ``[..., n]`` to uint8 ``[..., ceil(n / 8)]``, little end first."""
-    padded: Tensor = F.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    padded: Tensor = pad_to_multiple(mask, -1, 8, False).unflatten(-1, (-1, 8))
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (padded * weights).sum(-1, dtype=torch.uint8)
 
@@ -151,7 +151,7 @@ def _count_blocks(
     if k_label is not None:
         for m in range(len(signs)):
             tables[m] = _keys_by_label_and_block(k_label[m], block_size, num_blocks)
-            padded[m] = F.pad(k_label[m], (0, -num_keys % block_size), value=-1)
+            padded[m] = pad_to_multiple(k_label[m], -1, block_size, -1)
 
     any_, full, valid = [], [], []
     rows_per_chunk = max(1, CHUNK_ELEMENTS // (batch * num_blocks * block_size)) * block_size
@@ -164,7 +164,7 @@ def _count_blocks(
                 lo[m, :, rows], hi[m, :, rows], label, padded[m], tables[m], num_keys, block_size
             )
         valid.append((count > 0).any(-1))
-        padded_count = F.pad(count, (0, 0, 0, -count.shape[1] % block_size))
+        padded_count = pad_to_multiple(count, -2, block_size, 0)
         count = rearrange(padded_count, "b (q_block row) block -> b q_block row block", row=block_size)
         any_.append((count > 0).any(2))
         full.append((count == block_size).all(2))
@@ -256,8 +256,8 @@ def classify_by_evaluation(
         mask = evaluate(mask_mod, batch, heads, lambda b, h, row, start=start: row + start, rows, num_keys, device)  # type: ignore[misc]
         valid.append(mask.any(-1))
         bits.append(pack_bits(merge_heads(mask[:, :, ::stride, ::stride])))
-        padding = (0, -num_keys % block_size, 0, -rows % block_size)
-        blocks = F.pad(mask, padding).unflatten(3, (-1, block_size)).unflatten(2, (-1, block_size))
+        padded = pad_to_multiple(pad_to_multiple(mask, -1, block_size, False), -2, block_size, False)
+        blocks = padded.unflatten(3, (-1, block_size)).unflatten(2, (-1, block_size))
         any_.append(blocks.any(5).any(3))
         full.append(blocks.all(5).all(3))
     return Admissible(torch.cat(any_, 2), torch.cat(full, 2), torch.cat(valid, 2)), torch.cat(bits, 2)

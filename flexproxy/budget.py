@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flexproxy._ops import opaque
+from flexproxy._tensors import logsumexp_, pad_to_multiple
 from flexproxy.admissible import mask_chunk
 
 CHUNK_ELEMENTS = 2**24  # logits in one piece, 64 MiB
@@ -69,17 +70,18 @@ def block_masses(
     """
     batch, num_q_heads, num_probes, _ = q.shape
     num_kv_heads, num_keys = k.shape[1], k.shape[2]
-    queries = rearrange(q.float(), "b (kv g) m d -> b kv (g m) d", kv=num_kv_heads)
+    queries = rearrange(q.float() * scale, "b (kv g) m d -> b kv (g m) d", kv=num_kv_heads)
     per_chunk = max(1, CHUNK_ELEMENTS // (batch * num_q_heads * num_probes * block_size)) * block_size
     parts = []
     for start in range(0, num_keys, per_chunk):
         keys = slice(start, min(start + per_chunk, num_keys))
-        logits = (queries @ k[:, :, keys].float().transpose(-1, -2)).mul_(scale)
+        logits = queries @ k[:, :, keys].float().transpose(-1, -2)
         logits = rearrange(logits, "b kv (g m) key -> b (kv g) m key", m=num_probes)
         ok = mask_chunk(lo, hi, q_label, k_label, bits, slice(0, num_probes), keys, 1)
         logits.masked_fill_(~ok, -torch.inf)
-        padded = F.pad(logits, (0, -logits.shape[-1] % block_size), value=-torch.inf)
-        parts.append(rearrange(padded, "b h m (block key) -> b h m block key", key=block_size).logsumexp(-1))
+        padded = pad_to_multiple(logits, -1, block_size, -torch.inf)
+        by_block = rearrange(padded, "b h m (block key) -> b h m block key", key=block_size)
+        parts.append(logsumexp_(by_block, by_block.amax(-1)))
     blocks = torch.cat(parts, -1)  # [B, Hq, m, Nk]
     probability = (blocks - blocks.logsumexp(-1, keepdim=True)).exp_().masked_fill_(~present[..., None], 0.0)
     return probability.sum(2) / present.sum(2).clamp(min=1)[..., None]

@@ -116,4 +116,4 @@ def allowed(lo: Tensor, hi: Tensor, q_label: Tensor | None, k_label: Tensor | No
     ok = (k_position >= lo[..., None]) & (k_position < hi[..., None])
     if q_label is not None and k_label is not None:
         ok &= (q_label[..., None] == k_label[..., None, :]) & (q_label[..., None] >= 0)
-    return ok.any(dim=0)
+    return ok.any(dim=0) if len(ok) > 1 else ok[0]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flexproxy._ops import capturable
@@ -296,7 +297,7 @@ def _label_clauses(name: str, table: Tensor, num_tokens: int) -> Callable[[Tenso
 def _padded(table: Tensor, value: int | bool) -> Tensor:
     """Pad the last dimension to whole blocks: compiled kernels look up the padding of a ragged last tile, too."""
     padding = -table.shape[-1] % MAX_BLOCK_SIZE
-    return capturable(torch.nn.functional.pad(table.detach(), (0, padding), value=value))
+    return capturable(F.pad(table.detach(), (0, padding), value=value))  # always a copy
 
 
 def _is_integer(x: Tensor) -> bool:

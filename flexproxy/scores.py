@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor
 
 from flexproxy._ops import opaque
+from flexproxy._tensors import logsumexp_, pad_to_multiple
 from flexproxy.admissible import mask_chunk
 
 CHUNK_ELEMENTS = 2**24  # logits in one piece, 64 MiB
@@ -64,15 +64,17 @@ def block_scores(
     num_keys = k.shape[2]
     num_blocks = -(-num_keys // cell)
     keys = k.float().transpose(-1, -2)
+    queries = q.float() * scale
     rows_per_chunk = max(1, CHUNK_ELEMENTS // (batch * proxies * num_blocks * cell * cell)) * cell
     out = []
     for start in range(0, num_queries, rows_per_chunk):
         rows = slice(start, min(start + rows_per_chunk, num_queries))
         ok = mask_chunk(lo, hi, q_label, k_label, bits, rows, slice(0, num_keys), stride)
-        logits = (q[:, :, rows].float() @ keys).mul_(scale).masked_fill_(~ok, -torch.inf)  # [B, P, rows, keys]
-        padded = F.pad(logits, (0, -num_keys % cell), value=-torch.inf)
+        logits = (queries[:, :, rows] @ keys).masked_fill_(~ok, -torch.inf)  # [B, P, rows, keys]
+        padded = pad_to_multiple(logits, -1, cell, -torch.inf)
         row_max = reduce(padded, "b p row (block key) -> b p row block", "max", key=cell)
-        relative = (row_max - logits.logsumexp(-1, keepdim=True)).masked_fill_(row_max == -torch.inf, -torch.inf)
-        padded = F.pad(relative, (0, 0, 0, -relative.shape[2] % cell), value=-torch.inf)
-        out.append(reduce(padded, "b p (q_block row) block -> b p q_block block", "max", row=cell))
+        lse = logsumexp_(logits, row_max.amax(-1))[..., None]
+        relative = (row_max - lse).masked_fill_(row_max == -torch.inf, -torch.inf)
+        relative = pad_to_multiple(relative, -2, cell, -torch.inf)
+        out.append(reduce(relative, "b p (q_block row) block -> b p q_block block", "max", row=cell))
     return torch.cat(out, 2)

@@ -60,8 +60,9 @@ def mask_of(case: Case) -> MaskMod:
 def test_eager_output_is_dense_attention_under_the_selection(first: int) -> None:
     for seed in range(first, first + 20):
         case = random_case(7000 + seed)
-        if torch.finfo(case.q.dtype).bits == 16 and not cpu_kernel_exists():
-            continue  # eager flex_attention of torch 2.5 keeps the scores in the dtype of the inputs
+        head_dim = case.q.shape[3]
+        if not cpu_kernel_exists() and (case.q.dtype != torch.float32 or head_dim & (head_dim - 1)):
+            continue  # torch 2.5 takes powers of two only, and its eager scores have the dtype of the inputs
         block_mask = flexproxy.build(case.q, case.k, mask_mod=case.mask_mod, config=case.config)
         out = flex_attention(case.q, case.k, case.v, block_mask=block_mask, enable_gqa=True)
         check_output(case, mask_of(case), out)

@@ -102,7 +102,8 @@ def test_create_block_mask_gives_the_same_mask(first: int, device: str) -> None:
         assert torch.equal(built.to_dense(), created.to_dense()), seed
         assert torch.equal(built.kv_num_blocks, created.kv_num_blocks), seed
         assert torch.equal(built.full_kv_num_blocks, created.full_kv_num_blocks), seed
-        assert tuple(built.shape) == tuple(created.shape)
+        if not rounds_lengths_up():
+            assert tuple(built.shape) == tuple(created.shape)
 
 
 @pytest.mark.parametrize("first", range(0, 60, 20))
@@ -121,6 +122,8 @@ def test_classified_mask_gives_the_same_selection(first: int, device: str) -> No
             given = create_block_mask(
                 case.mask_mod, dims[0], dims[1], lengths[0], lengths[1], device=device, BLOCK_SIZE=size
             )
+            if given.BLOCK_SIZE != (size, size):
+                continue  # torch 2.5 labels small blocks as 128 x 128
             by_block = flexproxy.build(case.q, case.k, block_mask=given, config=case.config)
             by_function = flexproxy.build(case.q, case.k, mask_mod=case.mask_mod, config=case.config)
             assert torch.equal(by_block.to_dense(), by_function.to_dense())

@@ -1,0 +1,19 @@
+"""Small tensor helpers that several stages share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pad_to_multiple(x: Tensor, dim: int, multiple: int, value: float) -> Tensor:
+    """Pad the end of a dimension (negative, from the last) to a multiple; ``x`` itself, not a copy, if it is one."""
+    missing = -x.shape[dim] % multiple
+    return F.pad(x, (0, 0) * (-dim - 1) + (0, missing), value=value) if missing else x
+
+
+def logsumexp_(x: Tensor, maximum: Tensor) -> Tensor:
+    """``x.logsumexp(-1)``, given ``x.amax(-1)``, in the memory of ``x``: half the passes. -inf for a row of -inf."""
+    finite = maximum.masked_fill(maximum == -torch.inf, 0.0)
+    return x.sub_(finite[..., None]).exp_().sum(-1).log_().add_(finite)
