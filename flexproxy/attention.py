@@ -19,6 +19,7 @@ from flexproxy._checks import (
     check_values,
 )
 from flexproxy.config import ProxyConfig
+from flexproxy.kernel_options import fit_to_blocks
 from flexproxy.kernel_options import kernel_options as best_kernel_options
 from flexproxy.masks import MaskMod
 from flexproxy.pipeline import build, dense_block_mask
@@ -81,7 +82,7 @@ def attention(
         "block_mask": block_mask,
         "scale": scale,
         "enable_gqa": gqa,
-        "kernel_options": options,
+        "kernel_options": fit_to_blocks(options, config.block_size, q.device.type),
     }
     if return_lse:
         arguments |= _compat.lse_arguments()

@@ -88,7 +88,7 @@ def case_of(
 COMPILED_CASES = {
     "gqa, ragged": (2, 4, 2, (1000, 1000), 64, torch.float32),
     "bf16, chunk of a prefill": (1, 4, 1, (300, 1100), 128, torch.bfloat16),
-    "fp16, D 80, two blocks sizes": (1, 2, 2, (777, 777), 80, torch.float16),
+    "fp16, D 80, MHA": (1, 2, 2, (777, 777), 80, torch.float16),
 }
 
 
@@ -110,6 +110,33 @@ def test_compiled_output_is_dense_attention_under_the_selection(name: str, devic
         out = flexproxy.attention(case.q, case.k, case.v, mask_mod=mask_mod, config=case.config)
         assert isinstance(out, Tensor)
         check_output(case, mask_of(case), out)
+
+
+GPU_CASES = [
+    # head dimension, dtype, block size, Sq, Skv
+    (16, torch.float32, 128, 500, 500),
+    (256, torch.float32, 128, 500, 500),
+    (256, torch.bfloat16, 128, 500, 700),
+    (96, torch.bfloat16, 64, 500, 500),
+    (80, torch.float16, 32, 300, 300),
+    (64, torch.float32, 64, 300, 420),
+    (128, torch.bfloat16, 16, 300, 300),
+    (128, torch.float16, 256, 1000, 1100),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("dim", "dtype", "block_size", "num_queries", "num_keys"), GPU_CASES)
+def test_every_shape_runs_on_a_gpu(
+    dim: int, dtype: torch.dtype, block_size: int, num_queries: int, num_keys: int
+) -> None:
+    """Head dimensions, dtypes and block sizes from end to end of what is supported, compiled."""
+    options = {"block_size": block_size, "min_budget": block_size, "gamma": 0.6}
+    case = case_of(2, 6, 2, (num_queries, num_keys), dim, dtype, "cuda", **options)
+    out = flexproxy.attention(case.q, case.k, case.v, config=case.config)
+    assert isinstance(out, Tensor)
+    check_output(case, mask_of(case), out)
 
 
 @needs_kernel
@@ -169,9 +196,10 @@ def test_dense_route_keeps_the_mask(device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_lse_and_gradients() -> None:
+@pytest.mark.parametrize("block_size", [128, 64])
+def test_lse_and_gradients(block_size: int) -> None:
     """On a GPU: the log-sum-exp is that of the kept scores, and gradients are those of dense attention."""
-    case = case_of(2, 4, 2, (700, 700), 64, torch.float32, "cuda")
+    case = case_of(2, 4, 2, (700, 700), 64, torch.float32, "cuda", block_size=block_size)
     q, k, v = (x.clone().requires_grad_() for x in (case.q, case.k, case.v))
     out, lse = flexproxy.attention(q, k, v, config=case.config, return_lse=True)
     allowed = create_mask(mask_of(case), 2, 4, 700, 700, device="cuda")
