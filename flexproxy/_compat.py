@@ -15,8 +15,6 @@ from torch.nn.attention.flex_attention import BlockMask
 
 _FROM_KV_BLOCKS = frozenset(inspect.signature(BlockMask.from_kv_blocks).parameters)
 _FLEX_ATTENTION = frozenset(inspect.signature(flex.flex_attention).parameters)
-_RECOMPILE_LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-
 # A CPU kernel is compiled for its lengths alone, so a process that meets many lengths needs more than dynamo's 8.
 MAX_COMPILED_LENGTHS = 256
 
@@ -72,18 +70,24 @@ def lse_of(second_result: Any) -> Tensor:
     return lse
 
 
+def _flex_attention(*args: Any, **kwargs: Any) -> Any:
+    # A function of our own: dynamo counts variants by function, and the caller may compile torch's.
+    return flex.flex_attention(*args, **kwargs)
+
+
 @functools.cache
 def compiled_flex_attention(device_type: str) -> Callable[..., Any]:
     """``flex_attention``, compiled once a process; on a CPU for one set of lengths at a time.
 
     With dynamic shapes the CPU kernel reads a captured table wrongly, or does not compile (torch 2.13).
     """
-    return torch.compile(flex.flex_attention, fullgraph=True, dynamic=False if device_type == "cpu" else None)
+    return torch.compile(_flex_attention, fullgraph=True, dynamic=False if device_type == "cpu" else None)
 
 
 @contextlib.contextmanager
 def many_lengths() -> Iterator[None]:
     """Let dynamo compile as many variants as there are lengths, for the calls inside."""
-    limit = max(MAX_COMPILED_LENGTHS, getattr(torch._dynamo.config, _RECOMPILE_LIMIT))
-    with torch._dynamo.config.patch({_RECOMPILE_LIMIT: limit}):
+    config: Any = torch._dynamo.config  # here, not above: it is slow to import
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    with config.patch({name: max(MAX_COMPILED_LENGTHS, getattr(config, name))}):
         yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,34 @@ from flexproxy.masks import MaskMod
 from flexproxy.pipeline import build, dense_block_mask
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask_mod: MaskMod | None = ...,
+    block_mask: BlockMask | None = ...,
+    config: ProxyConfig | None = ...,
+    scale: float | None = ...,
+    score_mod: Any = ...,
+    kernel_options: dict[str, Any] | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask_mod: MaskMod | None = ...,
+    block_mask: BlockMask | None = ...,
+    config: ProxyConfig | None = ...,
+    scale: float | None = ...,
+    score_mod: Any = ...,
+    kernel_options: dict[str, Any] | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,

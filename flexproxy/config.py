@@ -25,7 +25,8 @@ class ProxyConfig:
         density: target mean density (kept blocks / admissible blocks) in (0, 1]. Replaces ``gamma``: the one gamma that
             brings the heads of a sequence nearest to the target is found, so all of them reach the same coverage.
         stride: tokens from one sampled query (or key) to the next in the scores. Divides ``block_size``.
-        block_size: tokens per block, for queries and for keys. A power of two from 16 to 1024.
+        block_size: tokens per block, for queries and for keys. A power of two from 16 to 1024. On a GPU, blocks smaller
+            than 128 need kernel options with tiles that divide them; ``flexproxy.attention`` sets these itself.
         min_budget: tokens that every row keeps at least (where the mask admits so many).
         max_budget: tokens that a row keeps at most.
         sink_blocks: first key blocks that every row keeps, inside its budget.

@@ -108,7 +108,6 @@ def test_compiled_output_is_dense_attention_under_the_selection(name: str, devic
     ):
         case = Case(case.q, case.k, case.v, case.config, "", mask_mod, case.offset)
         out = flexproxy.attention(case.q, case.k, case.v, mask_mod=mask_mod, config=case.config)
-        assert isinstance(out, Tensor)
         check_output(case, mask_of(case), out)
 
 
@@ -135,7 +134,6 @@ def test_every_shape_runs_on_a_gpu(
     options = {"block_size": block_size, "min_budget": block_size, "gamma": 0.6}
     case = case_of(2, 6, 2, (num_queries, num_keys), dim, dtype, "cuda", **options)
     out = flexproxy.attention(case.q, case.k, case.v, config=case.config)
-    assert isinstance(out, Tensor)
     check_output(case, mask_of(case), out)
 
 
@@ -145,7 +143,6 @@ def test_gamma_one_is_dense_attention(device: str) -> None:
     """The mask that keeps everything, and ``attention``'s dense route, both equal dense attention."""
     case = case_of(1, 4, 2, (640, 640), 64, torch.float32, device, gamma=1.0)
     out = flexproxy.attention(case.q, case.k, case.v, config=case.config)
-    assert isinstance(out, Tensor)
     check_output(case, masks.causal, out)
     block_mask = flexproxy.build(case.q, case.k, config=case.config)
     check_output(case, masks.causal, flex_attention(case.q, case.k, case.v, block_mask=block_mask, enable_gqa=True))
@@ -168,7 +165,6 @@ def test_attention_is_dense_where_sparse_cannot_pay(
     monkeypatch.setattr("flexproxy._compat.compiled_flex_attention", _must_not_run)
     case = case_of(2, 4, 2, lengths, 64, torch.float32, device)
     out = flexproxy.attention(case.q, case.k, case.v, config=config)
-    assert isinstance(out, Tensor)
     check_output(case, masks.shift(masks.causal, lengths[1] - lengths[0]), out)
 
 
@@ -184,12 +180,10 @@ def test_dense_route_keeps_the_mask(device: str) -> None:
     real = (torch.arange(200) >= torch.tensor([[0], [70]])).to(device)
     mask_mod = and_masks(masks.causal, masks.padding(real))
     out = flexproxy.attention(case.q, case.k, case.v, mask_mod=mask_mod)
-    assert isinstance(out, Tensor)
     check_output(case, mask_mod, out)
     halved = flexproxy.attention(
         case.q, case.k, case.v, mask_mod=mask_mod, score_mod=lambda score, b, h, q, kv: score / 2
     )
-    assert isinstance(halved, Tensor)
     half = Case(case.q / 2, case.k, case.v, case.config, "", mask_mod, case.offset)
     check_output(half, mask_mod, halved)
 

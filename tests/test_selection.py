@@ -122,7 +122,7 @@ def test_classified_mask_gives_the_same_selection(first: int, device: str) -> No
             given = create_block_mask(
                 case.mask_mod, dims[0], dims[1], lengths[0], lengths[1], device=device, BLOCK_SIZE=size
             )
-            if given.BLOCK_SIZE != (size, size):
+            if given.BLOCK_SIZE[0] != size:
                 continue  # torch 2.5 labels small blocks as 128 x 128
             by_block = flexproxy.build(case.q, case.k, block_mask=given, config=case.config)
             by_function = flexproxy.build(case.q, case.k, mask_mod=case.mask_mod, config=case.config)

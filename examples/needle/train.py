@@ -17,6 +17,7 @@ import platform
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,21 +38,22 @@ HELD_OUT_SHARE = 0.05
 
 
 def model_config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=5,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=65536,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        attn_implementation="sdpa",
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 65536,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "attn_implementation": "sdpa",
+    }
+    return LlamaConfig(**settings)
 
 
 def read_corpus(root: Path) -> tuple[Tensor, Tensor, dict[str, int]]:
@@ -178,7 +180,8 @@ def main() -> None:
     corpus, held_out, counts = read_corpus(args.text)
     print("corpus", counts, flush=True)
     corpus, held_out = corpus.to(device), held_out.to(device)
-    model = LlamaForCausalLM(model_config()).to(device)
+    model: Any = LlamaForCausalLM(model_config())  # transformers types .to() as something else
+    model.to(device)
     for layer in model.model.layers:
         layer.compile(dynamic=False)
 

@@ -1,0 +1,84 @@
+# `make demo` and `make test` do all the set-up themselves, in .venv; both need python3 (3.10 or later, with venv and its
+# headers) and a C++ compiler, for the CPU kernel that torch.compile builds. `make help` lists the rest.
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+# torch.compile looks for g++ (clang++ on a Mac) and no further, unless CXX names another.
+ifeq ($(origin CXX),default)
+  CXX := $(notdir $(firstword $(foreach name,g++ clang++ c++,$(shell command -v $(name) 2>/dev/null))))
+endif
+export CXX
+
+EXTRAS := dev,cli,transformers,plot
+PROJECT := pyproject.toml constraints.txt
+SOURCES := $(wildcard flexproxy tests benchmarks examples)
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format test-oldest test-newest test-gpu toolchain clean
+
+help:
+	@echo "make demo         set up .venv, then prefill a real text with a small trained model, dense and with flexproxy"
+	@echo "make test         set up .venv, then run the tests"
+	@echo "make lint         set up .venv, then check style, format and types"
+	@echo "make format       set up .venv, then format the code"
+	@echo "make test-oldest  set up .venv-oldest with torch 2.5.1, then run what of the suite needs no compiled CPU kernel"
+	@echo "make test-newest  set up .venv-newest with the newest torch, then run the tests"
+	@echo "make test-gpu     run the GPU tests with the python3 at hand and the torch that it brings; installs nothing"
+	@echo "make clean        remove the environments and caches"
+
+demo: toolchain .venv/.stamp
+	.venv/bin/flexproxy demo --force $(ARGS)
+
+test: toolchain .venv/.stamp
+	.venv/bin/python $(PYTEST) $(ARGS)
+
+lint: .venv/.stamp
+	.venv/bin/ruff check $(SOURCES)
+	.venv/bin/ruff format --check $(SOURCES)
+	.venv/bin/mypy $(SOURCES)
+
+format: .venv/.stamp
+	.venv/bin/ruff check --fix $(SOURCES)
+	.venv/bin/ruff format $(SOURCES)
+
+test-oldest: .venv-oldest/.stamp
+	.venv-oldest/bin/python $(PYTEST) $(ARGS)
+
+test-newest: toolchain .venv-newest/.stamp
+	.venv-newest/bin/python -m pip install --quiet --upgrade torch
+	.venv-newest/bin/python $(PYTEST) $(ARGS)
+
+test-gpu:
+	$(PYTHON) -m pytest -m gpu $(ARGS)
+
+# What no package can bring: said here, before minutes of installation.
+toolchain:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "flexproxy needs Python 3.10 or later; '$(PYTHON)' is `$(PYTHON) --version 2>&1`. Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@test -n "$(CXX)" && command -v $(CXX) >/dev/null || { \
+	  echo "flexproxy needs a C++ compiler: torch.compile builds the CPU kernel with it. Debian, Ubuntu: apt install g++ python3-dev" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { \
+	  echo "flexproxy needs the headers of '$(PYTHON)' (Python.h): torch.compile builds the CPU kernel with them. Debian, Ubuntu: apt install python3-dev" >&2; exit 1; }
+
+# An environment is made anew when what it is made from has changed, or when making it was cut short.
+.venv/.stamp: $(PROJECT)
+	@echo "Installing into .venv (once; a few minutes where torch has to be downloaded)"
+	$(PYTHON) -m venv --clear .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@
+
+.venv-oldest/.stamp: $(PROJECT)
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e . "torch==2.5.1" pytest pytest-xdist hypothesis numpy
+	touch $@
+
+.venv-newest/.stamp: $(PROJECT)
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-oldest .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

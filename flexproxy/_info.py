@@ -1,0 +1,80 @@
+"""What is installed, on which devices, and what flexproxy makes of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from typing import Any
+
+import torch
+
+import flexproxy
+
+# Distribution: what is not to be had without it.
+_PACKAGES = {
+    "torch": "everything",
+    "einops": "everything",
+    "triton": "compiled attention on a GPU",
+    "flash-attn-4": 'the option BACKEND="FLASH", the fastest on Hopper and newer GPUs',
+    "transformers": "flexproxy demo",
+    "safetensors": "flexproxy demo",
+    "matplotlib": "the picture of flexproxy demo",
+    "typer": "this command line",
+    "rich": "this command line",
+}
+_SHAPE = {"Hq": 32, "Hkv": 8, "S": 4096, "D": 128}
+
+
+def cpp_compiler() -> tuple[str, str | None]:
+    """The C++ compiler that torch.compile looks for, and its path if there is one."""
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    name = (os.environ.get("CXX") or default).split()[0]
+    return name, shutil.which(name)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    q = torch.empty(1, _SHAPE["Hq"], _SHAPE["S"], _SHAPE["D"], device=device, dtype=dtype)
+    k = torch.empty(1, _SHAPE["Hkv"], _SHAPE["S"], _SHAPE["D"], device=device, dtype=dtype)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name = f"{properties.name}, capability {properties.major}.{properties.minor}"
+        memory: float | None = round(properties.total_memory / 2**30, 1)
+    else:
+        name, memory = f"{platform.machine()}, {torch.get_num_threads()} threads", None
+    return {
+        "device": str(device),
+        "name": name,
+        "memory_gib": memory,
+        "dtype": str(dtype).removeprefix("torch."),
+        "kernel_options": dict(flexproxy.kernel_options(q, k)),
+    }
+
+
+def collect() -> dict[str, Any]:
+    """Versions, devices and kernel options, as plain data.
+
+    ``packages`` maps each to its ``version`` (None if missing) and what it is needed for; ``devices`` has one entry for
+    the CPU and one for each GPU, with the kernel options that flexproxy picks there for the shape in ``shape``.
+    """
+    devices = [_device(torch.device("cpu"), torch.float32)]
+    if torch.cuda.is_available():
+        devices += [_device(torch.device("cuda", i), torch.bfloat16) for i in range(torch.cuda.device_count())]
+    return {
+        "flexproxy": flexproxy.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: {"version": _version(name), "needed_for": use} for name, use in _PACKAGES.items()},
+        "cpp_compiler": dict(zip(("name", "path"), cpp_compiler(), strict=True)),
+        "devices": devices,
+        "shape": _SHAPE,
+    }

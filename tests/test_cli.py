@@ -1,0 +1,209 @@
+"""The command line: what it prints where, its exit codes, and what it says to a mistake."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flexproxy
+from flexproxy import _info, cli
+from tests.tiny_model import HEADS, LAYERS, save_tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = "import sys; from flexproxy.cli import main; sys.exit(main())"
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for package in ("typer", "rich", "transformers", "safetensors", "matplotlib"):
+        pytest.importorskip(package)
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def small(model_folder: Path, tmp_path: Path) -> list[str]:
+    """A demo that takes a second."""
+    options = {
+        "--model": model_folder,
+        "--picture": tmp_path / "map.png",
+        "--length": 512,
+        "--needles": 8,
+        "--min-budget": 64,
+        "--gamma": 0.5,
+        "--device": "cpu",
+    }
+    return ["demo", *(str(word) for pair in options.items() for word in pair)]
+
+
+def test_demo_prints_tables_and_writes_the_picture(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(small) == 0
+    out, err = capsys.readouterr()
+    for line in ("needles answered exactly", "bits per byte of the text", "blocks kept / admissible", "time"):
+        assert line in out
+    assert str(tmp_path / "map.png") in out
+    assert "Runs on the CPU" in err
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_json_is_all_of_stdout(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*small, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["picture"] == str(tmp_path / "map.png")
+    assert Path(data["picture"]).is_file()
+    assert (data["tokens"], data["queries"]) == (512, 8)
+    assert [len(heads) for heads in data["density"]] == [HEADS] * LAYERS
+    assert data["dense"].keys() == data["sparse"].keys() == {"exact_answers", "bits_per_byte", "seconds"}
+
+
+def test_demo_replaces_a_picture_only_when_told_to(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "map.png").write_bytes(b"precious")
+    assert cli.main(small) == 2
+    assert "--force" in capsys.readouterr().err
+    assert (tmp_path / "map.png").read_bytes() == b"precious"
+    assert cli.main([*small, "--force"]) == 0
+    assert (tmp_path / "map.png").read_bytes() != b"precious"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--gamma 2", "gamma: expected"),
+        ("--gamma nan", "gamma: expected"),
+        ("--gamma much", "--gamma"),
+        ("--length 5", "--length"),
+        ("--length 1000000000", "use a longer text or a lower --length"),
+        ("--needles 17", "num_needles: expected 1 to 16"),
+        ("--num-proxies 3", "num_proxies: expected"),
+        ("--min-budget -1", "min_budget: expected"),
+        ("--layer 2", "--layer: the model has layers 0 to 1"),
+        ("--text nowhere.txt", "cannot read the text nowhere.txt"),
+        ("--text .", "cannot read the text ."),
+        ("--model nowhere", "no config.json in nowhere"),
+        ("--picture map.txt", "no picture format ends in '.txt'"),
+        ("--picture nowhere/map.png", "does not exist"),
+        ("--device tpu", "tpu"),
+        ("--no-such-option", "--no-such-option"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    small: list[str], capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
+    assert cli.main([*small, *options.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    last = err.splitlines()[-1]
+    assert last.startswith("flexproxy: ")
+    assert message in last
+    assert "Traceback" not in err
+    assert len(err.splitlines()) <= 2  # the note about text and device may come before
+
+
+def test_an_unknown_command(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["benchmark"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert "benchmark" in err
+
+
+def test_help_and_version(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert "demo" in out
+    assert "info" in out
+    assert cli.main(["demo", "--help"]) == 0
+    assert "2048" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{flexproxy.__version__}\n"
+
+
+def test_info_as_json(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["flexproxy"] == flexproxy.__version__
+    assert data["python"] == platform.python_version()
+    assert {"torch", "triton", "transformers", "einops"} <= data["packages"].keys()
+    assert all(package["needed_for"] for package in data["packages"].values())
+    assert data["packages"]["einops"]["version"]
+    assert data["devices"][0]["device"] == "cpu"
+    assert len(data["devices"]) == 1 + (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def test_info_says_what_is_missing(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_info, "_version", lambda name: None if name == "triton" else "1.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("missing") == 1
+    assert "No CUDA device" in out
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"), [("transformers", "transformers"), ("safetensors", "transformers"), ("matplotlib", "plot")]
+)
+def test_demo_names_the_extra_that_is_missing(
+    small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str, extra: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
+    assert cli.main(small) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f'flexproxy: {module} is not installed: pip install "flexproxy[{extra}]"\n')
+
+
+@pytest.mark.parametrize("module", ["typer", "rich"])
+def test_without_the_cli_extra(module: str) -> None:
+    blocked = f"import sys; sys.modules[{module!r}] = None; {COMMAND}"
+    done = subprocess.run(
+        [sys.executable, "-c", blocked, "demo"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.endswith('is not installed: pip install "flexproxy[cli]"\n')
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_interrupting_leaves_no_picture(small: list[str], tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *small],
+        cwd=ROOT,
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    lines: list[str] = []
+    while not (lines and "compiling" in lines[-1]):
+        lines.append(process.stderr.readline())
+        assert lines[-1], f"ended early: {lines}"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert err == "flexproxy: interrupted\n"
+    assert not list(tmp_path.glob("*map.png*"))
+
+
+def test_a_bug_is_not_hidden_as_a_mistake(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(flexproxy, "attention", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(small)

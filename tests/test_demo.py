@@ -1,0 +1,255 @@
+"""The demo as a function: what it measures, what it leaves as it was, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flexproxy
+from flexproxy import _demo_inputs, demo
+from flexproxy._demo_inputs import DemoError
+from flexproxy.demo import DemoResult
+from flexproxy.needle import VOCAB_SIZE, plant
+from tests.tiny_model import HEADS, LAYERS, save_tiny_model
+
+pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
+
+ROOT = Path(__file__).resolve().parent.parent
+LENGTH, NEEDLES = 512, 8
+CONFIG = flexproxy.ProxyConfig(num_proxies=2, gamma=0.5, min_budget=64)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(model_folder: Path) -> Any:
+    return _demo_inputs.load_model(model_folder, CPU)
+
+
+def run(model: Any, **overrides: Any) -> DemoResult:
+    text = _demo_inputs.read_text(_demo_inputs.default_text(), LENGTH)
+    arguments: dict[str, Any] = {"config": CONFIG, "num_needles": NEEDLES, "seed": 0} | overrides
+    return demo.run(model, text, **arguments)
+
+
+@pytest.fixture(scope="module")
+def result(model: Any) -> DemoResult:
+    return run(model)
+
+
+def test_result_describes_the_run(result: DemoResult) -> None:
+    assert (result.tokens, result.queries) == (LENGTH, NEEDLES)
+    assert (result.device, result.dtype, result.config) == ("CPU", "float32", CONFIG)
+    assert [len(heads) for heads in result.density] == [HEADS] * LAYERS
+    assert result.block_map.shape == (HEADS, 4, 4)
+    assert min(result.dense.seconds, result.sparse.seconds, result.first_seconds) > 0
+    for prefill in (result.dense, result.sparse):
+        assert 0 <= prefill.exact_answers <= NEEDLES
+        assert 0 < prefill.bits_per_byte < 50
+
+
+def test_density_is_kept_over_admissible(result: DemoResult) -> None:
+    causal = torch.ones(4, 4, dtype=torch.bool).tril()
+    assert not (result.block_map & ~causal).any()
+    assert result.block_map.diagonal(dim1=1, dim2=2).all()
+    expected = result.block_map.sum((1, 2)) / causal.sum()
+    torch.testing.assert_close(torch.tensor(result.density[result.layer]), expected)
+    everything = torch.tensor(result.density)
+    assert result.mean_density == pytest.approx(float(everything.mean()))
+    assert result.mean_density < 1, "the test's model keeps every block, so it would not notice a dense run"
+
+
+def test_sparse_differs_from_dense_but_not_with_every_block(result: DemoResult, model: Any) -> None:
+    assert result.sparse.bits_per_byte != result.dense.bits_per_byte
+    full = run(model, config=flexproxy.ProxyConfig(num_proxies=2, gamma=1.0))
+    assert full.mean_density == 1
+    assert full.sparse.bits_per_byte == pytest.approx(full.dense.bits_per_byte, rel=1e-5)
+    assert full.dense.bits_per_byte == pytest.approx(result.dense.bits_per_byte, rel=1e-6)
+
+
+def test_the_registered_attention_is_causal(result: DemoResult, model: Any) -> None:
+    tokens = _demo_inputs.read_text(_demo_inputs.default_text(), LENGTH).long()
+    changed = tokens.clone()
+    changed[:, 384:] = 7
+    dense = model(input_ids=tokens, use_cache=False).logits
+    model.set_attn_implementation("flexproxy_demo")
+    try:
+        with torch.no_grad():
+            logits, other = (model(input_ids=x, use_cache=False).logits for x in (tokens, changed))
+            with pytest.raises(ValueError, match="without padding"):
+                model(input_ids=tokens, attention_mask=(tokens > 0) & (tokens != tokens[0, 0]), use_cache=False)
+    finally:
+        model.set_attn_implementation("sdpa")
+    # A block of queries keeps blocks by a budget that the last tokens set, so only what the first block sees is fixed.
+    torch.testing.assert_close(logits[:, :128], dense[:, :128], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits[:, :128], other[:, :128])
+    assert not torch.allclose(logits[:, 384:], other[:, 384:])
+
+
+def test_bits_per_byte_are_those_of_the_text() -> None:
+    text = _demo_inputs.read_text(_demo_inputs.default_text(), LENGTH)
+    batch = plant(text, NEEDLES, torch.Generator().manual_seed(0))
+    logits = torch.zeros(1, LENGTH, 2 * VOCAB_SIZE)
+    assert demo._measure(batch, logits, 1.0).bits_per_byte == pytest.approx(math.log2(2 * VOCAB_SIZE), rel=1e-5)
+
+    # Sure of every planted token and of none of the text, then the other way round.
+    planted = batch.planted[0, 1:].nonzero().flatten()
+    logits[0, planted, batch.tokens[0, planted + 1]] = 100.0
+    sure_of_planted = demo._measure(batch, logits, 1.0)
+    assert sure_of_planted.exact_answers == NEEDLES
+    assert sure_of_planted.bits_per_byte == pytest.approx(math.log2(2 * VOCAB_SIZE), rel=1e-5)
+    logits.zero_()
+    rest = (~batch.planted[0, 1:]).nonzero().flatten()
+    logits[0, rest, batch.tokens[0, rest + 1]] = 100.0
+    sure_of_text = demo._measure(batch, logits, 1.0)
+    assert sure_of_text.exact_answers == 0
+    assert sure_of_text.bits_per_byte == pytest.approx(0, abs=1e-6)
+
+
+def test_selections_are_looked_at_outside_the_timed_runs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    stage = ""
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal stage
+        stage = what
+
+    select = flexproxy.select
+
+    def spy(*args: Any, **kwargs: Any) -> flexproxy.Selection:
+        calls.append(stage)
+        return select(*args, **kwargs)
+
+    monkeypatch.setattr(flexproxy, "select", spy)
+    run(model, progress=progress)
+    assert calls == ["", *["flexproxy, looking at the selections"] * LAYERS]
+
+
+def test_progress_counts_every_layer_of_every_prefill(model: Any) -> None:
+    seen: list[tuple[str, int, int]] = []
+    run(model, progress=lambda *event: seen.append(event))
+    totals = {total for _, _, total in seen}
+    counts = [done for _, done, _ in seen]
+    assert totals == {9 * LAYERS}
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (0, 9 * LAYERS)
+    assert {stage for stage, _, _ in seen} >= {"flexproxy, compiling", "dense, timed", "flexproxy, timed"}
+
+
+def test_the_model_is_left_as_it_was(result: DemoResult, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(flexproxy, "attention", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(layer._forward_hooks for layer in model.model.layers)
+
+
+def test_json_holds_everything_but_the_map(result: DemoResult) -> None:
+    data = result.to_json()
+    assert json.loads(json.dumps(data)) == data
+    assert "block_map" not in data
+    assert data["dense"]["bits_per_byte"] == result.dense.bits_per_byte
+    assert data["config"]["min_budget"] == CONFIG.min_budget
+    assert torch.equal(torch.tensor(data["density"]), torch.tensor(result.density))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"layer": LAYERS}, r"--layer: the model has layers 0 to 1, got 2"),
+        ({"layer": -1}, r"--layer: .*got -1"),
+        ({"num_needles": 17}, r"num_needles: expected 1 to 16"),
+        ({"config": flexproxy.ProxyConfig(num_proxies=3)}, r"num_proxies: .*got 3"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_it_is_run(model: Any, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(DemoError, match=message):
+        run(model, **overrides, progress=lambda *_: pytest.fail("a prefill was started"))
+
+
+def test_text_is_the_first_bytes_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(bytes(range(256)))
+    assert _demo_inputs.read_text(tmp_path / "text", 200).tolist() == [list(range(200))]
+    with pytest.raises(DemoError, match=r"has 256 bytes, and --length asks for 257; use a longer text"):
+        _demo_inputs.read_text(tmp_path / "text", 257)
+    with pytest.raises(DemoError, match=r"cannot read the text .*nowhere"):
+        _demo_inputs.read_text(tmp_path / "nowhere", 1)
+
+
+def test_default_model_says_where_it_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_demo_inputs, "__file__", str(tmp_path / "flexproxy" / "_demo_inputs.py"))
+    with pytest.raises(DemoError) as error:
+        _demo_inputs.default_model()
+    assert str(tmp_path / "examples" / "needle") in str(error.value)
+    assert "--model DIR" in str(error.value)
+    (tmp_path / "examples" / "needle").mkdir(parents=True)
+    (tmp_path / "examples" / "needle" / "model.safetensors").touch()
+    assert _demo_inputs.default_model() == tmp_path / "examples" / "needle"
+
+
+def test_models_that_cannot_be_loaded(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DemoError, match=r"no config\.json in "):
+        _demo_inputs.load_model(tmp_path / "nowhere", CPU)
+
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken)
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(DemoError, match=r"cannot load the model in .*broken: "):
+        _demo_inputs.load_model(broken, CPU)
+    (broken / "config.json").write_text("{")
+    with pytest.raises(DemoError, match=r"cannot load the model in .*broken: "):
+        _demo_inputs.load_model(broken, CPU)
+
+    incomplete = save_tiny_model(tmp_path / "incomplete")
+    settings = json.loads((incomplete / "config.json").read_text())
+    (incomplete / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": LAYERS + 1}))
+    with pytest.raises(DemoError, match=r"lacks weights: model\.layers\.2\."):
+        _demo_inputs.load_model(incomplete, CPU)
+
+    with pytest.raises(DemoError, match=r"has 100 tokens; the needle task has 260"):
+        _demo_inputs.load_model(save_tiny_model(tmp_path / "small", vocab_size=100), CPU)
+
+
+def test_an_explicit_device_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _demo_inputs.pick_device("auto") == _demo_inputs.pick_device("cpu") == CPU
+    with pytest.raises(DemoError, match="no CUDA device"):
+        _demo_inputs.pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (_demo_inputs.pick_device("auto").type, _demo_inputs.pick_device("cpu").type) == ("cuda", "cpu")
+
+
+def test_a_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    with pytest.raises(DemoError, match=r"no C\+\+ compiler: .*no-such-compiler is not to be found"):
+        _demo_inputs.check_compiler(CPU)
+    _demo_inputs.check_compiler(torch.device("cuda"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "examples").is_dir(), reason="the checkpoint is in the repository, not in the sdist")
+def test_the_trained_model_answers_dense_and_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo with its defaults. The text differs a little from Python to Python, so the bounds have some room."""
+    monkeypatch.setattr(demo, "_REPEATS", 1)
+    model = _demo_inputs.load_model(_demo_inputs.default_model(), CPU)
+    text = _demo_inputs.read_text(_demo_inputs.default_text(), 8192)
+    result = demo.run(model, text, flexproxy.ProxyConfig(num_proxies=2, min_budget=512), num_needles=32, seed=0)
+    assert result.dense.exact_answers >= 0.95 * 32
+    assert result.sparse.exact_answers >= 0.85 * 32
+    assert result.sparse.bits_per_byte == pytest.approx(result.dense.bits_per_byte, rel=0.01)
+    assert 0.12 <= result.mean_density <= 0.5
