@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy._compat import seq_lengths_of
 from flexproxy.config import ProxyConfig
+from flexproxy.masks import Table
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
@@ -29,7 +31,9 @@ def check_queries_and_keys(q: Any, k: Any) -> None:
             f"{list(q.shape)}; is q laid out as [B, Hq, Sq, D]?"
         )
     if k.shape[3] != q.shape[3]:
-        raise ValueError(f"k: expected the head dimension D = {q.shape[3]} of q, got {k.shape[3]}")
+        raise ValueError(
+            f"k: expected the head dimension D = {q.shape[3]} of q, got {k.shape[3]}; pass q and k of one layer"
+        )
     if q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q: expected a number of heads Hq that is a multiple of Hkv = {k.shape[1]}, got {q.shape[1]}; are q and k "
@@ -68,7 +72,7 @@ def check_scale(scale: Any, head_dim: int) -> float:
         return 1.0 / math.sqrt(head_dim)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}; pass a Python float")
-    if not math.isfinite(scale):
+    if not -sys.float_info.max <= scale <= sys.float_info.max:  # not-a-number, too
         raise ValueError(f"scale: expected a finite number, got {scale}; None is 1 / sqrt(D)")
     return float(scale)
 
@@ -90,7 +94,8 @@ def check_attention_options(
 ) -> None:
     if score_mod is not None and not callable(score_mod):
         raise TypeError(
-            f"score_mod: expected a function of (score, b, h, q_idx, kv_idx) or None, got {type(score_mod).__name__}"
+            f"score_mod: expected a function of (score, b, h, q_idx, kv_idx) or None, got {type(score_mod).__name__}; "
+            "a mask goes to mask_mod"
         )
     if kernel_options is not None and not isinstance(kernel_options, dict):
         raise TypeError(
@@ -98,21 +103,25 @@ def check_attention_options(
             "None takes flexproxy.kernel_options(q, k)"
         )
     if not isinstance(return_lse, bool):
-        raise TypeError(f"return_lse: expected a bool, got {type(return_lse).__name__}")
-    if q.device.type == "cpu":
-        remedy = "use a GPU, or eager flex_attention with flexproxy.build(q, k)"
-        if return_lse:
-            raise ValueError(f"return_lse: expected False on a CPU, whose kernel keeps no log-sum-exp; {remedy}")
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise TypeError(f"return_lse: expected a bool, got {type(return_lse).__name__}; pass True or False")
+    if q.device.type != "cpu":
+        return
+    if return_lse:
+        raise ValueError(
+            "return_lse: expected False on a CPU, whose kernel keeps no log-sum-exp, got True; use a GPU, or eager "
+            "flex_attention with flexproxy.build(q, k)"
+        )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError(
-                "q: expected no gradients on a CPU, whose kernel has no backward pass, got tensors that need them; "
-                f"use torch.no_grad(), {remedy}"
+                f"{name}: expected no gradients on a CPU, whose kernel has no backward pass, got a tensor that "
+                "requires them; use torch.no_grad(), or a GPU"
             )
 
 
 def _check_tensor(name: str, x: Any, shape: str) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor {shape}, got {type(x).__name__}")
+        raise TypeError(f"{name}: expected a tensor {shape}, got {type(x).__name__}; use torch.as_tensor")
     if x.is_nested or x.layout != torch.strided:
         kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
         raise TypeError(
@@ -125,7 +134,10 @@ def _check_tensor(name: str, x: Any, shape: str) -> None:
             "with unsqueeze(0) for one sequence"
         )
     if 0 in x.shape:
-        raise ValueError(f"{name}: expected a tensor {shape} with no empty dimension, got shape {list(x.shape)}")
+        raise ValueError(
+            f"{name}: expected a tensor {shape} with no empty dimension, got shape {list(x.shape)}; leave the call out "
+            "where there is nothing to attend to"
+        )
 
 
 def _check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -137,7 +149,8 @@ def _check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         )
     if x.shape[0] != other.shape[0]:
         raise ValueError(
-            f"{name}: expected the batch size {other.shape[0]} of {other_name}, got {x.shape[0]} in {list(x.shape)}"
+            f"{name}: expected the batch size {other.shape[0]} of {other_name}, got {x.shape[0]} in {list(x.shape)}; "
+            "expand or repeat one of them"
         )
 
 
@@ -151,14 +164,40 @@ def _check_mask_mod(mask_mod: Any) -> None:
         )
     if torch.compiler.is_compiling():
         return
+    name, signature = getattr(mask_mod, "__name__", str(mask_mod)), ""
     try:
+        signature = str(inspect.signature(mask_mod))
         inspect.signature(mask_mod).bind(0, 0, 0, 0)
-    except TypeError:
+    except (TypeError, ValueError):  # a builtin has no signature
         raise TypeError(
-            f"mask_mod: expected a function of (b, h, q_idx, kv_idx), got {getattr(mask_mod, '__name__', mask_mod)}"
-            f"{inspect.signature(mask_mod)}; masks with parameters are made by a call, for example "
-            "masks.sliding_window(1024)"
+            f"mask_mod: expected a function of (b, h, q_idx, kv_idx), got {name}{signature}; masks with parameters are "
+            "made by a call, for example masks.sliding_window(1024)"
         ) from None
+
+
+def check_tables(tables: tuple[Table, ...], q: Tensor) -> None:
+    """Check the tensors that a mask of ``flexproxy.masks`` looks up."""
+    for name, value, per_sequence in tables:
+        if value.device != q.device:
+            raise ValueError(
+                f"{name}: expected a tensor on {q.device}, as q, got one on {value.device}; move it with .to(device) "
+                "before making the mask"
+            )
+        if per_sequence and value.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"{name}: expected a batch of {q.shape[0]}, as q, got a batch of {value.shape[0]}; give each sequence "
+                "a row of its own, for example with expand"
+            )
+
+
+def check_rows(name: str, block_mask: BlockMask) -> None:
+    """A BlockMask sliced along its queries keeps the lengths of the whole, and means something else."""
+    shape = block_mask.kv_indices.shape
+    if len(shape) != 4 or shape[2] < -(-block_mask.shape[-2] // block_mask.BLOCK_SIZE[0]):
+        raise ValueError(
+            f"{name}: expected lists [B, H, Nq, Nk] with a row for every query block, got {list(shape)}; slice only "
+            "the batch and the heads of a mask"
+        )
 
 
 def _check_block_mask(block_mask: Any, q: Tensor, k: Tensor, block_size: int) -> None:
@@ -166,6 +205,7 @@ def _check_block_mask(block_mask: Any, q: Tensor, k: Tensor, block_size: int) ->
         raise TypeError(
             f"block_mask: expected a BlockMask, got {type(block_mask).__name__}; pass a function as mask_mod="
         )
+    check_rows("block_mask", block_mask)
     if tuple(block_mask.BLOCK_SIZE) != (block_size, block_size):
         raise ValueError(
             f"block_mask: expected blocks of {block_size} x {block_size} as in config, got "
@@ -180,10 +220,6 @@ def _check_block_mask(block_mask: Any, q: Tensor, k: Tensor, block_size: int) ->
     if lengths != wanted:
         raise ValueError(
             f"block_mask: expected a mask for Sq, Skv = {wanted}, got one for {lengths}; make it for these lengths"
-        )
-    if block_mask.kv_indices.dim() != 4:
-        raise ValueError(
-            f"block_mask: expected lists [B, H, Nq, Nk], got {list(block_mask.kv_indices.shape)}; index it with slices"
         )
     for dim, (name, size) in enumerate((("batch", q.shape[0]), ("head", q.shape[1]))):
         if block_mask.kv_indices.shape[dim] not in (1, size):

@@ -4,6 +4,7 @@ NOTE [Opaque operators]
 Three things need an operator instead of plain traced code: loops over chunks, which a trace would unroll; the CPU
 kernel of ``flex_attention``, which refuses a ``mask_mod`` that captures a tensor computed in its own graph unless an
 extern kernel made it; and, later, implementations picked by device. In eager mode the function is called directly.
+Autocast is off inside: it would round the scores to 16 bits, and change the selection.
 """
 
 from __future__ import annotations
@@ -26,8 +27,14 @@ def opaque(schema: str, fake: Callable[Args, Result]) -> Callable[[Callable[Args
     """
 
     def decorate(function: Callable[Args, Result]) -> Callable[Args, Result]:
+        @wraps(function)
+        def exact(*args: Args.args, **kwargs: Args.kwargs) -> Result:
+            first: Any = args[0]
+            with torch.autocast(first.device.type, enabled=False):
+                return function(*args, **kwargs)
+
         operator: Any = torch.library.custom_op(
-            f"flexproxy::{function.__name__}", function, mutates_args=(), schema=schema
+            f"flexproxy::{function.__name__}", exact, mutates_args=(), schema=schema
         )
         operator.register_fake(fake)
 
@@ -35,7 +42,7 @@ def opaque(schema: str, fake: Callable[Args, Result]) -> Callable[[Callable[Args
         def call(*args: Args.args, **kwargs: Args.kwargs) -> Result:
             if torch.compiler.is_compiling():
                 return operator(*args, **kwargs)  # type: ignore[no-any-return]
-            return function(*args, **kwargs)
+            return exact(*args, **kwargs)
 
         return call
 

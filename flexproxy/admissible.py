@@ -11,20 +11,20 @@ Shapes: ``Bm`` is 1 or B and ``Hm`` is 1 or Hq, where 1 means that the mask does
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
-from flexproxy._ops import opaque
+from flexproxy._ops import capturable, opaque
 from flexproxy._tensors import pad_to_multiple
 from flexproxy.clauses import Clause, ClauseStack, allowed, dense_labels, inclusion_exclusion, stack
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-CHUNK_ELEMENTS = 2**23  # of the largest temporary of counting
+CHUNK_ELEMENTS, TABLE_ELEMENTS = 2**23, 2**26  # of the largest temporaries of counting
 
 
 def _evaluated_elements(device: torch.device) -> int:
@@ -144,25 +144,48 @@ def _count_blocks(
 
     lo, hi, q_label ``[M, b, Sq]``; k_label ``[M, b, Skv]``, dense labels. Returns any, full, valid of Admissible.
     """
+    _, batch, _ = lo.shape
+    # Labels need a table of labels x blocks, Skv * Nk entries: some blocks at a time.
+    span = num_keys if k_label is None else max(1, TABLE_ELEMENTS // (batch * num_keys)) * block_size
+    any_: list[Tensor] = []
+    full: list[Tensor] = []
+    valid: list[Tensor] = []
+    for start in range(0, num_keys, span):
+        stop = min(start + span, num_keys)
+        labels = None if k_label is None else k_label[..., start:stop]
+        ends = (lo - start).clamp(min=0), (hi - start).clamp(max=stop - start)
+        parts = _count_span(*ends, q_label, labels, signs, stop - start, num_keys, block_size)
+        for whole, part in zip((any_, full, valid), parts, strict=True):
+            whole.append(part)
+    return torch.cat(any_, -1), torch.cat(full, -1), torch.stack(valid).any(0)
+
+
+def _count_span(
+    lo: Tensor,
+    hi: Tensor,
+    q_label: Tensor | None,
+    k_label: Tensor | None,
+    signs: Sequence[int],
+    num_keys: int,
+    num_labels: int,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``_count_blocks`` for some of the keys, whose positions count from the first of them."""
     _, batch, num_queries = lo.shape
     num_blocks = -(-num_keys // block_size)
     tables: list[Tensor | None] = [None] * len(signs)
-    padded: list[Tensor | None] = [None] * len(signs)
+    padded = None
     if k_label is not None:
-        for m in range(len(signs)):
-            tables[m] = _keys_by_label_and_block(k_label[m], block_size, num_blocks)
-            padded[m] = pad_to_multiple(k_label[m], -1, block_size, -1)
-
+        tables = [_keys_by_label_and_block(label, num_labels, block_size) for label in k_label]
+        padded = pad_to_multiple(k_label, -1, block_size, -1)
     any_, full, valid = [], [], []
     rows_per_chunk = max(1, CHUNK_ELEMENTS // (batch * num_blocks * block_size)) * block_size
     for start in range(0, num_queries, rows_per_chunk):
         rows = slice(start, min(start + rows_per_chunk, num_queries))
         count = lo.new_zeros(batch, rows.stop - start, num_blocks)
         for m, sign in enumerate(signs):
-            label = None if q_label is None else q_label[m, :, rows]
-            count += sign * _count_keys(
-                lo[m, :, rows], hi[m, :, rows], label, padded[m], tables[m], num_keys, block_size
-            )
+            labels = None if q_label is None or padded is None else (q_label[m, :, rows], padded[m])
+            count += sign * _count_keys(lo[m, :, rows], hi[m, :, rows], labels, tables[m], num_keys, block_size)
         valid.append((count > 0).any(-1))
         padded_count = pad_to_multiple(count, -2, block_size, 0)
         count = rearrange(padded_count, "b (q_block row) block -> b q_block row block", row=block_size)
@@ -171,30 +194,29 @@ def _count_blocks(
     return torch.cat(any_, 1)[:, None], torch.cat(full, 1)[:, None], torch.cat(valid, 1)[:, None]
 
 
-def _keys_by_label_and_block(k_label: Tensor, block_size: int, num_blocks: int) -> Tensor:
+def _keys_by_label_and_block(k_label: Tensor, num_labels: int, block_size: int) -> Tensor:
     """How many keys of each label each block has: int32 ``[b, labels, Nk]``, from dense labels ``[b, Skv]``."""
     batch, num_keys = k_label.shape
+    num_blocks = -(-num_keys // block_size)
     block = torch.arange(num_keys, device=k_label.device) // block_size
     cell = k_label.clamp(min=0) * num_blocks + block
-    table = torch.zeros(batch, num_keys * num_blocks, dtype=torch.int32, device=k_label.device)
-    return table.scatter_add_(1, cell, (k_label >= 0).to(torch.int32)).view(batch, num_keys, num_blocks)
+    table = torch.zeros(batch, num_labels * num_blocks, dtype=torch.int32, device=k_label.device)
+    return table.scatter_add_(1, cell, (k_label >= 0).to(torch.int32)).view(batch, num_labels, num_blocks)
 
 
 def _count_keys(
-    lo: Tensor,
-    hi: Tensor,
-    q_label: Tensor | None,
-    k_label: Tensor | None,
-    table: Tensor | None,
-    num_keys: int,
-    block_size: int,
+    lo: Tensor, hi: Tensor, labels: tuple[Tensor, Tensor] | None, table: Tensor | None, num_keys: int, block_size: int
 ) -> Tensor:
-    """Keys that one clause allows to each query in each block: int32 ``[b, rows, Nk]``; ``k_label`` is padded."""
+    """Keys that one clause allows to each query in each block: int32 ``[b, rows, Nk]``.
+
+    labels: of the queries ``[b, rows]``, and of the keys, padded to whole blocks; table: of these keys.
+    """
     first = torch.arange(0, num_keys, block_size, dtype=torch.int32, device=lo.device)
     last = (first + block_size).clamp(max=num_keys)
     count = (torch.minimum(hi[..., None], last) - torch.maximum(lo[..., None], first)).clamp(min=0)
-    if q_label is None or k_label is None or table is None:
+    if labels is None or table is None:
         return count
+    q_label, k_label = labels
     # Inside the interval the table has the count. Its two ends lie in two blocks, where the tokens are compared.
     rows_of_table = q_label.clamp(min=0)[..., None].expand(-1, -1, len(first))
     inside = torch.where(count == last - first, table.gather(1, rows_of_table), 0)
@@ -225,7 +247,12 @@ def evaluate(
     """
 
     def at_rows(b: Tensor, h: Tensor, row: Tensor, kv_idx: Tensor) -> Tensor:
-        return mask_mod(b, h, q_index(b, h, row), kv_idx) & (row >= 0)  # `&`: also a mask that ignores its arguments
+        allowed: Any = mask_mod(b, h, q_index(b, h, row), kv_idx)
+        if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
+            kind = allowed.dtype if isinstance(allowed, Tensor) else type(allowed).__name__
+            raise TypeError(f"mask_mod: expected a bool tensor as its result, got {kind}; use a comparison")
+        result: Tensor = allowed & (row >= 0)  # a mask may ignore its arguments
+        return result
 
     mask: Tensor = create_mask(at_rows, batch, heads, rows, num_keys, device=device)
     return mask
@@ -261,6 +288,22 @@ def classify_by_evaluation(
         any_.append(blocks.any(5).any(3))
         full.append(blocks.all(5).all(3))
     return Admissible(torch.cat(any_, 2), torch.cat(full, 2), torch.cat(valid, 2)), torch.cat(bits, 2)
+
+
+def bits_at(mask_mod: MaskMod, queries: Tensor, num_keys: int) -> Tensor:
+    """The mask at some queries and all keys, as bits of a SampledMask. queries: int64 ``[b, h, m]``."""
+    batch, heads, number = queries.shape
+    queries = capturable(queries)
+    rows_per_chunk = max(1, _evaluated_elements(queries.device) // (batch * heads * num_keys))
+    bits = []
+    for start in range(0, number, rows_per_chunk):
+        rows = min(rows_per_chunk, number - start)
+
+        def q_index(b: Tensor, h: Tensor, row: Tensor, start: int = start) -> Tensor:
+            return queries[b, h, row + start]
+
+        bits.append(pack_bits(evaluate(mask_mod, batch, heads, q_index, rows, num_keys, queries.device)))
+    return torch.cat(bits, 2)
 
 
 class _Tracked(Tensor):

@@ -22,7 +22,7 @@ from flexproxy.config import ProxyConfig
 from flexproxy.kernel_options import fit_to_blocks
 from flexproxy.kernel_options import kernel_options as best_kernel_options
 from flexproxy.masks import MaskMod
-from flexproxy.pipeline import build, dense_block_mask
+from flexproxy.pipeline import dense_block_mask, select_for
 
 
 @overload
@@ -93,16 +93,20 @@ def attention(
     scale = check_scale(scale, q.shape[3])
     num_queries, num_keys = q.shape[2], k.shape[2]
     gqa = q.shape[1] != k.shape[1]
+    # A score_mod may capture a parameter that requires gradients, where q, k and v do not.
+    gradients = v.requires_grad or score_mod is not None
+    if not torch.is_grad_enabled():  # the CPU kernel refuses tensors that could require gradients
+        q, k, v = q.detach(), k.detach(), v.detach()
 
     if _dense_pays(num_queries, num_keys, config):
         no_mask_needed = num_queries in (1, num_keys)
         if mask_mod is None and block_mask is None and score_mod is None and not return_lse and no_mask_needed:
             return F.scaled_dot_product_attention(q, k, v, is_causal=num_queries > 1, scale=scale, enable_gqa=gqa)
         if block_mask is None:
-            gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-            block_mask = dense_block_mask(q, k, mask_mod, config.block_size, gradients)
+            needs_gradients = torch.is_grad_enabled() and (gradients or q.requires_grad or k.requires_grad)
+            block_mask = dense_block_mask(q, k, mask_mod, config.block_size, needs_gradients)
     else:
-        block_mask = build(q, k, mask_mod=mask_mod, block_mask=block_mask, config=config, scale=scale)
+        block_mask = select_for(q, k, mask_mod, block_mask, config, scale, gradients).block_mask()
 
     options = best_kernel_options(q, k) if kernel_options is None else kernel_options
     arguments: dict[str, Any] = {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
+from flexproxy._checks import check_rows
 from flexproxy._compat import from_kv_blocks
 from flexproxy._ops import opaque
 from flexproxy.masks import MaskMod
@@ -96,6 +97,7 @@ def and_block_masks(a: BlockMask, b: BlockMask) -> BlockMask:
     for name, mask in (("a", a), ("b", b)):
         if not isinstance(mask, BlockMask):
             raise TypeError(f"{name}: expected a BlockMask, got {type(mask).__name__}; make one with create_block_mask")
+        check_rows(name, mask)
     block_size = a.BLOCK_SIZE[0]
     if a.BLOCK_SIZE != b.BLOCK_SIZE or a.BLOCK_SIZE[1] != block_size:
         raise ValueError(
@@ -114,7 +116,9 @@ def and_block_masks(a: BlockMask, b: BlockMask) -> BlockMask:
     for dim, name in enumerate(("batch", "head")):
         sizes = a.kv_indices.shape[dim], b.kv_indices.shape[dim]
         if sizes[0] != sizes[1] and 1 not in sizes:
-            raise ValueError(f"b: expected a {name} dimension of {sizes[0]}, as a, or 1, got {sizes[1]}")
+            raise ValueError(
+                f"b: expected a {name} dimension of {sizes[0]}, as a, or 1, got {sizes[1]}; make both for one batch"
+            )
     num_q_blocks, num_k_blocks = (-(-length // block_size) for length in lengths)
     a_any, a_full = dense_maps(a, num_q_blocks, num_k_blocks)
     b_any, b_full = dense_maps(b, num_q_blocks, num_k_blocks)

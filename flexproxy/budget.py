@@ -70,12 +70,12 @@ def block_masses(
     """
     batch, num_q_heads, num_probes, _ = q.shape
     num_kv_heads, num_keys = k.shape[1], k.shape[2]
-    queries = rearrange(q.float() * scale, "b (kv g) m d -> b kv (g m) d", kv=num_kv_heads)
+    queries = rearrange(q.float(), "b (kv g) m d -> b kv (g m) d", kv=num_kv_heads)
     per_chunk = max(1, CHUNK_ELEMENTS // (batch * num_q_heads * num_probes * block_size)) * block_size
     parts = []
     for start in range(0, num_keys, per_chunk):
         keys = slice(start, min(start + per_chunk, num_keys))
-        logits = queries @ k[:, :, keys].float().transpose(-1, -2)
+        logits = (queries @ k[:, :, keys].float().transpose(-1, -2)).mul_(scale)
         logits = rearrange(logits, "b kv (g m) key -> b (kv g) m key", m=num_probes)
         ok = mask_chunk(lo, hi, q_label, k_label, bits, slice(0, num_probes), keys, 1)
         logits.masked_fill_(~ok, -torch.inf)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,10 +65,10 @@ class ProxyConfig:
         _check_int("min_budget", self.min_budget, 0)
         if self.max_budget is not None:
             _check_int("max_budget", self.max_budget, 1)
-            if self.max_budget < self.min_budget:
+            if self.max_budget // self.block_size < self.min_blocks:
                 raise ValueError(
-                    f"max_budget: expected at least min_budget {self.min_budget}, got {self.max_budget}; "
-                    "raise max_budget or lower min_budget"
+                    f"max_budget: expected at least min_budget in whole blocks, {self.min_blocks * self.block_size} "
+                    f"tokens, got {self.max_budget}; raise max_budget or lower min_budget"
                 )
             # One more block than is forced: the queries of one block may see themselves in two key blocks.
             forced = (self.sink_blocks + self.local_blocks + 1) * self.block_size
@@ -103,7 +102,7 @@ def _check_int(name: str, value: object, low: int, high: int | None = None) -> N
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected {span}, got {value!r} of type {type(value).__name__}; pass a Python int")
     if value < low or (high is not None and value > high):
-        raise ValueError(f"{name}: expected {span}, got {value}")
+        raise ValueError(f"{name}: expected {span}, got {value}; use {low if value < low else high}")
 
 
 def _check_fraction(name: str, value: object) -> None:
@@ -111,7 +110,7 @@ def _check_fraction(name: str, value: object) -> None:
         raise TypeError(
             f"{name}: expected a number in (0, 1], got {value!r} of type {type(value).__name__}; pass a Python float"
         )
-    if math.isnan(value) or not 0.0 < value <= 1.0:
+    if not 0.0 < value <= 1.0:  # not-a-number, too
         raise ValueError(f"{name}: expected a number in (0, 1], got {value}; 1.0 keeps every block")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,20 +24,31 @@ __all__ = ["causal", "document", "full", "padding", "prefix_lm", "shift", "slidi
 MaskMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+class Table(NamedTuple):
+    """A tensor that a mask looks up, by the name of its argument. per_sequence: its first dimension is the batch."""
+
+    name: str
+    value: Tensor
+    per_sequence: bool
+
+
 @dataclass(frozen=True)
 class Structure:
     """What flexproxy knows of a mask besides its function.
 
-    clauses: from the positions of the queries, int32 ``[b, Sq]``, and Skv, to the clauses whose union is the mask;
-        None if the mask has to be evaluated.
+    clauses: from the positions of the queries, int32 ``[b, Sq]``, and Skv, to the clauses whose union is the mask
+        (if there are more than MAX_CLAUSES, to any MAX_CLAUSES + 1); None if the mask has to be evaluated.
     offset: what must be added to a query's index to get its position among the keys: an int, an int tensor (``[]`` or
         ``[B]``), or None if the mask does not say.
+    tables: the tensors that the mask looks up.
     """
 
     clauses: Callable[[Tensor, int], tuple[Clause, ...]] | None
     offset: int | Tensor | None
+    tables: tuple[Table, ...] = ()
 
 
+_INT32_MAX = 2**31 - 1
 _UNKNOWN = Structure(None, None)
 
 
@@ -81,6 +92,7 @@ def sliding_window(window: int | Tensor) -> MaskMod:
         TypeError: not an int, nor a tensor of one integer.
         ValueError: an int below 1.
     """
+    tables: tuple[Table, ...] = ()
     if isinstance(window, Tensor):
         if window.dim() != 0 or not _is_integer(window):
             raise TypeError(
@@ -88,8 +100,12 @@ def sliding_window(window: int | Tensor) -> MaskMod:
                 f"{list(window.shape)}; use window.reshape(()) or one mask for each window"
             )
         window = capturable(window)
+        tables = (Table("window", window, False),)
     elif isinstance(window, bool) or not isinstance(window, int):
-        raise TypeError(f"window: expected an int or an integer tensor, got {window!r} of type {type(window).__name__}")
+        raise TypeError(
+            f"window: expected an int or an integer tensor, got {window!r} of type {type(window).__name__}; "
+            "pass the number of tokens as an int"
+        )
     elif window < 1:
         raise ValueError(f"window: expected at least 1 token, got {window}; for no window use masks.causal")
 
@@ -97,9 +113,10 @@ def sliding_window(window: int | Tensor) -> MaskMod:
         return (q_idx >= kv_idx) & (q_idx - kv_idx < window)
 
     def clauses(position: Tensor, num_keys: int) -> tuple[Clause, ...]:
-        return (Clause((position - window + 1).to(torch.int32), position + 1),)
+        size = window.to(torch.int64).clamp(max=_INT32_MAX) if isinstance(window, Tensor) else min(window, _INT32_MAX)
+        return (Clause((position - size + 1).to(torch.int32), position + 1),)
 
-    return _attach(sliding_window_mask, Structure(clauses, 0))
+    return _attach(sliding_window_mask, Structure(clauses, 0, tables))
 
 
 def document(document_ids: Tensor) -> MaskMod:
@@ -115,6 +132,8 @@ def document(document_ids: Tensor) -> MaskMod:
     """
     _check_table("document_ids", document_ids, "[S] or [B, S]", (1, 2), integer=True)
     num_tokens = document_ids.shape[-1]
+    if document_ids.dtype == torch.uint8:  # has no -1
+        document_ids = document_ids.to(torch.int32)
     ids = _padded(document_ids, -1)
     if ids.dim() == 1:
 
@@ -125,7 +144,8 @@ def document(document_ids: Tensor) -> MaskMod:
         def document_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return (ids[b, q_idx] == ids[b, kv_idx]) & (ids[b, q_idx] >= 0)
 
-    return _attach(document_mask, Structure(_label_clauses("document_ids", ids, num_tokens), None))
+    tables = (Table("document_ids", ids, ids.dim() == 2),)
+    return _attach(document_mask, Structure(_label_clauses("document_ids", ids, num_tokens), None, tables))
 
 
 def padding(attention_mask: Tensor) -> MaskMod:
@@ -147,7 +167,8 @@ def padding(attention_mask: Tensor) -> MaskMod:
         return real[b, q_idx] & real[b, kv_idx]
 
     labels = real.to(torch.int32) - 1
-    return _attach(padding_mask, Structure(_label_clauses("attention_mask", labels, num_tokens), None))
+    tables = (Table("attention_mask", real, True),)
+    return _attach(padding_mask, Structure(_label_clauses("attention_mask", labels, num_tokens), None, tables))
 
 
 def prefix_lm(prefix_lengths: Tensor) -> MaskMod:
@@ -167,10 +188,11 @@ def prefix_lm(prefix_lengths: Tensor) -> MaskMod:
         return (q_idx >= kv_idx) | (kv_idx < lengths[b])
 
     def clauses(position: Tensor, num_keys: int) -> tuple[Clause, ...]:
-        hi = torch.maximum(position + 1, lengths[:, None].to(torch.int32))
+        prefix = lengths[:, None].to(torch.int64).clamp(max=_INT32_MAX).to(torch.int32)
+        hi = torch.maximum(position + 1, prefix)
         return (Clause(torch.zeros_like(hi), hi),)
 
-    return _attach(prefix_lm_mask, Structure(clauses, 0))
+    return _attach(prefix_lm_mask, Structure(clauses, 0, (Table("prefix_lengths", lengths, True),)))
 
 
 def shift(mask_mod: MaskMod, q_offset: int | Tensor) -> MaskMod:
@@ -188,13 +210,17 @@ def shift(mask_mod: MaskMod, q_offset: int | Tensor) -> MaskMod:
         ValueError: ``q_offset`` has more than one dimension.
     """
     if not callable(mask_mod):
-        raise TypeError(f"mask_mod: expected a function of (b, h, q_idx, kv_idx), got {type(mask_mod).__name__}")
+        raise TypeError(
+            f"mask_mod: expected a function of (b, h, q_idx, kv_idx), got {type(mask_mod).__name__}; pass the mask "
+            "first, the offset second"
+        )
     if isinstance(q_offset, Tensor):
         _check_table("q_offset", q_offset, "[] or [B]", (0, 1), integer=True)
         offset: int | Tensor = capturable(q_offset)
     elif isinstance(q_offset, bool) or not isinstance(q_offset, int):
         raise TypeError(
-            f"q_offset: expected an int or an integer tensor, got {q_offset!r} of type {type(q_offset).__name__}"
+            f"q_offset: expected an int or an integer tensor, got {q_offset!r} of type {type(q_offset).__name__}; "
+            "pass the number of tokens before the first query as an int"
         )
     else:
         offset = q_offset
@@ -218,7 +244,9 @@ def shift(mask_mod: MaskMod, q_offset: int | Tensor) -> MaskMod:
             step = offset[:, None] if per_sequence else offset  # type: ignore[index]
             return inner_clauses((position + step).to(torch.int32), num_keys)
 
-    return _attach(shift_mask, Structure(shifted, offset if inner.offset is None else offset + inner.offset))
+    own = (Table("q_offset", offset, per_sequence),) if isinstance(offset, Tensor) else ()
+    total = offset if inner.offset is None else offset + inner.offset
+    return _attach(shift_mask, Structure(shifted, total, inner.tables + own))
 
 
 def structure_of(mask_mod: MaskMod) -> Structure:
@@ -240,19 +268,20 @@ def structure_of(mask_mod: MaskMod) -> Structure:
     for part in parts:
         if part.offset is not None:
             offset = part.offset if offset is None else _larger(offset, part.offset)
+    tables = tuple(table for part in parts for table in part.tables)
     if any(part.clauses is None for part in parts):
-        return Structure(None, offset)
+        return Structure(None, offset, tables)
 
     def clauses(position: Tensor, num_keys: int) -> tuple[Clause, ...]:
-        terms = [part.clauses(position, num_keys) for part in parts if part.clauses is not None]
+        terms = [part.clauses(position, num_keys)[: MAX_CLAUSES + 1] for part in parts if part.clauses is not None]
         if name == "or_mask":
             return tuple(clause for term in terms for clause in term)
         product: tuple[Clause, ...] = _full_clauses(position, num_keys)
         for term in terms:
-            product = tuple(intersect(x, y) for x in product for y in term)
+            product = tuple(intersect(x, y) for x in product for y in term)[: MAX_CLAUSES + 1]
         return product
 
-    return Structure(clauses, offset)
+    return Structure(clauses, offset, tables)
 
 
 def clauses_of(
@@ -295,8 +324,8 @@ def _label_clauses(name: str, table: Tensor, num_tokens: int) -> Callable[[Tenso
 
 
 def _padded(table: Tensor, value: int | bool) -> Tensor:
-    """Pad the last dimension to whole blocks: compiled kernels look up the padding of a ragged last tile, too."""
-    padding = -table.shape[-1] % MAX_BLOCK_SIZE
+    """Pad the last dimension: compiled kernels look up the padding of a ragged last tile, of shifted queries too."""
+    padding = -table.shape[-1] % MAX_BLOCK_SIZE + MAX_BLOCK_SIZE
     return capturable(F.pad(table.detach(), (0, padding), value=value))  # always a copy
 
 
@@ -313,4 +342,4 @@ def _check_table(name: str, value: Any, shape: str, dims: tuple[int, ...], integ
             f"{name}: expected a tensor of {kind} dtype, got {value.dtype}; convert it with .to(torch.int32)"
         )
     if value.dim() not in dims:
-        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
+        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}; reshape it")

@@ -12,16 +12,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy import masks
-from flexproxy._checks import check_config, check_masks, check_queries_and_keys, check_scale
-from flexproxy._ops import capturable
+from flexproxy._checks import check_config, check_masks, check_queries_and_keys, check_scale, check_tables
 from flexproxy.admissible import (
     Admissible,
     SampledMask,
+    bits_at,
     classify_by_evaluation,
     classify_clauses,
     depends_on,
-    evaluate,
-    pack_bits,
 )
 from flexproxy.block_mask import compile_block_mask, dense_maps
 from flexproxy.budget import (
@@ -68,12 +66,25 @@ def select(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
     """
+    return select_for(q, k, mask_mod, block_mask, config, scale, gradients=False)
+
+
+def select_for(
+    q: Tensor,
+    k: Tensor,
+    mask_mod: MaskMod | None,
+    block_mask: BlockMask | None,
+    config: ProxyConfig | None,
+    scale: float | None,
+    gradients: bool,
+) -> Selection:
+    """``select``, whose BlockMask has the lists for gradients also if v requires them, or something else."""
     config = check_config(config)
     check_queries_and_keys(q, k)
     check_masks(mask_mod, block_mask, q, k, config.block_size)
     scale = check_scale(scale, q.shape[3])
     groups, k_groups = head_groups(config.num_proxies, config.groups, q.shape[1], k.shape[1])
-    needs_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    needs_gradients = torch.is_grad_enabled() and (gradients or q.requires_grad or k.requires_grad)
     q, k = q.detach(), k.detach()
 
     mask = _read_mask(mask_mod, block_mask, q, k, config, groups)
@@ -156,7 +167,9 @@ def _classify(
     mask_mod: MaskMod, q: Tensor, k: Tensor, block_size: int, stride: int, groups: Groups | None
 ) -> _Classified:
     num_queries, num_keys = q.shape[2], k.shape[2]
-    clauses = masks.clauses_of(masks.structure_of(mask_mod), num_queries, num_keys, q.device)
+    structure = masks.structure_of(mask_mod)
+    check_tables(structure.tables, q)
+    clauses = masks.clauses_of(structure, num_queries, num_keys, q.device)
     if clauses is not None:
         return _Classified(classify_clauses(clauses, num_keys, block_size), stack(clauses), None)
     on_batch, on_head = depends_on(mask_mod, q.device)
@@ -207,11 +220,7 @@ def _read_mask(
         probed = SampledMask(_gather_rows(clauses, probes[:, 0].clamp(min=0)), None)
     else:
         sampled = SampledMask(None, bits)
-        rows = capturable(probes.clamp(min=0))
-        at_probes = evaluate(
-            mask_mod, rows.shape[0], rows.shape[1], lambda b, h, row: rows[b, h, row], size, num_keys, q.device
-        )
-        probed = SampledMask(None, pack_bits(at_probes))
+        probed = SampledMask(None, bits_at(mask_mod, probes.clamp(min=0), num_keys))
     return _Mask(mask_mod, admissible, forced, sampled, probes, probed)
 
 

@@ -100,7 +100,7 @@ def budgets(
                 total, needed = total + mass, needed + 1
                 if total >= gamma:
                     break
-            if gamma == 1.0 or total < gamma:
+            if gamma == 1.0:
                 needed = num_blocks
             needed = max(needed, math.ceil(min_budget / block_size))
             if max_budget is not None:

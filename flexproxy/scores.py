@@ -64,13 +64,13 @@ def block_scores(
     num_keys = k.shape[2]
     num_blocks = -(-num_keys // cell)
     keys = k.float().transpose(-1, -2)
-    queries = q.float() * scale
+    queries = q.float()
     rows_per_chunk = max(1, CHUNK_ELEMENTS // (batch * proxies * num_blocks * cell * cell)) * cell
     out = []
     for start in range(0, num_queries, rows_per_chunk):
         rows = slice(start, min(start + rows_per_chunk, num_queries))
         ok = mask_chunk(lo, hi, q_label, k_label, bits, rows, slice(0, num_keys), stride)
-        logits = (queries[:, :, rows] @ keys).masked_fill_(~ok, -torch.inf)  # [B, P, rows, keys]
+        logits = (queries[:, :, rows] @ keys).mul_(scale).masked_fill_(~ok, -torch.inf)  # [B, P, rows, keys]
         padded = pad_to_multiple(logits, -1, cell, -torch.inf)
         row_max = reduce(padded, "b p row (block key) -> b p row block", "max", key=cell)
         lse = logsumexp_(logits, row_max.amax(-1))[..., None]
