@@ -39,7 +39,7 @@ class Structure:
     clauses: from the positions of the queries, int32 ``[b, Sq]``, and Skv, to the clauses whose union is the mask
         (if there are more than MAX_CLAUSES, to any MAX_CLAUSES + 1); None if the mask has to be evaluated.
     offset: what must be added to a query's index to get its position among the keys: an int, an int tensor (``[]`` or
-        ``[B]``), or None if the mask does not say.
+        ``[B]``), or None if the mask does not say, as no mask of torch's ``and_masks`` / ``or_masks`` does.
     tables: the tensors that the mask looks up.
     """
 
@@ -254,23 +254,17 @@ def structure_of(mask_mod: MaskMod) -> Structure:
     structure = getattr(mask_mod, "structure", None)
     if isinstance(structure, Structure):
         return structure
+    # Inside a compiled region dynamo shows the closure wrongly, or not at all: there the mask is evaluated.
     name = getattr(mask_mod, "__name__", "")
-    if name not in ("and_mask", "or_mask") or mask_mod.__module__ != "torch.nn.attention.flex_attention":
+    if name not in ("and_mask", "or_mask") or torch.compiler.is_compiling():
         return _UNKNOWN
-    try:
-        closure = mask_mod.__closure__
-    except AttributeError:  # and_masks called inside a compiled region: dynamo shows no closure there
-        closure = None
-    if closure is None:
+    closure = getattr(mask_mod, "__closure__", None)
+    if closure is None or mask_mod.__module__ != "torch.nn.attention.flex_attention":
         return _UNKNOWN
     parts = tuple(structure_of(part) for part in closure[0].cell_contents)
-    offset: int | Tensor | None = None
-    for part in parts:
-        if part.offset is not None:
-            offset = part.offset if offset is None else _larger(offset, part.offset)
     tables = tuple(table for part in parts for table in part.tables)
     if any(part.clauses is None for part in parts):
-        return Structure(None, offset, tables)
+        return Structure(None, None, tables)
 
     def clauses(position: Tensor, num_keys: int) -> tuple[Clause, ...]:
         terms = [part.clauses(position, num_keys)[: MAX_CLAUSES + 1] for part in parts if part.clauses is not None]
@@ -281,7 +275,7 @@ def structure_of(mask_mod: MaskMod) -> Structure:
             product = tuple(intersect(x, y) for x in product for y in term)[: MAX_CLAUSES + 1]
         return product
 
-    return Structure(clauses, offset, tables)
+    return Structure(clauses, None, tables)
 
 
 def clauses_of(
@@ -295,14 +289,6 @@ def clauses_of(
     if not 0 < len(clauses) <= MAX_CLAUSES:
         return None
     return tuple(c._replace(lo=c.lo.clamp(min=0), hi=c.hi.clamp(max=num_keys)) for c in clauses)
-
-
-def _larger(x: int | Tensor, y: int | Tensor) -> int | Tensor:
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        return torch.maximum(x, y)
-    if isinstance(x, Tensor):
-        return x.clamp(min=y)
-    return y.clamp(min=x) if isinstance(y, Tensor) else max(x, y)
 
 
 def _label_clauses(name: str, table: Tensor, num_tokens: int) -> Callable[[Tensor, int], tuple[Clause, ...]]:

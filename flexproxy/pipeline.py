@@ -93,15 +93,21 @@ def select_for(
     q_proxy, k_proxy = pool_heads(q, groups, config.stride), pool_heads(k, k_groups, config.stride)
     cell = config.block_size // config.stride
     scores = block_scores(q_proxy, k_proxy, *mask.sampled.tensors(), cell, config.stride, scale)
-    rank = rank_blocks(scores, merge_heads(mask.admissible.any, groups), mask.forced)
+    admissible = merge_heads(mask.admissible.any, groups)
+    forced = forced_blocks(
+        mask.offset, admissible, q.shape[2], config.block_size, config.sink_blocks, config.local_blocks
+    )
+    rank = rank_blocks(scores, admissible, forced)
 
     # 2. Dynamic budgets: one count for every head, from the last queries of its sequence.
-    count = _count_blocks(q, k, mask, config, scale)
+    proxy_of = proxy_of_heads(groups, q.device)
+    forced_of_head = forced if forced.shape[1] == 1 else forced[:, proxy_of]
+    count = _count_blocks(q, k, mask, forced_of_head, config, scale)
 
     return Selection(
         rank=rank,
         count=count,
-        proxy_of=proxy_of_heads(groups, q.device),
+        proxy_of=proxy_of,
         _admissible=mask.admissible,
         _mask_mod=mask.mask_mod,
         _block_size=config.block_size,
@@ -145,7 +151,7 @@ class _Mask(NamedTuple):
 
     mask_mod: MaskMod
     admissible: Admissible
-    forced: Tensor  # bool [b, 1, Nq, Nk]
+    offset: Tensor  # int64 [b], the position of query 0 among the keys
     sampled: SampledMask  # at every stride-th query and key
     probes: Tensor  # int64 [b, h, block_size], the last valid queries, -1 where there are fewer
     probed: SampledMask  # at the probes and every key
@@ -204,16 +210,6 @@ def _read_mask(
     offset = masks.structure_of(mask_mod).offset
     if not isinstance(offset, Tensor):
         offset = torch.full((1,), num_keys - num_queries if offset is None else offset, device=q.device)
-    forced = forced_blocks(
-        offset.reshape(-1).to(torch.int64),
-        num_queries,
-        num_q_blocks,
-        num_k_blocks,
-        size,
-        config.sink_blocks,
-        config.local_blocks,
-    )
-
     probes = last_valid_queries(admissible.valid, size)
     if clauses is not None:
         sampled = SampledMask(_sampled(clauses, config.stride), None)
@@ -221,7 +217,7 @@ def _read_mask(
     else:
         sampled = SampledMask(None, bits)
         probed = SampledMask(None, bits_at(mask_mod, probes.clamp(min=0), num_keys))
-    return _Mask(mask_mod, admissible, forced, sampled, probes, probed)
+    return _Mask(mask_mod, admissible, offset.reshape(-1).to(torch.int64), sampled, probes, probed)
 
 
 def _sampled(clauses: ClauseStack, stride: int) -> ClauseStack:
@@ -243,12 +239,12 @@ def _gather_rows(clauses: ClauseStack, rows: Tensor) -> ClauseStack:
     return ClauseStack(at(lo), at(hi), None if q_label is None else at(q_label), k_label)
 
 
-def _count_blocks(q: Tensor, k: Tensor, mask: _Mask, config: ProxyConfig, scale: float) -> Tensor:
+def _count_blocks(q: Tensor, k: Tensor, mask: _Mask, forced: Tensor, config: ProxyConfig, scale: float) -> Tensor:
     """int32 ``[B, Hq]``."""
     num_blocks = mask.admissible.any.shape[-1]
     target = config.gamma if config.density is None else config.density
     bounds = config.min_blocks, config.max_blocks
-    forced = (mask.forced & mask.admissible.any).sum(-1, dtype=torch.int32).amax(-1)  # [b, h]
+    forced = (forced & mask.admissible.any).sum(-1, dtype=torch.int32).amax(-1)  # [b, h]
     if target == 1.0:
         count = torch.full(q.shape[:2], num_blocks, dtype=torch.int32, device=q.device)
         return clip_counts(count, forced, *bounds, num_blocks)

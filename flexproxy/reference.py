@@ -109,20 +109,26 @@ def budgets(
     return counts
 
 
-def forced(offset: list[int], num_queries: int, num_keys: int, block_size: int, sinks: int, local: int) -> Tensor:
-    """Forced blocks [ours]: bool ``[B, Nq, Nk]``; query i of sequence b stands at key position i + offset[b]."""
-    num_q_blocks, num_k_blocks = -(-num_queries // block_size), -(-num_keys // block_size)
-    result = torch.zeros(len(offset), num_q_blocks, num_k_blocks, dtype=torch.bool)
-    for b, start in enumerate(offset):
-        for i in range(num_queries):
-            own = (i + start) // block_size
-            for j in range(num_k_blocks):
-                if j == own or j < sinks:
-                    result[b, i // block_size, j] = True
-        for i in range(num_q_blocks):
-            first_own = (i * block_size + start) // block_size
-            for j in range(max(0, first_own - local + 1), min(first_own, num_k_blocks)):
-                result[b, i, j] = True
+def forced(offset: list[int], admissible: Tensor, num_queries: int, block_size: int, sinks: int, local: int) -> Tensor:
+    """Forced blocks [ours], where they are admissible: bool ``[B, P, Nq, Nk]``, as ``admissible``.
+
+    Query i of sequence b stands at key position i + offset[b]. Where that is past what the row may see, the queries of
+    the row stand in the last two blocks that it may see, or before.
+    """
+    result = torch.zeros_like(admissible)
+    for b in range(admissible.shape[0]):
+        for p in range(admissible.shape[1]):
+            for i in range(admissible.shape[2]):
+                seen = admissible[b, p, i].nonzero().flatten().tolist()
+                if not seen:
+                    continue
+                queries = range(i * block_size, min((i + 1) * block_size, num_queries))
+                own = [(query + offset[b]) // block_size for query in queries]
+                first, last = min(own), max(own)
+                if last > seen[-1]:
+                    first, last = min(first, seen[-1] - 1), seen[-1]
+                for j in seen:
+                    result[b, p, i, j] = first - local < j <= last or j < sinks
     return result
 
 
@@ -140,7 +146,7 @@ def rank_blocks(scores: Tensor, admissible: Tensor, forced: Tensor) -> Tensor:
                 def place(j: int, b: int = b, p: int = p, i: int = i, row: list[float] = row) -> tuple[int, float, int]:
                     if not admissible[b, p, i, j]:
                         return 3, 0.0, j
-                    if forced[b, i, j]:
+                    if forced[b, p, i, j]:
                         return 0, 0.0, j
                     return (2, 0.0, j) if row[j] == -math.inf else (1, -row[j], j)
 

@@ -13,12 +13,12 @@ from flexproxy import Selection, reference
 from flexproxy.masks import MaskMod
 
 
-def assert_accurate(out: Tensor, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> None:
+def assert_accurate(out: Tensor, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float | None = None) -> None:
     """``out [B, Hq, Sq, D]`` is dense attention under ``allowed [B, Hq, Sq, Skv]``.
 
     Its error is at most twice that of SDPA in the same dtype, plus one rounding of the largest value.
     """
-    scale = q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     exact = reference.attention(q, k, v, allowed, scale)
     sdpa = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     sdpa = torch.where(allowed.any(-1, keepdim=True), sdpa, 0.0)

@@ -149,7 +149,7 @@ class Expected:
     admissible: Tensor  # bool [B, Hq, Nq, Nk]
     full: Tensor  # bool [B, Hq, Nq, Nk]
     proxy_admissible: Tensor  # bool [B, P, Nq, Nk]
-    forced: Tensor  # bool [B, Nq, Nk]
+    forced: Tensor  # bool [B, P, Nq, Nk]
     forced_count: Tensor  # int [B, Hq]
     scores: Tensor  # fp64 [B, P, Nq, Nk]
     masses: Tensor  # fp64 [B, Hq, Nk]
@@ -167,8 +167,11 @@ def expect(case: Case, q_proxy: Tensor, k_proxy: Tensor) -> Expected:
     allowed = case.token_mask()
     admissible, full = reference.classify(allowed, size)
     proxy_admissible = any_of_group(admissible, groups)
-    forced = reference.forced(case.offset, *case.lengths, size, config.sink_blocks, config.local_blocks)
-    forced_count = (forced[:, None] & admissible).sum(-1).amax(-1)
+    forced = reference.forced(
+        case.offset, proxy_admissible, case.lengths[0], size, config.sink_blocks, config.local_blocks
+    )
+    proxy_of = [next(p for p, heads in enumerate(groups) if head in heads) for head in range(case.q.shape[1])]
+    forced_count = (forced[:, proxy_of] & admissible).sum(-1).amax(-1)
     sampled = any_of_group(allowed, groups)[:, :, ::stride, ::stride]
     q_proxy, k_proxy, q, k = (x.cpu() for x in (q_proxy, k_proxy, case.q, case.k))
     scores = reference.block_scores(q_proxy, k_proxy, sampled, size // stride, case.scale)
@@ -191,7 +194,7 @@ def check_rank(rank: Tensor, expected: Expected) -> int:
 
     # Class of each block by the specification: forced 0, scored 1, unscored 2, inadmissible 3.
     kind = torch.where(expected.scores == -math.inf, 2, 1)
-    kind = torch.where(expected.forced[:, None], 0, kind)
+    kind = torch.where(expected.forced, 0, kind)
     kind = torch.where(expected.proxy_admissible, kind, 3)
     in_order = kind.gather(-1, order)
     assert bool((in_order[..., 1:] >= in_order[..., :-1]).all()), "classes out of order"

@@ -140,14 +140,21 @@ def all_mass_early(ref: Any) -> None:
 
 def forced(ref: Any) -> None:
     """Blocks of 2, six keys. Queries 0 .. 3 stand at 2 .. 5, or (second sequence) at 1 .. 4."""
-    got = ref.forced([2, 1], 4, 6, 2, 0, 1)
+    causal = torch.stack([bools("xx. xxx"), bools("xx. xxx")])[:, None]
+    got = ref.forced([2, 1], causal, 4, 2, 0, 1)[:, 0]
     assert torch.equal(got[0], bools(".x. ..x"))  # positions 2, 3; 4, 5
     assert torch.equal(got[1], bools("xx. .xx"))  # positions 1, 2; 3, 4: each straddles two blocks
-    got = ref.forced([2, 1], 4, 6, 2, 0, 2)  # and the block before the first of them
+    got = ref.forced([2, 1], causal, 4, 2, 0, 2)[:, 0]  # and the block before the first of them
     assert torch.equal(got[0], bools("xx. .xx"))
     assert torch.equal(got[1], bools("xx. xxx"))
-    assert torch.equal(ref.forced([2], 4, 6, 2, 1, 1)[0], bools("xx. x.x"))  # and the first
-    assert torch.equal(ref.forced([1], 3, 6, 2, 0, 1)[0], bools("xx. .x."))  # query 2 at 3 is the last
+    assert torch.equal(ref.forced([2], causal[:1], 4, 2, 1, 1)[0, 0], bools("xx. x.x"))  # and the first
+    assert torch.equal(ref.forced([1], causal[:1], 3, 2, 0, 1)[0, 0], bools("xx. .x."))  # query 2 at 3 is the last
+    # Only what is admissible. Past the end of what a row may see: its last two blocks, or before.
+    holes = torch.stack([bools("x.x ..."), bools("xx. x..")])[None]
+    got = ref.forced([2], holes, 4, 2, 0, 1)
+    assert torch.equal(got[0, 0], bools("... ..."))
+    assert torch.equal(got[0, 1], bools(".x. x.."))
+    assert torch.equal(ref.forced([4], holes, 4, 2, 0, 1)[0, 1], bools("xx. x.."))
 
 
 def rank_blocks(ref: Any) -> None:
@@ -158,11 +165,11 @@ def rank_blocks(ref: Any) -> None:
     scores = torch.tensor([[-1.0, -INF, -0.5, -0.5, -2.0, 0.0], [-1.0, -3.0, -0.1, -0.2, -2.0, -INF]])
     admissible = bools("xxxxx. .xxxxx")
     force = bools("....x. xx..x.")
-    got = ref.rank_blocks(scores[None, None], admissible[None, None], force[None])
+    got = ref.rank_blocks(scores[None, None], admissible[None, None], force[None, None])
     assert got.dtype == torch.int32
     assert got[0, 0].tolist() == [[3, 4, 1, 2, 0, 5], [5, 0, 2, 3, 1, 4]]
     # Two inadmissible blocks stand by index, too, with or without a score.
-    got = ref.rank_blocks(torch.tensor([[[[-3.0, -INF, -1.0]]]]), bools("..x")[None, None], bools("...")[None])
+    got = ref.rank_blocks(torch.tensor([[[[-3.0, -INF, -1.0]]]]), bools("..x")[None, None], bools("...")[None, None])
     assert got[0, 0].tolist() == [[1, 2, 0]]
 
 
@@ -262,15 +269,17 @@ MISTAKES = [
     ("budgets", "max_budget // block_size", "math.ceil(max_budget / block_size)"),
     ("budgets", "int(forced[b, h])", "0"),
     ("budgets", "min(max(needed, int(forced[b, h])), num_blocks)", "max(needed, int(forced[b, h]))"),
-    ("forced", "own = (i + start)", "own = i"),
-    ("forced", "j == own or j < sinks", "j == own"),
-    ("forced", "j == own or j < sinks", "j < sinks"),
-    ("forced", "first_own - local + 1", "first_own - local"),
-    ("forced", "first_own = (i * block_size + start)", "first_own = (i * block_size)"),
-    ("forced", "for i in range(num_queries):", "for i in range(num_q_blocks * block_size):"),
+    ("forced", "(query + offset[b]) // block_size", "query // block_size"),
+    ("forced", "(query + offset[b]) // block_size", "(query + offset[0]) // block_size"),
+    ("forced", "min((i + 1) * block_size, num_queries)", "(i + 1) * block_size"),
+    ("forced", "first - local < j <= last or j < sinks", "first - local < j <= last"),
+    ("forced", "first - local < j <= last or j < sinks", "first - local <= j <= last or j < sinks"),
+    ("forced", "if last > seen[-1]:", "if False:"),
+    ("forced", "min(first, seen[-1] - 1)", "min(first, seen[-1])"),
+    ("forced", "for j in seen:", "for j in range(admissible.shape[3]):"),
     ("rank_blocks", "-row[j], j)", "row[j], j)"),
     ("rank_blocks", "-row[j], j)", "-row[j], -j)"),
-    ("rank_blocks", "if forced[b, i, j]:", "if False:"),
+    ("rank_blocks", "if forced[b, p, i, j]:", "if False:"),
     ("rank_blocks", "return 0, 0.0, j", "return 0, -row[j], j"),
     ("rank_blocks", "if not admissible[b, p, i, j]:", "if False:"),
     ("rank_blocks", "row[j] == -math.inf", "row[j] < -0.4"),
