@@ -278,7 +278,8 @@ def classify_by_evaluation(
     """
     rows_per_chunk = max(1, _evaluated_elements(device) // (batch * heads * num_keys * block_size)) * block_size
     any_, full, valid, bits = [], [], [], []
-    for start in range(0, num_queries, rows_per_chunk):
+    for chunk in range(-(-num_queries // rows_per_chunk)):  # of the number of pieces: tracing fixes what is iterated
+        start = chunk * rows_per_chunk
         rows = min(rows_per_chunk, num_queries - start)
         mask = evaluate(mask_mod, batch, heads, lambda b, h, row, start=start: row + start, rows, num_keys, device)  # type: ignore[misc]
         valid.append(mask.any(-1))
@@ -296,7 +297,8 @@ def bits_at(mask_mod: MaskMod, queries: Tensor, num_keys: int) -> Tensor:
     queries = capturable(queries)
     rows_per_chunk = max(1, _evaluated_elements(queries.device) // (batch * heads * num_keys))
     bits = []
-    for start in range(0, number, rows_per_chunk):
+    for chunk in range(-(-number // rows_per_chunk)):
+        start = chunk * rows_per_chunk
         rows = min(rows_per_chunk, number - start)
 
         def q_index(b: Tensor, h: Tensor, row: Tensor, start: int = start) -> Tensor:
