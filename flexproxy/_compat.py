@@ -52,11 +52,6 @@ def seq_lengths_of(block_mask: BlockMask) -> tuple[int, int] | None:
     return getattr(block_mask, "seq_lengths", None)
 
 
-def lengths_are_kept() -> bool:
-    """Whether a BlockMask knows its true lengths; such a torch (2.6 and later) also compiles for the CPU."""
-    return "seq_lengths" in _FROM_KV_BLOCKS
-
-
 def lse_arguments() -> dict[str, Any]:
     """What ``flex_attention`` takes to return the log-sum-exp."""
     if "return_aux" in _FLEX_ATTENTION:

@@ -38,7 +38,12 @@ def allowed_pairs(selection: Selection, mask_mod: MaskMod, num_queries: int, num
     return tokens & mask
 
 
+def cpu_kernel_exists() -> bool:
+    """Whether this torch compiles ``flex_attention`` for a CPU (2.6 and later)."""
+    return find_spec("torch._inductor.codegen.cpp_flex_attention_template") is not None
+
+
 def skip_unless_flex_compiles(device: str) -> None:
     """Skip where this torch has no compiled ``flex_attention`` for the device: a CPU before torch 2.6."""
-    if device == "cpu" and find_spec("torch._inductor.codegen.cpp_flex_attention_template") is None:
+    if device == "cpu" and not cpu_kernel_exists():
         pytest.skip("this torch compiles no flex_attention for a CPU")
