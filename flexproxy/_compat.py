@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 _FROM_KV_BLOCKS = frozenset(inspect.signature(BlockMask.from_kv_blocks).parameters)
 _FLEX_ATTENTION = frozenset(inspect.signature(flex.flex_attention).parameters)
+IS_ROCM = torch.version.hip is not None
 # A CPU kernel is compiled for its lengths alone, so a process that meets many lengths needs more than dynamo's 8.
 MAX_COMPILED_LENGTHS = 256
 

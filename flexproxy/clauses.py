@@ -95,6 +95,13 @@ def stack(clauses: tuple[Clause, ...]) -> ClauseStack:
     return ClauseStack(lo, hi, torch.stack(q_labels), torch.stack(k_labels))
 
 
+def unstack(clauses: ClauseStack) -> tuple[Clause, ...]:
+    """The clauses of a stack."""
+    lo, hi, q_label, k_label = clauses
+    labels = [(None, None)] * len(lo) if q_label is None or k_label is None else zip(q_label, k_label, strict=True)
+    return tuple(Clause(first, last, *pair) for first, last, pair in zip(lo, hi, labels, strict=True))
+
+
 def inclusion_exclusion(clauses: tuple[Clause, ...]) -> tuple[tuple[Clause, ...], tuple[int, ...]]:
     """The intersections of every non-empty subset of clauses, and the sign of each in the size of their union."""
     terms, signs = [], []
