@@ -89,8 +89,7 @@ def _line_masses(logits: Tensor, block_size: int, scale: float) -> Tensor:
     skewed = F.pad(probability, (0, rows)).flatten(-2)[..., :-rows].unflatten(-1, (rows, length + rows - 1))
     bands = skewed[..., :length].mean(-2).flip(-1)
     bands = F.pad(bands, (0, missing)).unflatten(-1, (-1, block_size)).sum(-1)
-    lines = torch.stack([columns, bands], 2)
-    return lines
+    return torch.stack([columns, bands], 2)
 
 
 def _probability(logits: Tensor, head_dim: int) -> Tensor:
@@ -103,7 +102,8 @@ def _divergence(p: Tensor, q: Tensor) -> Tensor:
     middle = (p + q) / 2
 
     def relative_entropy(x: Tensor) -> Tensor:
-        return (torch.special.xlogy(x, x) - torch.special.xlogy(x, middle)).sum(-1)
+        entropy: Tensor = torch.special.xlogy(x, x) - torch.special.xlogy(x, middle)
+        return entropy.sum(-1)
 
     return ((relative_entropy(p) + relative_entropy(q)) / 2).clamp(min=0.0).sqrt()
 
