@@ -82,7 +82,7 @@ def timed(budget_ms: float, common: Row, run: Callable[[], Any]) -> Row:
 
 def dense(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:
     options = flexproxy.kernel_options(*tensors[:2])
-    block_mask = functools.cache(lambda: causal_block_mask(case.length))
+    block_mask = functools.cache(lambda: causal_block_mask(case.length, tensors[0].device))
     contenders: dict[str, Callable[[], Any]] = {
         "SDPA cuDNN": lambda: cudnn(*tensors),
         "SDPA FlashAttention-2": lambda: flash_attention_2(*tensors),

@@ -59,9 +59,9 @@ def flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, options: dict[s
     return out
 
 
-def causal_block_mask(length: int, device: str = "cuda") -> BlockMask:
+def causal_block_mask(length: int, device: torch.device) -> BlockMask:
     """Dense causal attention for ``flex_attention``: one map of blocks for all heads."""
-    every = causal_blocks(-(-length // BLOCK_SIZE), torch.device(device))
+    every = causal_blocks(-(-length // BLOCK_SIZE), device)
     below = every.tril(-1)
     return compile_block_mask(every[None, None], below[None, None], masks.causal, BLOCK_SIZE, (length, length), False)
 

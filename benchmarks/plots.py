@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 Series = dict[str, list[tuple[float, float]]]
 
 # Okabe and Ito's colours, told apart by colour-blind readers; on white, so that they look the same on a dark page.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B6B6B", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442", "#9E9E9E")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 DENSE = {"SDPA FlashAttention-2": "dense, FlashAttention-2", "SDPA cuDNN": "dense, cuDNN"}
 
 
@@ -84,9 +84,9 @@ def peers(rows: Sequence[Row], length: int, density: float) -> dict[str, Row]:
     return bars
 
 
-def stages(rows: Sequence[Row], length: int) -> dict[str, Series]:
+def stages(rows: Sequence[Row], length: int) -> dict[str, Row]:
     """Device milliseconds of each stage by number of proxy heads, the rest of the time between them as "gaps"."""
-    bars: dict[str, Any] = {}
+    bars: dict[str, Row] = {}
     for row in pick(rows, length=length, stage_error=None):
         parts = {stage: row[f"stage_{stage}_ms"] for stage in (*STAGES, "other")}
         parts["gaps"] = max(0.0, row["median_ms"] - sum(parts.values()))
@@ -258,7 +258,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not path.exists():
             missing.append(f"{name}: {path} does not exist; make it with python -m benchmarks.bench_{source}")
             continue
-        save(plot(json.loads(path.read_text()), args), args.results / f"{name}.png")
+        data = json.loads(path.read_text())
+        if not data.get("complete"):
+            missing.append(f"{name}: {path} is not from a finished run; repeat python -m benchmarks.bench_{source}")
+            continue
+        save(plot(data, args), args.results / f"{name}.png")
         print(f"wrote {args.results / name}.png")
     if missing:
         sys.exit("\n".join(missing))

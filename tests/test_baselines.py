@@ -372,7 +372,7 @@ def test_attention_under_the_block_mask(name: str) -> None:
 
 
 def test_causal_block_mask_is_that_of_torch() -> None:
-    mask = causal_block_mask(512, "cpu")
+    mask = causal_block_mask(512, torch.device("cpu"))
     expected = create_block_mask(masks.causal, None, None, 512, 512, device="cpu")
     assert torch.equal(partial_blocks(mask, 4), partial_blocks(expected, 4))
     assert torch.equal(full_blocks(mask, 4), full_blocks(expected, 4))
