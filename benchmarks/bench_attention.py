@@ -49,6 +49,7 @@ from benchmarks.harness import (
     positive_int,
     release,
     require_gpu,
+    result_path,
     run_cases,
     settings_of,
     time_ms,
@@ -175,7 +176,7 @@ def cases_of(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, "attention")
+    options = parser(__doc__)
     options.add_argument("--lengths", type=positive_int, nargs="+", default=LENGTHS, help="tokens")
     options.add_argument("--densities", type=fraction, nargs="+", default=DENSITIES, help="kept / admissible blocks")
     options.add_argument("--dense-up-to", type=positive_int, default=2**18, help="longest prompt for dense attention")
@@ -184,13 +185,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--budget-ms", type=positive_float, default=300.0, help="time for the repeats of one thing")
     args = options.parse_args(argv)
     if args.quick:
-        args.lengths, args.densities, args.peers_at, args.budget_ms = [8192, 16384], [0.2], [16384], 50.0
-        args.peer_density = 0.2
+        args.lengths, args.densities, args.budget_ms = [8192], [0.2], 50.0
+        args.peers_at, args.peer_density = [8192], 0.2
     require_gpu()
-    gate.check_attention()
+    gate.check_attention(every=True)
     release()
     cases = cases_of(args.lengths, args.densities, args.dense_up_to, args.peers_at, args.peer_density)
-    run_cases(cases, lambda case: measure(case, args.budget_ms), args.out, settings_of(args))
+    run_cases(cases, lambda case: measure(case, args.budget_ms), result_path(args, "attention"), settings_of(args))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from benchmarks.harness import (
     positive_int,
     release,
     require_gpu,
+    result_path,
     run_cases,
     settings_of,
     time_ms,
@@ -92,7 +93,7 @@ def measure(case: Case, density: float, dense_up_to: int, budget_ms: float) -> l
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, "build")
+    options = parser(__doc__)
     options.add_argument("--lengths", type=positive_int, nargs="+", default=LENGTHS, help="tokens")
     options.add_argument("--num-proxies", type=positive_int, nargs="+", default=[1, 4, 8], help="proxy heads")
     options.add_argument("--density", type=fraction, default=0.1, help="kept / admissible blocks")
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_cases(
         cases,
         lambda case: measure(case, args.density, args.dense_up_to, args.budget_ms),
-        args.out,
+        result_path(args, "build"),
         settings_of(args),
     )
 

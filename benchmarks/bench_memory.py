@@ -34,6 +34,7 @@ from benchmarks.harness import (
     positive_int,
     release,
     require_gpu,
+    result_path,
     run_cases,
     settings_of,
 )
@@ -82,7 +83,7 @@ def measure(case: Case, density: float) -> list[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, "memory")
+    options = parser(__doc__)
     options.add_argument("--lengths", type=positive_int, nargs="+", default=LENGTHS, help="tokens")
     options.add_argument("--num-proxies", type=positive_int, nargs="+", default=[1, 4, 8], help="proxy heads")
     options.add_argument("--density", type=fraction, default=0.02, help="kept / admissible blocks")
@@ -90,10 +91,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         args.lengths, args.num_proxies = [8192], [1]
     require_gpu()
-    gate.check_attention()
+    gate.check_attention(every=False)
     release()
     cases = [Case(length, p) for length in args.lengths for p in args.num_proxies]
-    run_cases(cases, lambda case: measure(case, args.density), args.out, settings_of(args))
+    run_cases(cases, lambda case: measure(case, args.density), result_path(args, "memory"), settings_of(args))
 
 
 if __name__ == "__main__":

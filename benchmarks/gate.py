@@ -9,13 +9,13 @@ from torch.nn.attention.flex_attention import create_mask
 
 import flexproxy
 from benchmarks.baselines import METHODS, to_block_mask
-from benchmarks.contenders import HEAD_DIM, NUM_Q_HEADS, flex, inputs, kernel_variants
+from benchmarks.baselines.blocks import BLOCK_SIZE
+from benchmarks.contenders import flex, inputs, kernel_variants
 from flexproxy import ProxyConfig, masks, reference
 from flexproxy.proxy import head_groups, pool_heads
 from tests.oracle import Case, check_count, check_rank, expect
 
-LENGTH = 2000  # ragged: no multiple of a block, of a tile or of the stride's window
-SCALE = HEAD_DIM**-0.5
+LENGTH = 2000  # ragged: no multiple of a block or a tile
 
 
 def check_selection(num_proxies: int) -> None:
@@ -36,40 +36,32 @@ def check_selection(num_proxies: int) -> None:
         ) from None
 
 
-def check_attention() -> None:
-    """Sparse output is dense attention under the selection's tokens: with every kernel, and with the peers' blocks."""
+def check_attention(every: bool) -> None:
+    """Sparse output is dense attention under the tokens of the selected blocks.
+
+    every: with every kernel, and with the peers' selections, not only as ``flexproxy.attention`` does it.
+    """
     q, k, v = inputs(LENGTH)
-    causal = create_mask(masks.causal, 1, 1, LENGTH, LENGTH, device="cuda")
     config = ProxyConfig(density=0.3, min_budget=256)
-    blocks = flexproxy.select(q, k, config=config).block_map()
-    allowed = _tokens(blocks) & causal
-    exact, own_error = _exact(q, k, v, allowed)
+    exact, own_error = _exact(q, k, v, flexproxy.select(q, k, config=config).block_map())
+    _compare("attention", flexproxy.attention(q, k, v, config=config), exact, own_error)
+    if not every:
+        return
     block_mask = flexproxy.build(q, k, config=config)
     for name, options in kernel_variants(q, k).items():
-        _compare(f"kernel options {name!r}", flex(q, k, v, block_mask, options), exact, own_error)
-    _compare("attention", flexproxy.attention(q, k, v, config=config), exact, own_error)
+        _compare(f"kernel {name!r}", flex(q, k, v, block_mask, options), exact, own_error)
     for name, method in METHODS.items():
         blocks = method.select(q, k, 0.5)
-        exact, own_error = _exact(q, k, v, _tokens(blocks) & causal)
+        exact, own_error = _exact(q, k, v, blocks)
         out = flex(q, k, v, to_block_mask(blocks, LENGTH), flexproxy.kernel_options(q, k))
         _compare(name, out, exact, own_error)
 
 
-def _tokens(blocks: Tensor) -> Tensor:
-    """A map of blocks over tokens: bool ``[1, Hq, S, S]``."""
-    return blocks.repeat_interleave(128, 2)[:, :, :LENGTH].repeat_interleave(128, 3)[..., :LENGTH]
-
-
-def _exact(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> tuple[Tensor, float]:
-    """Dense attention in double precision, and the error of SDPA in bf16."""
-    per_group = NUM_Q_HEADS // k.shape[1]
-    parts = [
-        reference.attention(
-            q[:, h : h + per_group], k[:, g : g + 1], v[:, g : g + 1], allowed[:, h : h + per_group], SCALE
-        )
-        for g, h in enumerate(range(0, NUM_Q_HEADS, per_group))
-    ]
-    exact = torch.cat(parts, 1)
+def _exact(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> tuple[Tensor, float]:
+    """Dense attention over the causal tokens of some blocks ``[1, Hq, N, N]``, in fp64, and SDPA's error in bf16."""
+    tokens = blocks.repeat_interleave(BLOCK_SIZE, 2)[:, :, :LENGTH].repeat_interleave(BLOCK_SIZE, 3)[..., :LENGTH]
+    allowed = tokens & create_mask(masks.causal, 1, 1, LENGTH, LENGTH, device=str(q.device))
+    exact = reference.attention(q, k, v, allowed, q.shape[-1] ** -0.5)
     own = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
     return exact, (own.double() - exact).abs().max().item()
 

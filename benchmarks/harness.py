@@ -98,9 +98,10 @@ def attempt(measure: Callable[[], Row]) -> Row:
         return measure() | {"error": None}
     except Exception as error:
         message = " ".join(str(error).split())
-        return {"error": f"{type(error).__name__}: {message}"[:300]}
-    finally:
-        release()
+        failure = {"error": f"{type(error).__name__}: {message}"[:300]}
+    gc.collect()  # what the failed call held
+    release()
+    return failure
 
 
 # Memory
@@ -108,7 +109,6 @@ def attempt(measure: Callable[[], Row]) -> Row:
 
 def release() -> None:
     """Give cached device memory back, so that the next case starts from the same state."""
-    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -200,14 +200,19 @@ def fraction(text: str) -> float:
     return value
 
 
-def parser(description: str | None, name: str) -> argparse.ArgumentParser:
+def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that all benchmarks have; each adds its own."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument(
-        "--out", type=Path, default=RESULTS / f"{name}.json", help="result file (default: %(default)s)"
-    )
-    options.add_argument("--quick", action="store_true", help="few, short cases, to see that all runs; writes to --out")
+    options.add_argument("--out", type=Path, help="result file (default: in benchmarks/results, or its folder quick)")
+    options.add_argument("--quick", action="store_true", help="few, short cases, to see that everything runs")
     return options
+
+
+def result_path(args: argparse.Namespace, name: str) -> Path:
+    """Where the result goes: a quick run must not replace the result of a full one."""
+    if args.out is not None:
+        return Path(args.out)
+    return (RESULTS / "quick" if args.quick else RESULTS) / f"{name}.json"
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 Series = dict[str, list[tuple[float, float]]]
 
-# Okabe and Ito's colours, told apart by colour-blind readers; on white, so that they look the same on a dark page.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442", "#9E9E9E")
+# Mostly Okabe and Ito's colours, told apart by colour-blind readers; on white, so they look the same on a dark page.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255", "#F0E442", "#BDBDBD")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
-DENSE = {"SDPA FlashAttention-2": "dense, FlashAttention-2", "SDPA cuDNN": "dense, cuDNN"}
+DENSE = {"SDPA FlashAttention-2": "dense FlashAttention-2", "SDPA cuDNN": "dense cuDNN"}
 
 
 # What is drawn, from rows
@@ -99,8 +99,8 @@ def memory(rows: Sequence[Row]) -> Series:
     series: Series = {}
     for row in pick(rows, part="build"):
         series.setdefault(f"build, P = {row['num_proxies']}", []).append((row["length"], row["extra_mib"]))
-    series["BlockMask"] = [(r["length"], r["kept_mib"]) for r in pick(rows, part="build", num_proxies=1)]
-    series["attention"] = [(r["length"], r["extra_mib"]) for r in pick(rows, part="sparse")]
+    series["the BlockMask itself"] = [(r["length"], r["kept_mib"]) for r in pick(rows, part="build", num_proxies=1)]
+    series["attention with it"] = [(r["length"], r["extra_mib"]) for r in pick(rows, part="sparse")]
     return series
 
 
@@ -118,7 +118,8 @@ def tokens(number: float) -> str:
 def axes_of(title: str, environment: Row, panels: int = 1) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.6 if panels == 1 else 11.0, 4.8), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(7.6 if panels == 1 else 11.0, 4.8), facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
     figure.suptitle(f"{title}\n{environment['gpu']}, {SHAPE}", fontsize=12)
     panes = list(figure.subplots(1, panels, squeeze=False).flat)
     for axes in panes:
@@ -150,7 +151,18 @@ def draw_lines(axes: Axes, series: Series, xlabel: str, ylabel: str, lengths: bo
     axes.legend(fontsize=10, framealpha=1.0)
 
 
-def draw_bars(axes: Axes, bars: dict[str, Any], parts: dict[str, str], notes: Sequence[str]) -> None:
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic y axis with numbers at 1, 2 and 5, or where these are many, at 1."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,), numticks=20))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def draw_bars(figure: Figure, axes: Axes, bars: dict[str, Any], parts: dict[str, str], notes: Sequence[str]) -> None:
     """Horizontal bars, made of parts (key: label), in milliseconds; a note stands at the end of each."""
     names = list(bars)
     left = [0.0] * len(names)
@@ -161,16 +173,16 @@ def draw_bars(axes: Axes, bars: dict[str, Any], parts: dict[str, str], notes: Se
     for place, (end, note) in enumerate(zip(left, notes, strict=True)):
         axes.annotate(note, (end, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=10)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.35 * max(left))
+    axes.set_xlim(0, 1.3 * max(left))
     axes.grid(False, axis="y")
     axes.set_xlabel("milliseconds", fontsize=11)
-    axes.legend(fontsize=10, framealpha=1.0, loc="lower right", ncols=1 + (len(parts) > 4))
+    figure.legend(fontsize=10, frameon=False, loc="outside lower center", ncols=min(5, len(parts)))
 
 
 def plot_time(data: Row, options: argparse.Namespace) -> Figure:
     figure, (axes,) = axes_of(f"Causal attention, density {options.density:g}", data["environment"])
     draw_lines(axes, times(data["rows"], options.density), "tokens", "milliseconds")
-    axes.set_yscale("log")
+    logarithmic(axes)
     return figure
 
 
@@ -180,7 +192,7 @@ def plot_speedup(data: Row, options: argparse.Namespace) -> Figure:
         series = speedups(data["rows"], name)
         draw_lines(axes, series, "density (kept / causal blocks)", f"times as fast as {label}", lengths=False)
         axes.axhline(1.0, color="#6B6B6B", linewidth=1, linestyle="--")
-        axes.set_ylim(bottom=0)
+        logarithmic(axes)
     return figure
 
 
@@ -193,7 +205,7 @@ def plot_share(data: Row, options: argparse.Namespace) -> Figure:
 
 
 def plot_peers(data: Row, options: argparse.Namespace) -> Figure:
-    title = f"{tokens(options.length)} tokens at one density, the same sparse kernel"
+    title = f"{tokens(options.length)} tokens, density {options.density:g}: ways to choose blocks, one sparse kernel"
     figure, (axes,) = axes_of(title, data["environment"])
     bars = peers(data["rows"], options.length, options.density)
     notes = [f"{b['map'] + b['lists'] + b['sparse']:.1f} ms, density {b['density']:.3f}" for b in bars.values()]
@@ -202,7 +214,7 @@ def plot_peers(data: Row, options: argparse.Namespace) -> Figure:
         "lists": "lists for the kernel",
         "sparse": "attention",
     }
-    draw_bars(axes, bars, labels, notes)
+    draw_bars(figure, axes, bars, labels, notes)
     return figure
 
 
@@ -210,14 +222,16 @@ def plot_stages(data: Row, options: argparse.Namespace) -> Figure:
     figure, (axes,) = axes_of(f"Stages of build, {tokens(options.length)} tokens", data["environment"])
     bars = stages(data["rows"], options.length)
     shown = {part: part for part in (*STAGES, "other", "gaps") if any(bar[part] > 0 for bar in bars.values())}
-    draw_bars(axes, bars, shown, [f"{sum(bar.values()):.2f} ms" for bar in bars.values()])
+    draw_bars(figure, axes, bars, shown, [f"{sum(bar.values()):.2f} ms" for bar in bars.values()])
     return figure
 
 
 def plot_memory(data: Row, options: argparse.Namespace) -> Figure:
     figure, (axes,) = axes_of("Peak device memory beyond inputs and result", data["environment"])
     draw_lines(axes, memory(data["rows"]), "tokens", "MiB")
-    axes.set_yscale("symlog", linthresh=1)
+    axes.set_yscale("symlog", linthresh=1)  # there may be a 0
+    axes.set_ylim(0, 2 * axes.get_ylim()[1])
+    axes.yaxis.set_major_formatter("{x:g}")
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,29 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import flexproxy
 from benchmarks import bench_attention, bench_build, bench_memory, contenders, gate, harness, stages
-from benchmarks.baselines import METHODS
+from benchmarks.baselines import METHODS, to_block_mask
 from benchmarks.harness import Row
 
 MODULES = {"attention": bench_attention, "build": bench_build, "memory": bench_memory}
 ENVIRONMENT = {"gpu": "a GPU"}
+
+
+# Stand-ins for what needs a GPU
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, options: dict[str, Any]) -> Tensor:
+    out = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, *, config: Any = None, kernel_options: Any = None) -> Tensor:
+    return eager(q, k, v, flexproxy.build(q, k, config=config), {})
+
+
+def small_inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    return tuple(torch.randn(1, heads, length, 16, generator=generator) for heads in (8, 2, 2))  # type: ignore[return-value]
 
 
 # Statistics and files
@@ -150,6 +169,15 @@ def test_without_a_gpu(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_quick_run_replaces_no_full_result(tmp_path: Path) -> None:
+    def path_of(*arguments: str) -> Path:
+        return harness.result_path(harness.parser(None).parse_args(arguments), "build")
+
+    assert path_of() == harness.RESULTS / "build.json"
+    assert path_of("--quick") == harness.RESULTS / "quick" / "build.json"
+    assert path_of("--quick", "--out", str(tmp_path / "x.json")) == tmp_path / "x.json"
+
+
 def test_cases_cover_what_is_asked() -> None:
     cases = bench_attention.cases_of([4096, 262144, 524288], [0.1, 0.4], 262144, [131072], 0.1)
     assert [(c.kind, c.length, c.density) for c in cases] == [
@@ -180,13 +208,62 @@ def test_min_budget_leaves_room_for_the_density(length: int, density: float) -> 
     assert budget == 2048 or least > density - 3 / rows
 
 
+@pytest.mark.filterwarnings("ignore")  # without a GPU the profiler says that it has none
+def test_a_profile_without_kernels_is_no_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with pytest.raises(RuntimeError, match="recorded no kernel"):
+        stages.profile_stages(lambda: torch.ones(3).sum())
+
+
+# The gate
+
+
+@pytest.fixture
+def gate_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "inputs", small_inputs)
+    monkeypatch.setattr(gate, "LENGTH", 700)
+    monkeypatch.setattr(gate, "flex", eager)
+    monkeypatch.setattr(flexproxy, "attention", eager_attention)
+
+
+@pytest.mark.usefixtures("gate_on_cpu")
+def test_the_gate_lets_right_results_pass() -> None:
+    gate.check_attention(every=True)
+    gate.check_selection(1)
+    gate.check_selection(4)
+
+
+@pytest.mark.usefixtures("gate_on_cpu")
+def test_the_gate_stops_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that drops the blocks, a peer whose lists are another's, attention that is dense, ranks that are off."""
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def other_blocks(blocks: Tensor, length: int) -> BlockMask:
+        return to_block_mask(blocks.flip(1), length)
+
+    for place, name, wrong, message in (
+        (gate, "flex", dense, "kernel 'default': error"),
+        (gate, "to_block_mask", other_blocks, "XAttention: error"),
+        (flexproxy, "attention", dense, "attention: error"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, wrong)
+            with pytest.raises(SystemExit, match=f"gate failed: {message}"):
+                gate.check_attention(every=True)
+
+    def off(*args: Any, **options: Any) -> flexproxy.Selection:
+        selection = select(*args, **options)
+        return dataclasses.replace(selection, rank=selection.rank.flip(-1))
+
+    select = flexproxy.select
+    monkeypatch.setattr(flexproxy, "select", off)
+    with pytest.raises(SystemExit, match="gate failed: selection with P = 1"):
+        gate.check_selection(1)
+
+
 # Whole runs, on small inputs, with a clock and kernels of this CPU
-
-
-def eager(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, options: dict[str, Any]) -> Tensor:
-    out = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)
-    assert isinstance(out, Tensor)
-    return out
 
 
 def fake_time(run: Callable[[], Any], budget_ms: float = 0.0, cold_l2: bool = True) -> Row:
@@ -194,19 +271,13 @@ def fake_time(run: Callable[[], Any], budget_ms: float = 0.0, cold_l2: bool = Tr
     return harness.quantiles([1.0])
 
 
-def small_inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(length)
-    return tuple(torch.randn(1, heads, length, 16, generator=generator) for heads in (8, 2, 2))  # type: ignore[return-value]
-
-
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def attention(q: Tensor, k: Tensor, v: Tensor, *, config: Any = None, kernel_options: Any = None) -> Tensor:
-        return eager(q, k, v, flexproxy.build(q, k, config=config), {})
+    pytest.importorskip("rich")
 
-    monkeypatch.setattr(flexproxy, "attention", attention)
+    monkeypatch.setattr(flexproxy, "attention", eager_attention)
     monkeypatch.setattr(harness, "environment", lambda: ENVIRONMENT)
-    monkeypatch.setattr(gate, "check_attention", lambda: None)
+    monkeypatch.setattr(gate, "check_attention", lambda every: None)
     monkeypatch.setattr(gate, "check_selection", lambda num_proxies: None)
     replacements: dict[str, Any] = {"require_gpu": lambda: None, "inputs": small_inputs, "time_ms": fake_time}
     replacements |= {"flex": eager, "cpu_ms": lambda run: 0.5, "profile_stages": lambda run: fake_stages(run, 1.0)}
