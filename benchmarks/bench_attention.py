@@ -44,6 +44,7 @@ from benchmarks.harness import (
     Row,
     attempt,
     fraction,
+    parse,
     parser,
     positive_float,
     positive_int,
@@ -183,10 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--peers-at", type=positive_int, nargs="*", default=[131072], help="lengths for the peers")
     options.add_argument("--peer-density", type=fraction, default=0.1, help="density for the peers")
     options.add_argument("--budget-ms", type=positive_float, default=300.0, help="time for the repeats of one thing")
-    args = options.parse_args(argv)
-    if args.quick:
-        args.lengths, args.densities, args.budget_ms = [8192], [0.2], 50.0
-        args.peers_at, args.peer_density = [8192], 0.2
+    quick = {"lengths": [8192], "densities": [0.2], "peers_at": [8192], "peer_density": 0.2, "budget_ms": 50.0}
+    args = parse(options, argv, **quick)
     require_gpu()
     gate.check_attention(every=True)
     release()

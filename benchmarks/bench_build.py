@@ -31,6 +31,7 @@ from benchmarks.harness import (
     Row,
     attempt,
     fraction,
+    parse,
     parser,
     positive_float,
     positive_int,
@@ -99,9 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--density", type=fraction, default=0.1, help="kept / admissible blocks")
     options.add_argument("--dense-up-to", type=positive_int, default=2**18, help="longest prompt for dense attention")
     options.add_argument("--budget-ms", type=positive_float, default=300.0, help="time for the repeats of one thing")
-    args = options.parse_args(argv)
-    if args.quick:
-        args.lengths, args.num_proxies, args.budget_ms = [8192, 32768], [1], 50.0
+    args = parse(options, argv, lengths=[8192, 32768], num_proxies=[1], budget_ms=50.0)
     require_gpu()
     for num_proxies in (1, 4):
         gate.check_selection(num_proxies)

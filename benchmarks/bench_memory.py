@@ -29,6 +29,7 @@ from benchmarks.harness import (
     Row,
     attempt,
     fraction,
+    parse,
     parser,
     peak_memory,
     positive_int,
@@ -87,9 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--lengths", type=positive_int, nargs="+", default=LENGTHS, help="tokens")
     options.add_argument("--num-proxies", type=positive_int, nargs="+", default=[1, 4, 8], help="proxy heads")
     options.add_argument("--density", type=fraction, default=0.02, help="kept / admissible blocks")
-    args = options.parse_args(argv)
-    if args.quick:
-        args.lengths, args.num_proxies = [8192], [1]
+    args = parse(options, argv, lengths=[8192], num_proxies=[1])
     require_gpu()
     gate.check_attention(every=False)
     release()

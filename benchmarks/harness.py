@@ -200,12 +200,25 @@ def fraction(text: str) -> float:
     return value
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and says the defaults."""
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmarks have; each adds its own."""
-    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--out", type=Path, help="result file (default: in benchmarks/results, or its folder quick)")
+    """The options that all benchmarks have; each adds its own, and reads them with ``parse``."""
+    options = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    options.add_argument("--out", type=Path, help="result file; if none, in benchmarks/results, quick ones in quick/")
     options.add_argument("--quick", action="store_true", help="few, short cases, to see that everything runs")
     return options
+
+
+def parse(options: argparse.ArgumentParser, argv: Sequence[str] | None, **quick: Any) -> argparse.Namespace:
+    """The options; with ``--quick``, those that were not given have the values of ``quick``."""
+    args = options.parse_args(argv)
+    if args.quick:
+        options.set_defaults(**quick)
+        args = options.parse_args(argv)
+    return args
 
 
 def result_path(args: argparse.Namespace, name: str) -> Path:

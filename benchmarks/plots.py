@@ -257,7 +257,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("names", nargs="*", metavar="NAME", help=f"plots: {', '.join(PLOTS)} (default: all)")
+    options.add_argument("names", nargs="*", metavar="NAME", help=f"plots, all if none is named: {', '.join(PLOTS)}")
     options.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files and of the plots")
     options.add_argument("--density", type=fraction, default=0.1, help="target density of time and peers")
     options.add_argument("--length", type=positive_int, default=131072, help="tokens of peers and stages")

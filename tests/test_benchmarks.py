@@ -178,6 +178,19 @@ def test_a_quick_run_replaces_no_full_result(tmp_path: Path) -> None:
     assert path_of("--quick", "--out", str(tmp_path / "x.json")) == tmp_path / "x.json"
 
 
+def test_quick_leaves_given_options_alone() -> None:
+    options = harness.parser(None)
+    options.add_argument("--lengths", type=harness.positive_int, nargs="+", default=[1, 2])
+    options.add_argument("--budget-ms", type=float, default=300.0)
+
+    def parse(*arguments: str) -> tuple[list[int], float]:
+        args = harness.parse(options, arguments, lengths=[7], budget_ms=5.0)
+        return args.lengths, args.budget_ms
+
+    assert parse("--budget-ms", "1") == ([1, 2], 1.0)
+    assert parse("--quick", "--lengths", "3") == ([3], 5.0)
+
+
 def test_cases_cover_what_is_asked() -> None:
     cases = bench_attention.cases_of([4096, 262144, 524288], [0.1, 0.4], 262144, [131072], 0.1)
     assert [(c.kind, c.length, c.density) for c in cases] == [
