@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.baselines import METHODS
 from benchmarks.contenders import SHAPE
 from benchmarks.harness import RESULTS, Row, fraction, positive_int
 from benchmarks.stages import STAGES
@@ -75,10 +76,9 @@ def shares(rows: Sequence[Row]) -> Series:
 def peers(rows: Sequence[Row], length: int, density: float) -> dict[str, Row]:
     """Milliseconds of choosing blocks, making lists and attention, and the density reached, of each method."""
     bars: dict[str, Row] = {}
-    for row in pick(rows, length=length, target_density=density):
-        if row["contender"] in ("flexproxy", "XAttention", "FlexPrefill", "FlashPrefill"):
-            bar = bars.setdefault(row["contender"], {"map": 0.0, "lists": 0.0, "sparse": 0.0})
-            bar["density"] = row["density"]
+    for name in (*METHODS, "flexproxy"):
+        for row in pick(rows, contender=name, length=length, target_density=density):
+            bar = bars.setdefault(name, {"map": 0.0, "lists": 0.0, "sparse": 0.0, "density": row["density"]})
             if row["part"] in ("map", "lists", "build") or (row["part"] == "sparse" and row["kernel"] == "default"):
                 bar["map" if row["part"] == "build" else row["part"]] = row["median_ms"]
     return bars

@@ -118,7 +118,7 @@ def test_plot_of_peers_shows_the_rows(tmp_path: Path) -> None:
     figure, rows = drawn(tmp_path, "peers")
     axes = figure.axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert sorted(names) == ["FlashPrefill", "FlexPrefill", "XAttention", "flexproxy"]
+    assert names == ["XAttention", "FlexPrefill", "FlashPrefill", "flexproxy"]
     at = rows_where(rows, length=131072, target_density=0.1)
     for container, parts in zip(axes.containers, (("map", "build"), ("lists",), ("sparse",)), strict=True):
         for name, bar in zip(names, container, strict=True):
