@@ -16,7 +16,7 @@ import flexproxy
 from benchmarks.baselines.blocks import BLOCK_SIZE, causal_blocks
 from benchmarks.harness import flash_backend_exists
 from flexproxy import ProxyConfig, masks
-from flexproxy._compat import compiled_flex_attention, many_lengths
+from flexproxy._compat import run_compiled
 from flexproxy.block_mask import compile_block_mask
 
 BATCH, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 1, 32, 8, 128
@@ -52,10 +52,7 @@ cudnn, flash_attention_2 = sdpa(SDPBackend.CUDNN_ATTENTION), sdpa(SDPBackend.FLA
 
 def flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, options: dict[str, Any]) -> Tensor:
     """Compiled ``flex_attention``, as ``flexproxy.attention`` calls it."""
-    with many_lengths():
-        out: Tensor = compiled_flex_attention(q.device.type)(
-            q, k, v, block_mask=block_mask, enable_gqa=True, kernel_options=options
-        )
+    out: Tensor = run_compiled(q.device.type, q, k, v, block_mask=block_mask, enable_gqa=True, kernel_options=options)
     return out
 
 

@@ -14,14 +14,15 @@ from torch.profiler import ProfilerActivity, profile
 
 # Stage: what the name of its kernels contains (a regular expression). The first that fits counts; the rest is "other".
 STAGES = {
-    "pool": r"pool",
-    "classify": r"classif|admissible",
-    "scores": r"score",
-    "rank": r"rank",
-    "probe": r"probe|mass",
-    "count": r"count|budget|gamma",
-    "lists": r"list|select|bitmap",
+    "pool": r"_pool_",
+    "classify": r"_intervals_|_labels_|_summary_|_last_valid_",
+    "scores": r"_scores_",
+    "rank": r"_keys_|_rank_",
+    "probe": r"_masses_",
+    "count": r"_forced_|_cumulative_|_kept_|_candidates_|_counts_",
+    "lists": r"_lists_",
 }
+SHARED = r"_block_logits_"  # the pass over all keys, of the stage whose kernel follows it
 
 
 def stage_of(kernel: str) -> str:
@@ -35,12 +36,17 @@ def stage_times(events: Iterable[dict[str, Any]], calls: int) -> dict[str, float
         ``stage_NAME_ms`` for each of ``STAGES`` and for ``other``, ``kernels`` (launches a call).
     """
     times = dict.fromkeys([*STAGES, "other"], 0.0)
-    kernels = 0
-    for event in events:
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            times[stage_of(event["name"])] += event["dur"] / 1e3 / calls
-            kernels += 1
-    return {f"stage_{name}_ms": round(time, 4) for name, time in times.items()} | {"kernels": round(kernels / calls, 1)}
+    on_device = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    shared = 0.0
+    for event in sorted(on_device, key=lambda event: float(event["ts"])):
+        if re.search(SHARED, event["name"]):
+            shared += event["dur"]
+            continue
+        times[stage_of(event["name"])] += (event["dur"] + shared) / 1e3 / calls
+        shared = 0.0
+    times["other"] += shared / 1e3 / calls
+    kernels = round(len(on_device) / calls, 1)
+    return {f"stage_{name}_ms": round(time, 4) for name, time in times.items()} | {"kernels": kernels}
 
 
 def profile_stages(run: Callable[[], Any], calls: int = 5) -> dict[str, float]:

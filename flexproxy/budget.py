@@ -28,7 +28,7 @@ def last_valid_queries(valid: Tensor, number: int) -> Tensor:
     slot = torch.where(valid & (from_end <= number), number - from_end, number).to(torch.int64)
     index = torch.arange(valid.shape[-1], device=valid.device).expand(slot.shape)
     empty = torch.full((*valid.shape[:-1], number + 1), -1, dtype=torch.int64, device=valid.device)
-    return empty.scatter_(-1, slot, index)[..., :number]  # all the others went to the last slot
+    return empty.scatter_(-1, slot, index)[..., :number].contiguous()  # all the others went to the last slot
 
 
 def _block_masses_fake(

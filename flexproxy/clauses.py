@@ -79,6 +79,8 @@ def dense_labels(q_label: Tensor, k_label: Tensor) -> tuple[Tensor, Tensor]:
 
 def stack(clauses: tuple[Clause, ...]) -> ClauseStack:
     """Bring clauses to one batch size and stack them; where some have labels, one without gets the label 0."""
+    if len(clauses) == 1 and clauses[0].q_label is None:  # nothing to bring together
+        return ClauseStack(clauses[0].lo[None], clauses[0].hi[None], None, None)
     batch = max(t.shape[0] for clause in clauses for t in clause if t is not None)
     lo = torch.stack([c.lo.expand(batch, -1) for c in clauses])
     hi = torch.stack([c.hi.expand(batch, -1) for c in clauses])

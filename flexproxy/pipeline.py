@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy import masks
-from flexproxy._checks import check_config, check_masks, check_queries_and_keys, check_scale, check_tables
+from flexproxy._checks import check_config, check_masks, check_memory, check_queries_and_keys, check_scale, check_tables
 from flexproxy.admissible import (
     Admissible,
     SampledMask,
@@ -88,7 +88,11 @@ def select_for(
     admissible = merge_heads(mask.admissible.any, groups)
     rows = summarize_rows(admissible, merge_heads(mask.admissible.full, groups))
     cell = config.block_size // config.stride
-    scores = block_scores(q_proxy, k_proxy, *mask.sampled.tensors(), admissible, rows, cell, config.stride, scale)
+    # As much as one of the lists of the BlockMask will take, so that it does not show in the peak.
+    workspace = min(max(4 * q.shape[0] * q.shape[1] * admissible.shape[2] * admissible.shape[3], 2**25), 2**30)
+    scores = block_scores(
+        q_proxy, k_proxy, *mask.sampled.tensors(), admissible, rows, cell, config.stride, scale, workspace
+    )
     forced = mask.offset, q.shape[2], config.block_size, config.sink_blocks, config.local_blocks
     rank = rank_blocks(scores, admissible, rows, *forced)
 
@@ -126,6 +130,9 @@ def build(
         BlockMask ``[B, Hq, Sq, Skv]``: every head's kept blocks, within them the mask that was given. It has the lists
         that gradients need if q or k requires them.
     """
+    config = check_config(config)
+    check_queries_and_keys(q, k)
+    check_memory(q, k, config, torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
     return select(q, k, mask_mod=mask_mod, block_mask=block_mask, config=config, scale=scale).block_mask()
 
 

@@ -26,13 +26,15 @@ def _block_scores_fake(
     cell: int,
     stride: int,
     scale: float,
+    workspace: int,
 ) -> Tensor:
     return q.new_empty(*q.shape[:2], *admissible.shape[2:], dtype=torch.float32)
 
 
 @opaque(
     "(Tensor q, Tensor k, Tensor? lo, Tensor? hi, Tensor? q_label, Tensor? k_label, Tensor? bits,"
-    " Tensor admissible, Tensor summary, int cell, int stride, float scale) -> Tensor",
+    " Tensor admissible, Tensor summary, int cell, int stride, float scale, SymInt workspace)"
+    " -> Tensor",
     _block_scores_fake,
 )
 def block_scores(
@@ -48,6 +50,7 @@ def block_scores(
     cell: int,
     stride: int,
     scale: float,
+    workspace: int,
 ) -> Tensor:
     """Largest log-probability of the sampled pairs of each block pair: fp32 ``[B, P, Nq, Nk]``.
 
@@ -61,6 +64,7 @@ def block_scores(
         cell: sampled tokens per block, block_size / stride.
         stride: tokens from one sampled key to the next.
         scale: factor of the scores.
+        workspace: bytes that a kernel may take for its intermediate results.
 
     Returns:
         Scores; -inf for a block pair without an admissible sampled pair, NaN where the inputs were not finite.

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy._ops import opaque
 from flexproxy.admissible import Admissible
-from flexproxy.block_mask import block_lists, of_lists
+from flexproxy.block_mask import Lists, block_lists, of_lists
 from flexproxy.masks import MaskMod
 
 
@@ -52,21 +52,25 @@ class Selection:
 
     def block_mask(self) -> BlockMask:
         """The mask of ``build``: kept blocks, and within them the mask that was given."""
-        kept, *lists = selected_lists(self.rank, self.count, self.proxy_of, self._admissible.any, self._admissible.full)
+        kept, lists = self._lists()
         member, mask_mod = membership(kept, self._block_size), self._mask_mod
 
         # NOTE: eager flex_attention looks at nothing but this function, so membership is part of it.
         def proxy_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return member(b, h, q_idx, kv_idx) & mask_mod(b, h, q_idx, kv_idx)
 
-        partial_number, partial_index, full_number, full_index = lists
-        return of_lists(
-            (partial_number, partial_index, full_number, full_index),
-            proxy_mask,
-            self._block_size,
-            self._seq_lengths,
-            self._compute_q_blocks,
+        return of_lists(lists, proxy_mask, self._block_size, self._seq_lengths, self._compute_q_blocks)
+
+    def listed_block_mask(self) -> BlockMask:
+        """The same for a compiled kernel alone: it visits the listed blocks, and need not look up which are kept."""
+        _, lists = self._lists()
+        return of_lists(lists, self._mask_mod, self._block_size, self._seq_lengths, self._compute_q_blocks)
+
+    def _lists(self) -> tuple[Tensor, Lists]:
+        kept, partial_number, partial_index, full_number, full_index = selected_lists(
+            self.rank, self.count, self.proxy_of, self._admissible.any, self._admissible.full
         )
+        return kept, (partial_number, partial_index, full_number, full_index)
 
 
 def membership(block_map: Tensor, block_size: int) -> MaskMod:

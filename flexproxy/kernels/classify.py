@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexproxy._tensors import pad_to_multiple
+from flexproxy.kernels.launch import launch, power_of_2
 
 
 @triton.jit
@@ -34,7 +35,10 @@ def _keys_in_union(
     return count
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_k_blocks"])
+NUMBERS = ["clause_stride", "label_stride", "summary_stride", "num_queries", "num_keys", "num_k_blocks"]
+
+
+@triton.jit(do_not_specialize=[name for name in NUMBERS if not name.startswith(("label", "summary"))])
 def _intervals_kernel(
     lo, hi, any_, full, valid, clause_stride, num_queries, num_keys, num_k_blocks,
     NUM_CLAUSES: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_J: tl.constexpr,
@@ -46,12 +50,14 @@ def _intervals_kernel(
     row_ok = row < num_queries
     at = b * num_queries + row
     begin, end = num_keys, 0
+    full_begin, full_end = num_keys, 0  # keys that one clause allows to every row
     seen = row < 0
     for c in tl.static_range(NUM_CLAUSES):
-        first = tl.load(lo + at + c * clause_stride, mask=row_ok, other=0)
-        last = tl.load(hi + at + c * clause_stride, mask=row_ok, other=0)
+        first = tl.maximum(tl.load(lo + at + c * clause_stride, mask=row_ok, other=0), 0)
+        last = tl.minimum(tl.load(hi + at + c * clause_stride, mask=row_ok, other=0), num_keys)
         begin = tl.minimum(begin, tl.min(tl.where(row_ok, first, num_keys)))
         end = tl.maximum(end, tl.max(last))
+        full_begin, full_end = tl.max(first), tl.min(last)  # 0 where there is no row
         seen |= last > first
     tl.store(valid + at, seen, mask=row_ok)
     out = (b * tl.num_programs(0) + i) * num_k_blocks
@@ -59,11 +65,26 @@ def _intervals_kernel(
         j = start + tl.arange(0, BLOCK_J)
         some = j < 0
         all_ = j < 0
-        if (start * BLOCK_SIZE < end) & ((start + BLOCK_J) * BLOCK_SIZE > begin):
-            first = (j * BLOCK_SIZE)[None, :]
-            last = tl.minimum(first + BLOCK_SIZE, num_keys)
+        if (start * BLOCK_SIZE >= full_begin) & ((start + BLOCK_J) * BLOCK_SIZE <= full_end):
+            some = j >= 0
+            all_ = j >= 0
+        elif (start * BLOCK_SIZE < end) & ((start + BLOCK_J) * BLOCK_SIZE > begin):
+            first_key = (j * BLOCK_SIZE)[None, :]
+            last_key = tl.minimum(first_key + BLOCK_SIZE, num_keys)
             count = _keys_in_union(
-                lo, hi, first, last, at[:, None], row_ok[:, None], lo, 0, lo, clause_stride, 0, NUM_CLAUSES, False
+                lo,
+                hi,
+                first_key,
+                last_key,
+                at[:, None],
+                row_ok[:, None],
+                lo,
+                0,
+                lo,
+                clause_stride,
+                0,
+                NUM_CLAUSES,
+                False,
             )
             some = tl.max(count, 0) > 0
             all_ = tl.min(count, 0) == BLOCK_SIZE
@@ -71,7 +92,7 @@ def _intervals_kernel(
         tl.store(full + out + j, all_, mask=j < num_k_blocks)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_k_blocks"])
+@triton.jit(do_not_specialize=NUMBERS)
 def _labels_kernel(
     lo, hi, q_label, k_label, lowest, highest, any_, full, valid,
     clause_stride, label_stride, summary_stride, num_queries, num_keys, num_k_blocks,
@@ -142,24 +163,27 @@ def classify_union(
     any_ = torch.empty(batch, 1, num_q_blocks, num_k_blocks, dtype=torch.bool, device=lo.device)
     full = torch.empty_like(any_)
     valid = torch.empty(batch, 1, num_queries, dtype=torch.bool, device=lo.device)
-    grid = (num_q_blocks, batch)
     lo, hi = lo.contiguous(), hi.contiguous()
     if q_label is None or k_label is None:
-        _intervals_kernel[grid](
-            lo, hi, any_, full, valid, lo.stride(0), num_queries, num_keys, num_k_blocks,
-            NUM_CLAUSES=num_clauses, BLOCK_SIZE=block_size, BLOCK_J=max(2, 8192 // block_size), num_warps=4,
-        )  # fmt: skip
+        launch(
+            _intervals_kernel,
+            (num_q_blocks, batch, 1),
+            (lo, hi, any_, full, valid),
+            (lo.stride(0), num_queries, num_keys, num_k_blocks),
+            (num_clauses, block_size, max(2, 8192 // block_size)),
+        )
         return any_, full, valid
     q_label, k_label = q_label.contiguous(), k_label.contiguous()
     # A ragged last block has several labels, the padding's among them: there tokens are compared.
     by_block = pad_to_multiple(k_label, -1, block_size, -1).unflatten(-1, (-1, block_size))
     lowest, highest = by_block.amin(-1), by_block.amax(-1)
-    _labels_kernel[grid](
-        lo, hi, q_label, k_label, lowest, highest, any_, full, valid,
-        lo.stride(0), k_label.stride(0), lowest.stride(0), num_queries, num_keys, num_k_blocks,
-        NUM_CLAUSES=num_clauses, BLOCK_SIZE=block_size, BLOCK_K=max(16, min(block_size, 8192 // block_size)),
-        num_warps=4,
-    )  # fmt: skip
+    launch(
+        _labels_kernel,
+        (num_q_blocks, batch, 1),
+        (lo, hi, q_label, k_label, lowest, highest, any_, full, valid),
+        (lo.stride(0), k_label.stride(0), lowest.stride(0), num_queries, num_keys, num_k_blocks),
+        (num_clauses, block_size, max(16, min(block_size, 8192 // block_size))),
+    )
     return any_, full, valid
 
 
@@ -185,7 +209,9 @@ def last_valid_queries(valid: Tensor, number: int) -> Tensor:
     """``flexproxy.budget.last_valid_queries``."""
     valid = valid.contiguous()
     index = torch.empty(*valid.shape[:2], number, dtype=torch.int64, device=valid.device)
-    _last_valid_kernel[(valid.shape[0] * valid.shape[1],)](valid, index, valid.shape[2], NUMBER=number, BLOCK=1024)
+    launch(
+        _last_valid_kernel, (valid.shape[0] * valid.shape[1], 1, 1), (valid, index), (valid.shape[2],), (number, 1024)
+    )
     return index
 
 
@@ -217,6 +243,8 @@ def summarize_rows(any_: Tensor, full: Tensor) -> Tensor:
     """``flexproxy.admissible.summarize_rows``."""
     any_, full = any_.contiguous(), full.contiguous()
     summary = torch.empty(*any_.shape[:3], 5, dtype=torch.int32, device=any_.device)
-    block_j = min(1024, max(16, triton.next_power_of_2(any_.shape[3])))
-    _summary_kernel[(any_.shape[:3].numel(),)](any_, full, summary, any_.shape[3], BLOCK_J=block_j, num_warps=1)
+    rows, num_k_blocks = any_.shape[:3].numel(), any_.shape[3]
+    launch(
+        _summary_kernel, (rows, 1, 1), (any_, full, summary), (num_k_blocks,), (power_of_2(num_k_blocks, 16, 1024),), 1
+    )
     return summary

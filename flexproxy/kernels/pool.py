@@ -11,28 +11,29 @@ import triton.language as tl
 from torch import Tensor
 
 from flexproxy._tensors import is_contiguous
+from flexproxy.kernels.launch import launch, power_of_2
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "largest"])
 def _pool_kernel(
-    x, heads, pooled, stride_b, stride_h, stride_s, stride_d, num_rows,
-    LARGEST: tl.constexpr, HAS_TABLE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    x, heads, pooled, stride_b, stride_h, stride_s, stride_d, num_rows, largest, head_dim,
+    HAS_TABLE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_S rows of one proxy, head after head: many at once, a power of two apart, are slow to read."""
     proxy = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     dim = tl.arange(0, BLOCK_D)
-    inside = (row < num_rows)[:, None] & (dim < D)[None, :]
+    inside = (row < num_rows)[:, None] & (dim < head_dim)[None, :]
     at = x + b * stride_b + row.to(tl.int64)[:, None] * stride_s + dim[None, :] * stride_d  # [rows, D]
-    table = heads + proxy * (LARGEST + 1) if HAS_TABLE else heads
-    number = tl.load(table) if HAS_TABLE else LARGEST
+    table = heads + proxy * (largest + 1) if HAS_TABLE else heads
+    number = tl.load(table) if HAS_TABLE else largest
     total = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     for member in tl.range(0, number):
-        head = tl.load(table + 1 + member) if HAS_TABLE else proxy * LARGEST + member
+        head = tl.load(table + 1 + member) if HAS_TABLE else proxy * largest + member
         total += tl.load(at + head.to(tl.int64) * stride_h, mask=inside, other=0.0).to(tl.float32)
     out = (b * tl.num_programs(1) + proxy) * num_rows + row
-    tl.store(pooled + out[:, None] * D + dim[None, :], (total / number).to(pooled.dtype.element_ty), mask=inside)
+    tl.store(pooled + out[:, None] * head_dim + dim[None, :], (total / number).to(pooled.dtype.element_ty), mask=inside)
 
 
 def pool_groups(x: Tensor, members: Sequence[int], sizes: Sequence[int], stride: int) -> Tensor:
@@ -42,13 +43,15 @@ def pool_groups(x: Tensor, members: Sequence[int], sizes: Sequence[int], stride:
     pooled = torch.empty(batch, len(sizes), num_rows, head_dim, dtype=x.dtype, device=x.device)
     contiguous = is_contiguous(members, sizes, num_heads)
     stride_b, stride_h, stride_s, stride_d = x.stride()
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = power_of_2(head_dim, 16, 256)
     block_s = max(1, 8192 // block_d)
-    _pool_kernel[(-(-num_rows // block_s), len(sizes), batch)](
-        x, None if contiguous else _table(tuple(members), tuple(sizes), x.device), pooled,
-        stride_b, stride_h, stride_s * stride, stride_d, num_rows,
-        LARGEST=max(sizes), HAS_TABLE=not contiguous, D=head_dim, BLOCK_D=block_d, BLOCK_S=block_s, num_warps=4,
-    )  # fmt: skip
+    launch(
+        _pool_kernel,
+        (-(-num_rows // block_s), len(sizes), batch),
+        (x, None if contiguous else _table(tuple(members), tuple(sizes), x.device), pooled),
+        (stride_b, stride_h, stride_s * stride, stride_d, num_rows, max(sizes), head_dim),
+        (not contiguous, block_d, block_s),
+    )
     return pooled
 
 
