@@ -9,13 +9,13 @@ Columns of a row, one for each thing that was timed:
 - length (tokens), contender, part, median_ms, p10_ms, p90_ms, repeats (by CUDA events), error (None if there is none)
 - contender "SDPA cuDNN", "SDPA FlashAttention-2", "flex dense"; part "dense"
 - contender "flexproxy"; part "build" (to the BlockMask), "sparse" (attention with it), "total"
-  (``flexproxy.attention``, which is both)
+  (``flexproxy.attention``, which is both; where it would stay dense, it is made to be sparse)
 - contender "flexproxy, short"; part "total": ``flexproxy.attention`` of short prompts with the default configuration,
   which should be dense (target_density None), and once with min_budget 512 at a density of 0.2
 - contender "XAttention", "FlexPrefill", "FlashPrefill" (our readings, benchmarks/baselines); part "map" (their choice
   of blocks), "lists" (to the BlockMask, by flexproxy's code), "sparse" (on flexproxy's kernel)
-- kernel: "default" (flexproxy's choice of kernel options), "triton" (plain options), "flash" (BACKEND="FLASH"), of what
-  runs flex_attention; kernel_options: the options themselves, as text
+- kernel: "default" (flexproxy's choice), "triton" (its choice without flash-attn-4, where that is installed), "plain"
+  (torch's), of what runs flex_attention; kernel_options: the options for the mask of ``build``, as text
 - target_density, density: kept / admissible blocks, wanted and reached; min_budget (tokens), of flexproxy;
   threshold: of a peer, found by bisection before the timing
 """
@@ -39,6 +39,8 @@ from benchmarks.contenders import (
     flex,
     inputs,
     kernel_variants,
+    options_of,
+    sparse_where_short,
 )
 from benchmarks.harness import (
     Row,
@@ -105,12 +107,14 @@ def sparse(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:
     build = functools.partial(flexproxy.build, q, k, config=config)
     yield timed(budget_ms, common | {"part": "build"}, build)
     block_mask = build()
-    for name, options in kernel_variants(q, k).items():
-        kernel = {"kernel": name, "kernel_options": str(options)}
-        one = functools.partial(flex, *tensors, block_mask, options)
-        both = functools.partial(flexproxy.attention, *tensors, config=config, kernel_options=options)
-        yield timed(budget_ms, common | {"part": "sparse"} | kernel, one)
-        yield timed(budget_ms, common | {"part": "total"} | kernel, both)
+    both = functools.partial(flexproxy.attention, *tensors, config=config)
+    for name, variant in kernel_variants().items():
+        with variant(), sparse_where_short():
+            options = options_of(name, q, k)
+            kernel = {"kernel": name, "kernel_options": str(options)}
+            one = functools.partial(flex, *tensors, block_mask, options)
+            yield timed(budget_ms, common | {"part": "sparse"} | kernel, one)
+            yield timed(budget_ms, common | {"part": "total"} | kernel, both)
 
 
 def short(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +17,13 @@ from torch.nn.attention.flex_attention import BlockMask
 
 import flexproxy
 from benchmarks.baselines.blocks import BLOCK_SIZE, causal_blocks
-from benchmarks.harness import flash_backend_exists
-from flexproxy import ProxyConfig, masks
+from flexproxy import ProxyConfig, _compat, masks
 from flexproxy._compat import run_compiled
 from flexproxy.block_mask import compile_block_mask
 
 BATCH, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 1, 32, 8, 128
 SHAPE = f"bf16, B {BATCH}, Hq {NUM_Q_HEADS}, Hkv {NUM_KV_HEADS}, D {HEAD_DIM}, causal"
+_ATTENTION = sys.modules["flexproxy.attention"]  # the module, whose name the function has
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -63,14 +66,35 @@ def causal_block_mask(length: int, device: torch.device) -> BlockMask:
     return compile_block_mask(every[None, None], below[None, None], masks.causal, BLOCK_SIZE, (length, length), False)
 
 
-def kernel_variants(q: Tensor, k: Tensor) -> dict[str, dict[str, Any]]:
-    """Kernel options by name: flexproxy's own choice, and where they differ from it, Triton's plain ones and FLASH."""
-    variants: dict[str, dict[str, Any]] = {"default": flexproxy.kernel_options(q, k)}
-    if variants["default"]:
-        variants["triton"] = {}
-    if flash_backend_exists() and variants["default"].get("BACKEND") != "FLASH":
-        variants["flash"] = {"BACKEND": "FLASH"}
-    return variants
+def without_flash() -> AbstractContextManager[Any]:
+    """As if flash-attn-4 were not installed."""
+    return mock.patch.object(_compat, "flash_backend_exists", return_value=False)
+
+
+def plain() -> AbstractContextManager[Any]:
+    """With what torch chooses by itself."""
+    return mock.patch.multiple(_ATTENTION, best_kernel_options=lambda q, k: {}, fit_to_mask=lambda options, *_: options)
+
+
+def sparse_where_short() -> AbstractContextManager[Any]:
+    """Inputs of a gate are short; there ``flexproxy.attention`` would be dense."""
+    return mock.patch.multiple(_ATTENTION, BUILD_FLOPS=0.0, SPARSE_COST=0.0)
+
+
+def kernel_variants() -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+    """Ways to run ``flex_attention``, each the context that brings ``flexproxy.attention`` to it.
+
+    "default" is flexproxy's choice, "triton" its choice without flash-attn-4, "plain" torch's own.
+    """
+    variants: dict[str, Callable[[], AbstractContextManager[Any]]] = {"default": nullcontext}
+    if _compat.flash_backend_exists():
+        variants["triton"] = without_flash
+    return variants | {"plain": plain}
+
+
+def options_of(variant: str, q: Tensor, k: Tensor) -> dict[str, Any]:
+    """The kernel options of a variant, for a mask of ``flexproxy.build``; inside of its context."""
+    return {} if variant == "plain" else flexproxy.kernel_options(q, k)
 
 
 def budget_for(density: float, length: int, block_size: int = BLOCK_SIZE) -> int:

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_mask
 import flexproxy
 from benchmarks.baselines import METHODS, to_block_mask
 from benchmarks.baselines.blocks import BLOCK_SIZE
-from benchmarks.contenders import flex, inputs, kernel_variants
+from benchmarks.contenders import flex, inputs, kernel_variants, options_of, sparse_where_short
 from flexproxy import ProxyConfig, masks, reference
 from flexproxy.proxy import head_groups, pool_heads
 from tests.oracle import Case, check_count, check_rank, expect
@@ -44,12 +44,15 @@ def check_attention(every: bool) -> None:
     q, k, v = inputs(LENGTH)
     config = ProxyConfig(density=0.3, min_budget=256)
     exact, own_error = _exact(q, k, v, flexproxy.select(q, k, config=config).block_map())
-    _compare("attention", flexproxy.attention(q, k, v, config=config), exact, own_error)
+    block_mask = flexproxy.build(q, k, config=config)
+    for name, variant in kernel_variants().items():
+        with sparse_where_short(), variant():
+            _compare(f"attention, kernel {name!r}", flexproxy.attention(q, k, v, config=config), exact, own_error)
+            if every:
+                out = flex(q, k, v, block_mask, options_of(name, q, k))
+                _compare(f"kernel {name!r}", out, exact, own_error)
     if not every:
         return
-    block_mask = flexproxy.build(q, k, config=config)
-    for name, options in kernel_variants(q, k).items():
-        _compare(f"kernel {name!r}", flex(q, k, v, block_mask, options), exact, own_error)
     for name, method in METHODS.items():
         blocks = method.select(q, k, 0.5)
         exact, own_error = _exact(q, k, v, blocks)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import math
 import os
@@ -126,14 +125,6 @@ def peak_memory(run: Callable[[], Any]) -> Row:
 
 
 # Environment
-
-
-def flash_backend_exists() -> bool:
-    """Whether the package behind ``BACKEND="FLASH"`` of ``flex_attention`` can be imported."""
-    try:
-        return importlib.util.find_spec("flash_attn.cute") is not None
-    except ImportError:
-        return False
 
 
 def environment() -> dict[str, Any]:

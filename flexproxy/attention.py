@@ -170,7 +170,7 @@ def _options(
 
 
 # Work of dense attention, in floating-point operations, that a GPU does while the host starts the kernels of a build.
-BUILD_FLOPS = 3e11
+BUILD_FLOPS = 6e11
 # What a kept block costs beside one of dense attention.
 SPARSE_COST = 1.3
 

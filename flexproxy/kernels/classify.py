@@ -41,7 +41,7 @@ NUMBERS = ["clause_stride", "label_stride", "summary_stride", "num_queries", "nu
 @triton.jit(do_not_specialize=[name for name in NUMBERS if not name.startswith(("label", "summary"))])
 def _intervals_kernel(
     lo, hi, any_, full, valid, clause_stride, num_queries, num_keys, num_k_blocks,
-    NUM_CLAUSES: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_J: tl.constexpr,
+    NUM_CLAUSES: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Clauses without labels: one row of blocks."""
     i = tl.program_id(0)
@@ -60,36 +60,31 @@ def _intervals_kernel(
         full_begin, full_end = tl.max(first), tl.min(last)  # 0 where there is no row
         seen |= last > first
     tl.store(valid + at, seen, mask=row_ok)
+    # Nothing before begin and behind end, everything between full_begin and full_end: counted is only in between.
+    full_begin, full_end = tl.minimum(full_begin, end), tl.maximum(full_end, full_begin)
     out = (b * tl.num_programs(0) + i) * num_k_blocks
-    for start in tl.range(0, num_k_blocks, BLOCK_J):
+    for start in tl.range(0, num_k_blocks, BLOCK_W):
+        j = start + tl.arange(0, BLOCK_W)
+        whole = (j * BLOCK_SIZE >= full_begin) & ((j + 1) * BLOCK_SIZE <= full_end)
+        tl.store(any_ + out + j, whole, mask=j < num_k_blocks)
+        tl.store(full + out + j, whole, mask=j < num_k_blocks)
+    tl.debug_barrier()  # some of these are written again
+    left = begin // BLOCK_SIZE
+    left_end = tl.minimum(tl.cdiv(full_begin, BLOCK_SIZE), num_k_blocks)
+    right = tl.maximum(full_end // BLOCK_SIZE, left_end)
+    right_end = tl.minimum(tl.cdiv(end, BLOCK_SIZE), num_k_blocks)
+    chunks = tl.cdiv(tl.maximum(left_end - left, 0), BLOCK_J)
+    for chunk in tl.range(0, chunks + tl.cdiv(tl.maximum(right_end - right, 0), BLOCK_J)):
+        start = tl.where(chunk < chunks, left + chunk * BLOCK_J, right + (chunk - chunks) * BLOCK_J)
+        stop = tl.where(chunk < chunks, left_end, right_end)
         j = start + tl.arange(0, BLOCK_J)
-        some = j < 0
-        all_ = j < 0
-        if (start * BLOCK_SIZE >= full_begin) & ((start + BLOCK_J) * BLOCK_SIZE <= full_end):
-            some = j >= 0
-            all_ = j >= 0
-        elif (start * BLOCK_SIZE < end) & ((start + BLOCK_J) * BLOCK_SIZE > begin):
-            first_key = (j * BLOCK_SIZE)[None, :]
-            last_key = tl.minimum(first_key + BLOCK_SIZE, num_keys)
-            count = _keys_in_union(
-                lo,
-                hi,
-                first_key,
-                last_key,
-                at[:, None],
-                row_ok[:, None],
-                lo,
-                0,
-                lo,
-                clause_stride,
-                0,
-                NUM_CLAUSES,
-                False,
-            )
-            some = tl.max(count, 0) > 0
-            all_ = tl.min(count, 0) == BLOCK_SIZE
-        tl.store(any_ + out + j, some, mask=j < num_k_blocks)
-        tl.store(full + out + j, all_, mask=j < num_k_blocks)
+        first_key = (j * BLOCK_SIZE)[None, :]
+        last_key = tl.minimum(first_key + BLOCK_SIZE, num_keys)
+        count = _keys_in_union(
+            lo, hi, first_key, last_key, at[:, None], row_ok[:, None], lo, 0, lo, clause_stride, 0, NUM_CLAUSES, False
+        )
+        tl.store(any_ + out + j, tl.max(count, 0) > 0, mask=j < stop)
+        tl.store(full + out + j, tl.min(count, 0) == BLOCK_SIZE, mask=j < stop)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -170,7 +165,7 @@ def classify_union(
             (num_q_blocks, batch, 1),
             (lo, hi, any_, full, valid),
             (lo.stride(0), num_queries, num_keys, num_k_blocks),
-            (num_clauses, block_size, max(2, 8192 // block_size)),
+            (num_clauses, block_size, power_of_2(num_k_blocks, 16, 1024), max(2, min(16, 8192 // block_size))),
         )
         return any_, full, valid
     q_label, k_label = q_label.contiguous(), k_label.contiguous()

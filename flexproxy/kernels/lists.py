@@ -34,9 +34,9 @@ def _lists_kernel(
     rank, count, proxy_of, admissible, kept, full, partial_number, partial_index, full_number, full_index,
     rank_stride_b, rank_stride_h, admissible_stride_b, admissible_stride_h, full_stride_b, full_stride_h,
     num_k_blocks, heads,
-    FROM_RANK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_J: tl.constexpr,
+    FROM_RANK: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Lists of one row of blocks: kept blocks in ascending order, those not kept behind them, in all columns."""
+    """Lists of one row of blocks: kept blocks in ascending order, zeros behind them."""
     i = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -50,37 +50,29 @@ def _lists_kernel(
         rank_row = rank + b * rank_stride_b + tl.load(proxy_of + h) * rank_stride_h + i * num_k_blocks
         admissible_row = admissible + b * admissible_stride_b + h * admissible_stride_h + i * num_k_blocks
     full_row = full + b * full_stride_b + h * full_stride_h + i * num_k_blocks
-    total_partial, total_full = 0, 0
-    if CHUNKS:  # the row does not fit in one: count first, then read it again
-        for start in tl.range(0, num_k_blocks, BLOCK_J):
-            j = start + tl.arange(0, BLOCK_J)
-            some, whole = _kept_blocks(rank_row, kept_row, admissible_row, full_row, limit, j, num_k_blocks, FROM_RANK)
-            total_partial += tl.sum(some - whole)
-            total_full += tl.sum(whole)
     before_partial, before_full = 0, 0
     for start in tl.range(0, num_k_blocks, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        inside = j < num_k_blocks
         some, whole = _kept_blocks(rank_row, kept_row, admissible_row, full_row, limit, j, num_k_blocks, FROM_RANK)
         partial = some - whole
         if FROM_RANK:
-            tl.store(kept_row + j, some != 0, mask=inside)
+            tl.store(kept_row + j, some != 0, mask=j < num_k_blocks)
         # Both running sums in one: neither reaches 2^16 in a chunk.
         both = tl.cumsum(partial + (whole << 16), 0)
-        if not CHUNKS:
-            total = tl.max(both, 0)
-            total_partial, total_full = total & 0xFFFF, total >> 16
-        partial_place = before_partial + (both & 0xFFFF) - partial
-        full_place = before_full + (both >> 16) - whole
-        partial_at = tl.where(partial != 0, partial_place, total_partial + j - partial_place)
-        full_at = tl.where(whole != 0, full_place, total_full + j - full_place)
-        tl.store(partial_index + row * num_k_blocks + partial_at, j, mask=inside)
-        tl.store(full_index + row * num_k_blocks + full_at, j, mask=inside)
-        if CHUNKS:
-            before_partial += tl.sum(partial)
-            before_full += tl.sum(whole)
-    tl.store(partial_number + row, total_partial)
-    tl.store(full_number + row, total_full)
+        partial_place = before_partial + (both & 0xFFFF) - 1
+        full_place = before_full + (both >> 16) - 1
+        tl.store(partial_index + row * num_k_blocks + partial_place, j, mask=partial != 0)
+        tl.store(full_index + row * num_k_blocks + full_place, j, mask=whole != 0)
+        before_partial += tl.sum(partial)
+        before_full += tl.sum(whole)
+    tl.store(partial_number + row, before_partial)
+    tl.store(full_number + row, before_full)
+    for start in tl.range(0, num_k_blocks, BLOCK_J):  # behind the lists
+        column = start + tl.arange(0, BLOCK_J)
+        nothing = tl.zeros([BLOCK_J], tl.int32)
+        at = row * num_k_blocks + column
+        tl.store(partial_index + at, nothing, mask=(column >= before_partial) & (column < num_k_blocks))
+        tl.store(full_index + at, nothing, mask=(column >= before_full) & (column < num_k_blocks))
 
 
 def _launch(
@@ -101,7 +93,7 @@ def _launch(
         (num_q_blocks, heads, batch),
         (rank, count, proxy_of, admissible, kept, full, numbers[0], indices[0], numbers[1], indices[1]),
         (*strides(rank, 2), *strides(admissible, 2), *strides(full, 2), num_k_blocks, heads),
-        (rank is not None, num_k_blocks > block_j, block_j),
+        (rank is not None, block_j),
     )
     return numbers[0], indices[0], numbers[1], indices[1]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flexproxy.kernels.launch import launch, power_of_2, strides
 
-MAX_COUNTED = 2048  # blocks in a row, to which counting beats sorting
+MAX_SORTED = 2048  # blocks in a row that one program sorts; more take seconds to compile
 
 
 @triton.jit
@@ -31,6 +31,53 @@ NUMBERS = [
 ]  # fmt: skip
 
 
+@triton.jit
+def _keys(
+    scores, admissible, summary, offset,
+    admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
+    num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size, i, bh, row, j,
+):  # fmt: skip
+    """What the blocks of a row are ranked by: forced +inf, scored by score, unscored -2e38, inadmissible -inf."""
+    b, h = bh // heads, bh % heads
+    inside = j < num_k_blocks
+    score = tl.load(scores + row + j, mask=inside, other=0.0)
+    admissible_at = admissible + b * admissible_stride_b + h * admissible_stride_h + i.to(tl.int64) * num_k_blocks
+    some = tl.load(admissible_at + j, mask=inside, other=0) != 0
+    end = tl.load(summary + b * summary_stride_b + h * summary_stride_h + i * 5 + 1)
+    position = tl.load(offset + b * offset_stride)
+    first, last = _forced_range(position, i, end, num_queries, local_blocks, block_size, log_block_size)
+    unscored = (score != score) | (score == float("-inf"))
+    key = tl.where(unscored, -2e38, tl.maximum(score, -1e38))
+    key = tl.where(((j >= first) & (j <= last)) | (j < sink_blocks), float("inf"), key)
+    return tl.where(some, key, float("-inf"))
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _rank_kernel(
+    scores, admissible, summary, offset, rank,
+    admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
+    num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size,
+    BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Ranks of one row: keys and indices sorted as one integer each."""
+    i = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    row = (bh * tl.num_programs(0) + i) * num_k_blocks
+    j = tl.arange(0, BLOCK_J)
+    key = _keys(
+        scores, admissible, summary, offset,
+        admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
+        num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size, i, bh, row, j,
+    )  # fmt: skip
+    bits = tl.where(key == 0.0, 0.0, key).to(tl.int32, bitcast=True)  # one zero
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    # Of equal keys the lower index comes first; places beyond the row come last.
+    packed = (ordered.to(tl.int64) << 32) | (BLOCK_J - 1 - j).to(tl.int64)
+    packed = tl.sort(tl.where(j < num_k_blocks, packed, -0x7FFFFFFFFFFFFFFF), descending=True)
+    index = BLOCK_J - 1 - (packed & 0xFFFFFFFF)
+    tl.store(rank + row + index, j, mask=j < num_k_blocks)
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def _keys_kernel(
     scores, admissible, summary, offset, keys,
@@ -38,66 +85,17 @@ def _keys_kernel(
     num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size,
     BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """What the blocks of a row are ranked by: forced +inf, scored by score, unscored -2e38, inadmissible -inf."""
     i = tl.program_id(0)
-    bh = tl.program_id(2).to(tl.int64)
-    b, h = bh // heads, bh % heads
-    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
-    inside = j < num_k_blocks
-    at = (bh * tl.num_programs(0) + i) * num_k_blocks + j
-    score = tl.load(scores + at, mask=inside, other=0.0)
-    row = admissible + b * admissible_stride_b + h * admissible_stride_h + i.to(tl.int64) * num_k_blocks
-    some = tl.load(row + j, mask=inside, other=0) != 0
-    end = tl.load(summary + b * summary_stride_b + h * summary_stride_h + i * 5 + 1)
-    position = tl.load(offset + b * offset_stride)
-    first, last = _forced_range(position, i, end, num_queries, local_blocks, block_size, log_block_size)
-    unscored = (score != score) | (score == float("-inf"))
-    key = tl.where(unscored, -2e38, tl.maximum(score, -1e38))
-    key = tl.where(((j >= first) & (j <= last)) | (j < sink_blocks), float("inf"), key)
-    tl.store(keys + at, tl.where(some, key, float("-inf")), mask=inside)
-
-
-@triton.jit(do_not_specialize=["summary_stride_b", "summary_stride_h", "num_k_blocks", "heads"])
-def _rank_kernel(
-    keys, summary, rank, summary_stride_b, summary_stride_h, num_k_blocks, heads,
-    BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Rank of BLOCK_J blocks of a row: how many others stand before them."""
-    i = tl.program_id(0)
-    bh = tl.program_id(2).to(tl.int64)
-    b, h = bh // heads, bh % heads
-    start = tl.program_id(1) * BLOCK_J
-    j = start + tl.arange(0, BLOCK_J)
+    bh = tl.program_id(1).to(tl.int64)
     row = (bh * tl.num_programs(0) + i) * num_k_blocks
-    at = summary + b * summary_stride_b + h * summary_stride_h + i * 5
-    first = tl.load(at)
-    end = tl.load(at + 1)
-    key = tl.load(keys + row + j, mask=j < num_k_blocks, other=float("-inf"))[None, :]
-    before = tl.zeros([BLOCK_R, BLOCK_J], tl.int32)
-    if start < end:
-        # Others to the left stand before equals, others to the right do not; in between, the index decides. What is
-        # not a number stands before nothing.
-        left_end = tl.minimum(start, end)
-        middle_end = tl.minimum(start + BLOCK_J, end)
-        for other in tl.range(first, left_end, BLOCK_R):
-            r = other + tl.arange(0, BLOCK_R)
-            value = tl.load(keys + row + r, mask=r < left_end, other=float("nan"))[:, None]
-            before += (value >= key).to(tl.int32)
-        for other in tl.range(tl.maximum(start, first), middle_end, BLOCK_R):
-            r = other + tl.arange(0, BLOCK_R)
-            value = tl.load(keys + row + r, mask=r < middle_end, other=float("nan"))[:, None]
-            before += ((value > key) | ((value == key) & (r[:, None] < j[None, :]))).to(tl.int32)
-        for other in tl.range(tl.maximum(start + BLOCK_J, first), end, BLOCK_R):
-            r = other + tl.arange(0, BLOCK_R)
-            value = tl.load(keys + row + r, mask=r < end, other=float("nan"))[:, None]
-            before += (value > key).to(tl.int32)
-    place = tl.sum(before, 0)
-    # Inadmissible blocks outside of first .. end come in order of their index.
-    outside = tl.minimum(j, first) + tl.maximum(j - end, 0)
-    key = tl.load(keys + row + j, mask=j < num_k_blocks, other=float("-inf"))
-    place = tl.where(key == float("-inf"), place + outside, place)
-    place = tl.where(j >= end, j, place)
-    tl.store(rank + row + j, place, mask=j < num_k_blocks)
+    for start in tl.range(0, num_k_blocks, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        key = _keys(
+            scores, admissible, summary, offset,
+            admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
+            num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size, i, bh, row, j,
+        )  # fmt: skip
+        tl.store(keys + row + j, key, mask=j < num_k_blocks)
 
 
 def rank_blocks(
@@ -112,42 +110,28 @@ def rank_blocks(
 ) -> Tensor:
     """``flexproxy.ranking.rank_blocks``."""
     batch, proxies, num_q_blocks, num_k_blocks = scores.shape
-    keys = torch.empty_like(scores)
     admissible, summary = admissible.contiguous(), summary.contiguous()
-    forced = sink_blocks, local_blocks, block_size, block_size.bit_length() - 1
-    block_j = power_of_2(num_k_blocks, 16, 1024)
+    rank = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
+    in_one = num_k_blocks <= MAX_SORTED
+    keys = rank if in_one else torch.empty_like(scores)
     launch(
-        _keys_kernel,
-        (num_q_blocks, -(-num_k_blocks // block_j), batch * proxies),
+        _rank_kernel if in_one else _keys_kernel,
+        (num_q_blocks, batch * proxies, 1),
         (scores, admissible, summary, offset, keys),
         (
-            *strides(admissible, 2),
-            *strides(summary, 2),
-            *strides(offset, 1),
-            num_queries,
-            num_k_blocks,
-            proxies,
-            *forced,
+            *strides(admissible, 2), *strides(summary, 2), *strides(offset, 1), num_queries, num_k_blocks, proxies,
+            sink_blocks, local_blocks, block_size, block_size.bit_length() - 1,
         ),
-        (block_j,),
-    )
-    rank = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
-    if num_k_blocks > MAX_COUNTED:
-        # Sorted in parts, for the memory of its 64-bit indices.
-        place = torch.arange(num_k_blocks, dtype=torch.int32, device=scores.device)
-        rows = max(1, 2**26 // num_k_blocks)
-        for part, out in zip(keys.flatten(0, 2).split(rows), rank.flatten(0, 2).split(rows), strict=True):
-            order = part.argsort(dim=-1, descending=True, stable=True)
-            out.scatter_(-1, order, place.expand_as(order))
+        (power_of_2(num_k_blocks, 16, MAX_SORTED),),
+    )  # fmt: skip
+    if in_one:
         return rank
-    block_j = power_of_2(num_k_blocks, 16, 256)
-    launch(
-        _rank_kernel,
-        (num_q_blocks, -(-num_k_blocks // block_j), batch * proxies),
-        (keys, summary, rank),
-        (*strides(summary, 2), num_k_blocks, proxies),
-        (block_j, 4096 // block_j),
-    )
+    # Some rows at a time, for the memory of the 64-bit indices.
+    place = torch.arange(num_k_blocks, dtype=torch.int32, device=scores.device)
+    rows = max(1, 2**26 // num_k_blocks)
+    for part, out in zip(keys.flatten(0, 2).split(rows), rank.flatten(0, 2).split(rows), strict=True):
+        order = part.argsort(dim=-1, descending=True, stable=True)
+        out.scatter_(-1, order, place.expand_as(order))
     return rank
 
 
