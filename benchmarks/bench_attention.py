@@ -14,8 +14,8 @@ Columns of a row, one for each thing that was timed:
   which should be dense (target_density None), and once with min_budget 512 at a density of 0.2
 - contender "XAttention", "FlexPrefill", "FlashPrefill" (our readings, benchmarks/baselines); part "map" (their choice
   of blocks), "lists" (to the BlockMask, by flexproxy's code), "sparse" (on flexproxy's kernel)
-- kernel: "default" (flexproxy's choice), "triton" (its choice without flash-attn-4, where that is installed), "plain"
-  (torch's), of what runs flex_attention; kernel_options: the options for the mask of ``build``, as text
+- kernel: "default" (flexproxy's choice), "triton" (its choice without flash-attn-4, where that is installed), of what
+  runs flex_attention; kernel_options: the options for the mask of ``build``, as text
 - target_density, density: kept / admissible blocks, wanted and reached; min_budget (tokens), of flexproxy;
   threshold: of a peer, found by bisection before the timing
 """
@@ -39,7 +39,6 @@ from benchmarks.contenders import (
     flex,
     inputs,
     kernel_variants,
-    options_of,
     sparse_where_short,
 )
 from benchmarks.harness import (
@@ -110,7 +109,7 @@ def sparse(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:
     both = functools.partial(flexproxy.attention, *tensors, config=config)
     for name, variant in kernel_variants().items():
         with variant(), sparse_where_short():
-            options = options_of(name, q, k)
+            options = flexproxy.kernel_options(q, k)
             kernel = {"kernel": name, "kernel_options": str(options)}
             one = functools.partial(flex, *tensors, block_mask, options)
             yield timed(budget_ms, common | {"part": "sparse"} | kernel, one)

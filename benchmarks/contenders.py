@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 
-import flexproxy
 from benchmarks.baselines.blocks import BLOCK_SIZE, causal_blocks
 from flexproxy import ProxyConfig, _compat, masks
 from flexproxy._compat import run_compiled
@@ -71,11 +70,6 @@ def without_flash() -> AbstractContextManager[Any]:
     return mock.patch.object(_compat, "flash_backend_exists", return_value=False)
 
 
-def plain() -> AbstractContextManager[Any]:
-    """With what torch chooses by itself."""
-    return mock.patch.multiple(_ATTENTION, best_kernel_options=lambda q, k: {}, fit_to_mask=lambda options, *_: options)
-
-
 def sparse_where_short() -> AbstractContextManager[Any]:
     """Inputs of a gate are short; there ``flexproxy.attention`` would be dense."""
     return mock.patch.multiple(_ATTENTION, BUILD_FLOPS=0.0, SPARSE_COST=0.0)
@@ -84,17 +78,12 @@ def sparse_where_short() -> AbstractContextManager[Any]:
 def kernel_variants() -> dict[str, Callable[[], AbstractContextManager[Any]]]:
     """Ways to run ``flex_attention``, each the context that brings ``flexproxy.attention`` to it.
 
-    "default" is flexproxy's choice, "triton" its choice without flash-attn-4, "plain" torch's own.
+    "default" is flexproxy's choice, "triton" its choice without flash-attn-4.
     """
     variants: dict[str, Callable[[], AbstractContextManager[Any]]] = {"default": nullcontext}
     if _compat.flash_backend_exists():
         variants["triton"] = without_flash
-    return variants | {"plain": plain}
-
-
-def options_of(variant: str, q: Tensor, k: Tensor) -> dict[str, Any]:
-    """The kernel options of a variant, for a mask of ``flexproxy.build``; inside of its context."""
-    return {} if variant == "plain" else flexproxy.kernel_options(q, k)
+    return variants
 
 
 def budget_for(density: float, length: int, block_size: int = BLOCK_SIZE) -> int:

@@ -10,12 +10,13 @@ from torch.nn.attention.flex_attention import create_mask
 import flexproxy
 from benchmarks.baselines import METHODS, to_block_mask
 from benchmarks.baselines.blocks import BLOCK_SIZE
-from benchmarks.contenders import flex, inputs, kernel_variants, options_of, sparse_where_short
+from benchmarks.contenders import flex, inputs, kernel_variants, sparse_where_short
 from flexproxy import ProxyConfig, masks, reference
 from flexproxy.proxy import head_groups, pool_heads
 from tests.oracle import Case, check_count, check_rank, expect
 
 LENGTH = 2000  # ragged: no multiple of a block or a tile
+WHOLE = 2048  # whole blocks, for which other kernels are compiled
 
 
 def check_selection(num_proxies: int) -> None:
@@ -39,31 +40,33 @@ def check_selection(num_proxies: int) -> None:
 def check_attention(every: bool) -> None:
     """Sparse output is dense attention under the tokens of the selected blocks.
 
-    every: with every kernel, and with the peers' selections, not only as ``flexproxy.attention`` does it.
+    every: with the mask of ``build`` and with the peers' selections too, not only as ``flexproxy.attention`` does it.
     """
-    q, k, v = inputs(LENGTH)
-    config = ProxyConfig(density=0.3, min_budget=256)
-    exact, own_error = _exact(q, k, v, flexproxy.select(q, k, config=config).block_map())
-    block_mask = flexproxy.build(q, k, config=config)
-    for name, variant in kernel_variants().items():
-        with sparse_where_short(), variant():
-            _compare(f"attention, kernel {name!r}", flexproxy.attention(q, k, v, config=config), exact, own_error)
-            if every:
-                out = flex(q, k, v, block_mask, options_of(name, q, k))
-                _compare(f"kernel {name!r}", out, exact, own_error)
+    for length in (LENGTH, WHOLE):
+        q, k, v = inputs(length)
+        config = ProxyConfig(density=0.3, min_budget=256)
+        exact, own_error = _exact(q, k, v, flexproxy.select(q, k, config=config).block_map())
+        block_mask = flexproxy.build(q, k, config=config)
+        for name, variant in kernel_variants().items():
+            with sparse_where_short(), variant():
+                _compare(f"attention, kernel {name!r}", flexproxy.attention(q, k, v, config=config), exact, own_error)
+                if every:
+                    out = flex(q, k, v, block_mask, flexproxy.kernel_options(q, k))
+                    _compare(f"kernel {name!r}", out, exact, own_error)
     if not every:
         return
     for name, method in METHODS.items():
         blocks = method.select(q, k, 0.5)
         exact, own_error = _exact(q, k, v, blocks)
-        out = flex(q, k, v, to_block_mask(blocks, LENGTH), flexproxy.kernel_options(q, k))
+        out = flex(q, k, v, to_block_mask(blocks, WHOLE), flexproxy.kernel_options(q, k))
         _compare(name, out, exact, own_error)
 
 
 def _exact(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> tuple[Tensor, float]:
     """Dense attention over the causal tokens of some blocks ``[1, Hq, N, N]``, in fp64, and SDPA's error in bf16."""
-    tokens = blocks.repeat_interleave(BLOCK_SIZE, 2)[:, :, :LENGTH].repeat_interleave(BLOCK_SIZE, 3)[..., :LENGTH]
-    allowed = tokens & create_mask(masks.causal, 1, 1, LENGTH, LENGTH, device=str(q.device))
+    length = q.shape[2]
+    tokens = blocks.repeat_interleave(BLOCK_SIZE, 2)[:, :, :length].repeat_interleave(BLOCK_SIZE, 3)[..., :length]
+    allowed = tokens & create_mask(masks.causal, 1, 1, length, length, device=str(q.device))
     exact = reference.attention(q, k, v, allowed, q.shape[-1] ** -0.5)
     own = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
     return exact, (own.double() - exact).abs().max().item()

@@ -239,6 +239,7 @@ def test_a_profile_without_kernels_is_no_profile(monkeypatch: pytest.MonkeyPatch
 def gate_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "inputs", small_inputs)
     monkeypatch.setattr(gate, "LENGTH", 700)
+    monkeypatch.setattr(gate, "WHOLE", 768)
     monkeypatch.setattr(gate, "flex", eager)
     monkeypatch.setattr(flexproxy, "attention", eager_attention)
 
@@ -263,7 +264,7 @@ def test_the_gate_stops_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     for place, name, wrong, message in (
         (gate, "flex", dense, "kernel 'default': error"),
         (gate, "to_block_mask", other_blocks, "XAttention: error"),
-        (flexproxy, "attention", dense, "attention: error"),
+        (flexproxy, "attention", dense, "attention, kernel 'default': error"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, wrong)

@@ -510,12 +510,12 @@ def test_operators(device: str) -> None:
         torch._dynamo.reset()
         torch.compile(lambda x, kind=kind: attend(x, kind.arguments(x)), fullgraph=True, backend=backend)(x)
     x = KINDS["default"].inputs(device, 0)
-    config = ProxyConfig(gamma=1.0)
-    torch.compile(
-        lambda x: flexproxy.attention(x.q, x.k, x.v, mask_mod=masks.causal, config=config),
-        fullgraph=True,
-        backend=backend,
-    )(x)
+    every = ProxyConfig(gamma=1.0)
+
+    def dense(x: Inputs) -> object:
+        return flexproxy.attention(x.q, x.k, x.v, mask_mod=masks.causal, config=every)
+
+    torch.compile(dense, fullgraph=True, backend=backend)(x)
     torch.compile(lambda x: flexproxy.select(x.q, x.k).block_map(), fullgraph=True, backend=backend)(x)
     different = {(str(target), signature(args)): (target, args, kwargs) for target, args, kwargs in backend.calls}
     assert {name.split(".")[1] for name, _ in different} == operators()

@@ -79,7 +79,7 @@ def block_scores(
     blocks_per_part = max(1, workspace // (4 * batch * proxies * num_k_blocks * columns * cell))
     scores = torch.empty(batch, proxies, num_q_blocks, num_k_blocks, dtype=torch.float32, device=q.device)
     block_cell = power_of_2(cell, 2, 32)
-    block_j = 8192 // block_cell
+    block_j = 2048 // block_cell
     for start in range(0, num_q_blocks, blocks_per_part):
         stop = min(start + blocks_per_part, num_q_blocks)
         rows = slice(start * cell, min(stop * cell, num_rows))

@@ -1,0 +1,67 @@
+"""Time from a cold process to the first result: what a user waits for at the first call, and in a later process.
+
+    python -m benchmarks.bench_cold
+
+Each row is a process of its own, at 32K tokens: first with empty caches of compiled kernels, then with what the first
+one left. Columns: caches ("empty" or "warm"), import_s (torch and flexproxy), build_s (the first ``build``),
+attention_s (the first ``attention`` after that), again_ms (the second ``attention``, by the wall clock), total_s (all
+but the last).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from benchmarks.harness import Row, parse, parser, positive_int, require_gpu, result_path, run_cases, settings_of
+
+PROGRAM = """
+import json, sys, time
+start = time.perf_counter()
+import torch, flexproxy
+imported = time.perf_counter()
+q = torch.randn(1, 32, {length}, 128, device="cuda", dtype=torch.bfloat16)
+k, v = torch.randn(2, 1, 8, {length}, 128, device="cuda", dtype=torch.bfloat16)
+torch.cuda.synchronize()
+ready = time.perf_counter()
+config = flexproxy.ProxyConfig(density=0.1)
+flexproxy.build(q, k, config=config)
+torch.cuda.synchronize()
+built = time.perf_counter()
+times = []
+for _ in range(2):
+    begin = time.perf_counter()
+    flexproxy.attention(q, k, v, config=config)
+    torch.cuda.synchronize()
+    times.append(time.perf_counter() - begin)
+print(json.dumps({{
+    "import_s": round(imported - start, 2), "build_s": round(built - ready, 2), "attention_s": round(times[0], 2),
+    "again_ms": round(times[1] * 1e3, 2), "total_s": round(imported - start + built - ready + times[0], 2),
+}}))
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__)
+    options.add_argument("--length", type=positive_int, default=32768, help="tokens")
+    args = parse(options, argv, length=32768)
+    require_gpu()
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {name: f"{folder}/{name}" for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+
+        def measure(state: str) -> list[Row]:
+            program = [sys.executable, "-c", PROGRAM.format(length=args.length)]
+            done = subprocess.run(program, env=os.environ | caches, capture_output=True, text=True, check=False)
+            if done.returncode:
+                return [{"caches": state, "error": done.stderr.strip().splitlines()[-1][:300]}]
+            return [{"caches": state, "error": None} | json.loads(done.stdout)]
+
+        run_cases(["empty", "warm"], measure, result_path(args, "cold"), settings_of(args))
+
+
+if __name__ == "__main__":
+    main()
