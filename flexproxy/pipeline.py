@@ -166,7 +166,7 @@ class _Classified(NamedTuple):
 
 def _causal_at_end(q: Tensor, k: Tensor) -> MaskMod:
     # The offset is a tensor, so that a new length does not recompile a kernel.
-    offset = torch.full((), k.shape[2] - q.shape[2], dtype=torch.int32, device=q.device)
+    offset = torch.full((q.shape[0],), k.shape[2] - q.shape[2], dtype=torch.int32, device=q.device)
     return masks.shift(masks.causal, offset)
 
 
