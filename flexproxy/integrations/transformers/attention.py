@@ -1,0 +1,252 @@
+"""The attention function that transformers calls in every layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import AttentionInterface
+
+import flexproxy
+from flexproxy import ProxyConfig, _compat
+from flexproxy.integrations.transformers.configuration import is_decoder_attention, local_config
+from flexproxy.integrations.transformers.masks import BLOCK_SIZE, ForwardMask, forward_mask_of
+
+# Token pairs up to which a dense layer takes a mask token by token, as it does in transformers.
+_MAX_TOKEN_PAIRS = 2048**2
+# What changes the scores or the keys, and has no counterpart here.
+_NOT_SUPPORTED = ("position_bias", "indices", "block_indices", "head_mask")
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer: sparse for the prefill of a causal decoder, otherwise dense.
+
+    Dense is what has no BlockMask (see ``forward_mask``): decoding, encoders, cross-attention, a mask of the caller's
+    own given token by token; and what a budget would keep whole.
+
+    Args:
+        module: the attention module; its settings are those of ``configure``.
+        query, key, value: ``[B, Hq, Sq, D]``, ``[B, Hkv, Skv, D]``, ``[B, Hkv, Skv, Dv]``.
+        attention_mask: what ``forward_mask`` gave, or the caller.
+        scaling: factor of the scores; None is 1 / sqrt(D).
+        dropout: must be 0.
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+        s_aux: attention sinks ``[Hq]``, logits of one more key without a value.
+        others: what else transformers passes; for a dense layer, ``sdpa`` gets it.
+
+    Returns:
+        ``[B, Sq, Hq, Dv]``, and None: there are no attention weights.
+
+    Raises:
+        ValueError: something is asked for that sparse attention does not have; the message says what.
+    """
+    if others.get("output_attentions"):
+        raise ValueError(
+            "output_attentions: expected False, for no attention weights are ever formed, got True; use "
+            'model.set_attn_implementation("eager") for them'
+        )
+    if not isinstance(attention_mask, BlockMask):
+        _tell_if_dense(module, query, attention_mask)
+        return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, others)
+    config = local_config(module, query.shape[1])
+    shared = forward_mask_of(attention_mask)
+    if _keeps_all(module, config, key.shape[2], shared):
+        plain = softcap is None and s_aux is None and shared is not None and shared.is_causal
+        if shared is not None and (plain or query.shape[2] * key.shape[2] <= _MAX_TOKEN_PAIRS):
+            tokens = shared.token_mask()
+            tokens = tokens if tokens is None else tokens.to(query.device)
+            return _dense(module, query, key, value, tokens, scaling, dropout, softcap, s_aux, others)
+        config = dataclasses.replace(config, gamma=1.0, density=None, max_budget=None)
+    _check(dropout, others)
+    block_mask = attention_mask
+    if shared is not None and (query.device, config.block_size) != (block_mask.kv_indices.device, BLOCK_SIZE):
+        block_mask = shared.block_mask(query.device, config.block_size)
+    out = _flex(query, key, value, block_mask, config, scaling, softcap, _local(s_aux))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _keeps_all(module: nn.Module, config: ProxyConfig, num_keys: int, shared: ForwardMask | None) -> bool:
+    """Whether the least budget of a row is all that the mask admits in it, or the layer is not for sparse attention."""
+    if config.keeps_all or num_keys <= config.min_budget or not is_decoder_attention(module):
+        return True
+    if shared is None or shared.window is None:
+        return False
+    # The keys of a row of blocks lie within window + block_size - 1 tokens, which may begin anywhere in a block.
+    blocks = (shared.window + config.block_size - 3) // config.block_size + 2
+    return blocks <= config.min_blocks
+
+
+def _flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    config: ProxyConfig,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """``[B, Hq, Sq, Dv]``; see ``_uncompiled`` for the CPU."""
+    score_mod = None if softcap is None else _softcap_mod(softcap)
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if q.device.type == "cpu" and (sinks is not None or gradients):
+        out, lse = _uncompiled(q, k, v, block_mask, config, scale, score_mod)
+    elif sinks is None:
+        return flexproxy.attention(
+            q, k, v, block_mask=block_mask, config=config, scale=scale, score_mod=score_mod
+        )
+    else:
+        out, lse = flexproxy.attention(
+            q, k, v, block_mask=block_mask, config=config, scale=scale, score_mod=score_mod, return_lse=True
+        )
+    if sinks is None:
+        return out
+    # A sink takes its share of each row's probability: exp(lse) / (exp(lse) + exp(sink)) is left for the keys.
+    share = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])
+    return (out * share[..., None]).to(out.dtype)
+
+
+def _uncompiled(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, config: ProxyConfig, scale: float | None, score_mod: Any
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp where the compiled CPU kernel has neither gradients nor the latter.
+
+    It forms all scores at once: B * Hq * Sq * Skv of them.
+    """
+    if not config.keeps_all:
+        block_mask = flexproxy.build(q, k, block_mask=block_mask, config=config, scale=scale)
+    arguments: dict[str, Any] = _compat.lse_arguments()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        out, second = flex_attention(
+            q,
+            k,
+            v,
+            score_mod=score_mod,
+            block_mask=block_mask,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+            **arguments,
+        )
+    return out, _compat.lse_of(second)
+
+
+def _softcap_mod(softcap: float) -> Any:
+    def softcapped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return softcapped
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    others: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """As transformers' ``sdpa``, which has neither softcap nor sinks: with these, scores are formed all at once."""
+    if softcap is None and sinks is None:
+        sdpa = AttentionInterface()["sdpa"]
+        out: Tensor = sdpa(module, query, key, value, mask, scaling=scaling, dropout=dropout, **others)[0]
+        return out, None
+    _check(dropout, others)
+    if mask is None and query.shape[2] > 1:  # as sdpa takes it: causal from the first key on
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
+    out = _with_scores(query, key, value, mask, scaling, softcap, _local(sinks))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _with_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Dense attention ``[B, Hq, Sq, Dv]``, the softmax in fp32. mask: bool, or floats to add, ``[B, 1, Sq, Skv]``."""
+    kv_heads, heads_per_kv = k.shape[1], q.shape[1] // k.shape[1]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    # The query heads of a key head go with the queries, so no key is copied.
+    together = q.unflatten(1, (kv_heads, heads_per_kv)).flatten(2, 3)
+    scores = (together @ k.transpose(2, 3)).float() * scale
+    scores = scores.unflatten(2, (heads_per_kv, -1)).flatten(1, 2)  # [B, Hq, Sq, Skv]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        mask = mask[..., : k.shape[2]]
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    maximum = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        maximum = torch.maximum(maximum, sinks.float()[:, None, None])
+    maximum = maximum.masked_fill(maximum == -torch.inf, 0.0)
+    weights = (scores - maximum).exp()
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks.float()[:, None, None] - maximum).exp()
+    weights = (weights / total.clamp(min=torch.finfo(torch.float32).tiny)).to(v.dtype)
+    grouped = weights.unflatten(1, (kv_heads, heads_per_kv)).flatten(2, 3)
+    return (grouped @ v).unflatten(2, (heads_per_kv, -1)).flatten(1, 2)
+
+
+def _local(sinks: Tensor | None) -> Tensor | None:
+    """The sinks of this rank's heads, where they are a sharded parameter."""
+    to_local = getattr(sinks, "to_local", None)
+    return sinks if to_local is None else to_local()
+
+
+def _check(dropout: float, others: dict[str, Any]) -> None:
+    if dropout:
+        raise ValueError(
+            f"dropout: expected 0.0, for flex_attention has none, got {dropout}; use model.eval(), or set "
+            "attention_dropout of the model's config to 0"
+        )
+    for name in _NOT_SUPPORTED:
+        if others.get(name) is not None:
+            raise ValueError(
+                f"{name}: expected None, for there is no sparse attention with it, got a value; use "
+                'attn_implementation="sdpa" or "eager" for this model'
+            )
+
+
+def _tell_if_dense(module: nn.Module, query: Tensor, mask: Tensor | None) -> None:
+    """Say once that a long input runs dense, and why."""
+    if query.shape[2] < BLOCK_SIZE or torch.compiler.is_compiling():
+        return
+    if not is_decoder_attention(module):
+        _warn_once("encoders, cross-attention and other attention that is not causal run dense, as sdpa runs them")
+    else:
+        kind = "none" if mask is None else f"a tensor {list(mask.shape)[:0] or '[B, H, Sq, Skv]'}"
+        _warn_once(
+            f"a causal layer got a mask that transformers' mask functions did not make ({kind}), and runs dense; pass "
+            "attention_mask as [B, S], or a BlockMask, for sparse attention"
+        )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(f"flexproxy: {message}", stacklevel=2)
