@@ -210,8 +210,8 @@ class _Keys(NamedTuple):
 
 
 def _chunks(cells: Mapping[str, Any], keys: _Keys) -> Tensor:
-    """The chunk of every key, ``[B, Skv]``: chunks count from the first token that is no padding."""
-    position = keys.positions()[None]
+    """The chunk of every key, ``[Skv]`` or ``[B, Skv]``: later releases count from the first token that is no padding."""
+    position = keys.positions()
     if "left_padding" in cells:
         position = position - cells["left_padding"].to(keys.device)[:, None]
     return position.div(cells["chunk_size"], rounding_mode="floor")

@@ -1,0 +1,64 @@
+"""Tiny random models of the decoder families of transformers, by their real classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+VOCABULARY = 64
+LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 32
+
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.15,  # large, so that heads attend to something
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+
+# Name of the class, and what its configuration has besides _BASE.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": 100}),
+    "qwen2": ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1}),
+    "qwen3": ("Qwen3ForCausalLM", {}),
+    "phi3": ("Phi3ForCausalLM", {"hidden_size": HEADS * HEAD_DIM}),  # heads of hidden_size / heads
+    "gemma2": ("Gemma2ForCausalLM", {"sliding_window": 100, "query_pre_attn_scalar": 50}),
+    "gemma3": ("Gemma3ForCausalLM", {"sliding_window": 100, "layer_types": ["sliding_attention", "full_attention"]}),
+    "olmo2": ("Olmo2ForCausalLM", {}),
+    "granite": ("GraniteForCausalLM", {"attention_multiplier": 0.1, "embedding_multiplier": 2.0}),
+    "glm4": ("Glm4ForCausalLM", {}),
+    "gpt_oss": ("GptOssForCausalLM", {"sliding_window": 100, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "smollm3": ("SmolLM3ForCausalLM", {}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", _MOE),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
+def make_model(family: str, **overrides: Any) -> Any:
+    """A model of a family in eval mode, the same whenever it is made."""
+    name, settings = FAMILIES[family]
+    cls: Any = getattr(transformers, name)
+    torch.manual_seed(0)
+    config = cls.config_class(**(_BASE | settings | overrides))
+    model = cls(config).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("sinks"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def make_tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Tokens ``[batch, length]``, none of them padding."""
+    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
