@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -62,3 +64,27 @@ def make_model(family: str, **overrides: Any) -> Any:
 def make_tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     """Tokens ``[batch, length]``, none of them padding."""
     return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def use(model: Any, name: str) -> None:
+    """Set a model's attention; releases before 4.54 can do so only when they make it."""
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation(name)
+        return
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            module.config._attn_implementation = name
+
+
+def in_double(model: Any) -> Any:
+    """A copy of the model in double precision, whose experts, if it has any, run one after another."""
+    exact = copy.deepcopy(model).double()
+    if hasattr(exact, "set_experts_implementation") and exact._can_set_experts_implementation():
+        exact.set_experts_implementation("eager")
+    return exact
+
+
+def interpreted(device: str) -> AbstractContextManager[Any]:
+    """On a CPU run compiled functions as they are written: there every kernel takes about 15 seconds to compile."""
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager" if device == "cpu" else "default")
+    return stance
