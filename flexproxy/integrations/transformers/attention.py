@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AttentionInterface
 
 import flexproxy
-from flexproxy import ProxyConfig, _compat
+from flexproxy import ProxyConfig
 from flexproxy.integrations.transformers.configuration import is_decoder_attention, local_config
 from flexproxy.integrations.transformers.masks import BLOCK_SIZE, ForwardMask, forward_mask_of
 
@@ -102,49 +102,24 @@ def _flex(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """``[B, Hq, Sq, Dv]``; see ``_uncompiled`` for the CPU."""
-    score_mod = None if softcap is None else _softcap_mod(softcap)
+    """Attention under the selection, ``[B, Hq, Sq, Dv]``."""
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if q.device.type == "cpu" and (sinks is not None or gradients):
-        out, lse = _uncompiled(q, k, v, block_mask, config, scale, score_mod)
-    elif sinks is None:
-        return flexproxy.attention(
-            q, k, v, block_mask=block_mask, config=config, scale=scale, score_mod=score_mod
-        )
-    else:
-        out, lse = flexproxy.attention(
-            q, k, v, block_mask=block_mask, config=config, scale=scale, score_mod=score_mod, return_lse=True
-        )
+        # The CPU kernel has neither a log-sum-exp nor gradients.
+        if not config.keeps_all:
+            block_mask = flexproxy.build(q, k, block_mask=block_mask, config=config, scale=scale)
+        batch, heads = block_mask.kv_indices.shape[:2]
+        mask = create_mask(block_mask.mask_mod, batch, heads, q.shape[2], k.shape[2], device="cpu")
+        return _with_scores(q, k, v, mask, scale, softcap, sinks)
+    score_mod = None if softcap is None else _softcap_mod(softcap)
     if sinks is None:
-        return out
+        return flexproxy.attention(q, k, v, block_mask=block_mask, config=config, scale=scale, score_mod=score_mod)
+    out, lse = flexproxy.attention(
+        q, k, v, block_mask=block_mask, config=config, scale=scale, score_mod=score_mod, return_lse=True
+    )
     # A sink takes its share of each row's probability: exp(lse) / (exp(lse) + exp(sink)) is left for the keys.
     share = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])
     return (out * share[..., None]).to(out.dtype)
-
-
-def _uncompiled(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, config: ProxyConfig, scale: float | None, score_mod: Any
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp where the compiled CPU kernel has neither gradients nor the latter.
-
-    It forms all scores at once: B * Hq * Sq * Skv of them.
-    """
-    if not config.keeps_all:
-        block_mask = flexproxy.build(q, k, block_mask=block_mask, config=config, scale=scale)
-    arguments: dict[str, Any] = _compat.lse_arguments()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-        out, second = flex_attention(
-            q,
-            k,
-            v,
-            score_mod=score_mod,
-            block_mask=block_mask,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-            **arguments,
-        )
-    return out, _compat.lse_of(second)
 
 
 def _softcap_mod(softcap: float) -> Any:
@@ -188,7 +163,10 @@ def _with_scores(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Dense attention ``[B, Hq, Sq, Dv]``, the softmax in fp32. mask: bool, or floats to add, ``[B, 1, Sq, Skv]``."""
+    """Dense attention ``[B, Hq, Sq, Dv]``, the softmax in fp32; all scores at once.
+
+    mask: bool, or floats to add, ``[b, 1 or Hq, Sq, Skv]``.
+    """
     kv_heads, heads_per_kv = k.shape[1], q.shape[1] // k.shape[1]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     # The query heads of a key head go with the queries, so no key is copied.
@@ -203,7 +181,7 @@ def _with_scores(
     maximum = scores.amax(-1, keepdim=True)
     if sinks is not None:
         maximum = torch.maximum(maximum, sinks.float()[:, None, None])
-    maximum = maximum.masked_fill(maximum == -torch.inf, 0.0)
+    maximum = maximum.detach().masked_fill(maximum == -torch.inf, 0.0)
     weights = (scores - maximum).exp()
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:

@@ -50,7 +50,17 @@ def forward_mask(**arguments: Any) -> Tensor | BlockMask | None:
     block_mask = mask.block_mask(mask.device, BLOCK_SIZE)
     # On the function, because it stays when BlockMask.to copies the lists to another device.
     block_mask.mask_mod.forward_mask = mask  # type: ignore[attr-defined]
-    return block_mask
+    return block_mask if torch.compiler.is_compiling() else _BlockMask(block_mask)
+
+
+class _BlockMask(BlockMask):
+    """A BlockMask that ``generate`` takes with a static cache: there it asks every mask to be contiguous."""
+
+    def __init__(self, blocks: BlockMask) -> None:
+        vars(self).update(vars(blocks))
+
+    def contiguous(self) -> _BlockMask:
+        return self
 
 
 def forward_mask_of(block_mask: BlockMask) -> ForwardMask | None:
