@@ -461,14 +461,34 @@ def test_compiled_kernels(device: str) -> None:
 
 @pytest.mark.slow
 def test_a_compiled_model(device: str) -> None:
+    """One graph for the prefill and one for a decode step."""
     skip_unless_flex_compiles(device)
-    model, tokens = model_of("llama", device), make_tokens(1, 256).to(device)
+    model, tokens = model_of("llama", device), make_tokens(1, 257).to(device)
     configure(model, SOME_BLOCKS)
-    expected = logits(model, tokens)
+    prompt, new = tokens[:, :256], tokens[:, 256:]
+    expected = prefill_in_chunks(model, tokens, [256, 1])
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=False if device == "cpu" else None)
+    cache = transformers.DynamicCache()
     with torch.no_grad():
-        assert_close(compiled(input_ids=tokens, use_cache=False).logits, expected)
+        assert_close(compiled(input_ids=prompt, past_key_values=cache).logits, expected[:, :256])
+        assert_close(compiled(input_ids=new, past_key_values=cache).logits, expected[:, 256:])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_traced_model_evaluates_what_it_cannot_look_into(padded: bool, device: str) -> None:
+    """In a trace transformers packs every sequence, whose mask is a closure."""
+    model, tokens = model_of("gemma3", device), make_tokens(2, 256).to(device)
+    padding = torch.ones_like(tokens)
+    padding[0, :60] = 0
+    inputs = {"attention_mask": padding} if padded else {}
+    configure(model, EVERY_BLOCK)
+    expected = logits(model, tokens, **inputs)
+    traced = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    with torch.no_grad():
+        out = traced(input_ids=tokens, use_cache=False, **inputs).logits
+    real = padding.bool() if padded else torch.ones_like(padding).bool()
+    assert_close(out[real], expected[real])
 
 
 def test_registered_functions_are_those_of_the_package() -> None:

@@ -143,11 +143,21 @@ class ForwardMask:
 
     def _evaluated(self, device: torch.device) -> MaskMod:
         """transformers' own function, at absolute positions."""
+        # A compiled CPU kernel asks for the padding of its last tile too, where the function's tables end.
         function, last_query, last_key = self._function, self.num_queries - 1, self.num_keys - 1
+        if device.type == "cpu" and torch.compiler.is_compiling():
+            # The function may hold tensors of the graph being traced, which that kernel refuses: a table by tokens.
+            table: Tensor = capturable(  # type: ignore[arg-type]
+                _sdpa_mask({**self._arguments, "allow_is_causal_skip": False})
+            )
+
+            def tabulated_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+                return table[b, 0, q_idx.clamp(max=last_query), kv_idx.clamp(max=last_key)]
+
+            return tabulated_mask
         q_offset, kv_offset = _scalar(self._q_offset, device), _scalar(self._kv_offset, device)
 
         def evaluated_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            # A compiled CPU kernel asks for the padding of its last tile too, where the function's tables end.
             allowed: Tensor = function(
                 b, h, q_idx.clamp(max=last_query) + q_offset, kv_idx.clamp(max=last_key) + kv_offset
             )
@@ -313,7 +323,7 @@ def _scalar(number: int | Tensor, device: torch.device) -> Tensor:
     """A tensor ``[]``, so that another value compiles no new kernel."""
     if isinstance(number, Tensor):
         return capturable(number.to(device, torch.int32).reshape(()))
-    return torch.full((), number, dtype=torch.int32, device=device)
+    return capturable(torch.full((), number, dtype=torch.int32, device=device))
 
 
 def _sdpa_mask(arguments: Mapping[str, Any]) -> Tensor | None:
