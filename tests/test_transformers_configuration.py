@@ -16,7 +16,7 @@ import transformers
 
 from flexproxy import ProxyConfig
 from flexproxy.integrations.transformers import configuration, configure, save_configuration
-from tests.transformers_models import make_model, make_tokens, use
+from tests.transformers_models import make_model, make_tokens, make_vision_language_model, use
 
 A, B = ProxyConfig(gamma=0.9, num_proxies=2), ProxyConfig(density=0.2, groups=[0, 0, 1, 1], max_budget=4096)
 
@@ -34,13 +34,7 @@ def test_the_whole_model_and_single_layers() -> None:
 
 def test_layers_without_causal_attention_have_no_settings() -> None:
     """A vision tower has none, and is no layer."""
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config: Any = transformers.Gemma3Config(
-        text_config=make_model("gemma3").config.to_dict(),
-        vision_config=transformers.SiglipVisionConfig(**vision, image_size=64, patch_size=16).to_dict(),
-        mm_tokens_per_image=16,
-    )
-    model = transformers.Gemma3ForConditionalGeneration(config)
+    model = make_vision_language_model()
     configure(model, {0: A})
     assert configuration(model) == {0: A, 1: ProxyConfig()}
     with pytest.raises(ValueError, match="settings: expected layers among 0-1, got 2; the others have no causal"):
@@ -72,7 +66,10 @@ def written(folder: Path, change: dict[str, Any] | str) -> Path:
         ("{", r"settings: expected JSON in .*settings\.json, got .*; write it with save_configuration"),
         ("[]", r'settings: expected \{"flexproxy": 1, .*settings\.json, got something else; write it with'),
         ({"flexproxy": 2}, r'settings: expected \{"flexproxy": 1, '),
-        ({"layers": {"0": {"gama": 0.9}}}, r"fields of ProxyConfig for layer 0 in .*, got \['gama'\]; use some of num_"),
+        (
+            {"layers": {"0": {"gama": 0.9}}},
+            r"fields of ProxyConfig for layer 0 in .*, got \['gama'\]; use some of num_",
+        ),
         ({"layers": {"0": 3}}, r"fields of ProxyConfig for layer 0 in .*, got \[3\]"),
         ({"layers": {"0": {"gamma": 7.0}}}, r"settings: layer 0 in .*: gamma: expected a number in \(0, 1\], got 7"),
         ({"layers": {"first": {}}}, r"settings: expected layers by number in .*, got 'first'"),
@@ -97,9 +94,11 @@ def test_a_file_of_another_model(tmp_path: Path) -> None:
 
 def test_wrong_arguments() -> None:
     model = make_model("llama")
-    with pytest.raises(ValueError, match="num_proxies: expected a divisor of the 2 KV heads, .* got 3; use one of"):
+    with pytest.raises(ValueError, match=r"num_proxies: expected a divisor of the 2 KV heads, .* got 3; use one of"):
         configure(model, {0: A, 1: ProxyConfig(num_proxies=3)})
-    with pytest.raises(ValueError, match="groups: expected the proxy index of each of the 4 query heads, got 8 of them"):
+    with pytest.raises(
+        ValueError, match="groups: expected the proxy index of each of the 4 query heads, got 8 of them"
+    ):
         configure(model, ProxyConfig(groups=[0] * 8))
     with pytest.raises(ValueError, match="settings: expected layers among 0-1, got 7"):
         configure(model, {7: A})
@@ -120,7 +119,9 @@ def test_a_model_without_the_interface() -> None:
     encoder = transformers.BertModel(
         transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     )
-    with pytest.raises(ValueError, match="model: expected one with causal self-attention .*, got BertModel, which has"):
+    with pytest.raises(
+        ValueError, match=r"model: expected one with causal self-attention .*, got BertModel, which has"
+    ):
         configure(encoder, A)
 
 

@@ -22,7 +22,17 @@ from flexproxy.integrations.transformers import configure
 from flexproxy.integrations.transformers.attention import attention_forward
 from flexproxy.integrations.transformers.configuration import config_of
 from flexproxy.integrations.transformers.masks import forward_mask, forward_mask_of
-from tests.transformers_models import FAMILIES, in_double, interpreted, make_model, make_tokens, use
+from tests.transformers_models import (
+    FAMILIES,
+    IMAGE,
+    IMAGE_TOKENS,
+    in_double,
+    interpreted,
+    make_model,
+    make_tokens,
+    make_vision_language_model,
+    use,
+)
 
 LENGTH, BLOCK = 300, 32  # a ragged last block
 # max_budget leaves the budget at all blocks, but not the dense way out that gamma=1.0 alone takes.
@@ -109,7 +119,7 @@ class Recorder:
 def recorder() -> Iterator[Recorder]:
     recorder = Recorder()
     eager_mask = AttentionMaskInterface()["eager"]
-    ways = {
+    ways: dict[str, tuple[Any, Any]] = {
         "recording": (recorder.record, forward_mask),
         "replaying": (recorder.replay, eager_mask),
         "exact": (recorder.exact, eager_mask),
@@ -155,40 +165,20 @@ def test_a_budget_is_dense_attention_under_its_blocks(family: str, device: str, 
     assert_as_good_as(ours[real], theirs[real], exact[real])
 
 
-def vision_language_model(device: str) -> tuple[Any, dict[str, Tensor]]:
-    """Gemma 3 with a vision tower, and a prompt with two images, whose tokens see one another in both directions."""
-    image_tokens, text, image = 16, 60, 5
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 64,
-        "patch_size": 16,
-    }
-    text_model = make_model("gemma3")
-    config: Any = transformers.Gemma3Config(
-        text_config=text_model.config.to_dict(),
-        vision_config=transformers.SiglipVisionConfig(**vision).to_dict(),
-        mm_tokens_per_image=image_tokens,
-        image_token_id=image,
-        boi_token_id=6,
-        eoi_token_id=7,
-    )
-    torch.manual_seed(0)
-    model = transformers.Gemma3ForConditionalGeneration(config).eval().to(device)
-    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.3)
-    tokens = make_tokens(1, 2 * (text + image_tokens) + 100) % 40 + 8
-    for start in (text, 2 * text + image_tokens):
-        tokens[:, start : start + image_tokens] = image
+def prompt_with_images(device: str) -> dict[str, Tensor]:
+    """Two images among text."""
+    text = 60
+    tokens = make_tokens(1, 2 * (text + IMAGE_TOKENS) + 100) % 40 + 8
+    for start in (text, 2 * text + IMAGE_TOKENS):
+        tokens[:, start : start + IMAGE_TOKENS] = IMAGE
     pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    inputs = {"input_ids": tokens, "pixel_values": pixels, "token_type_ids": (tokens == image).long()}
-    return model, {name: value.to(device) for name, value in inputs.items()}
+    inputs = {"input_ids": tokens, "pixel_values": pixels, "token_type_ids": (tokens == IMAGE).long()}
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def test_vision_language_model(device: str, recorder: Recorder) -> None:
     """Image tokens keep seeing one another; the vision tower, which is not causal, stays dense."""
-    model, inputs = vision_language_model(device)
+    model, inputs = make_vision_language_model().to(device), prompt_with_images(device)
     eager, exact = logits(model, "eager", **inputs), logits(in_double(model), "exact", **in_doubles(inputs))
     without_types = {name: value for name, value in inputs.items() if name != "token_type_ids"}
     with interpreted(device):

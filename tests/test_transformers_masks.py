@@ -204,7 +204,9 @@ def test_a_static_cache_may_count_on() -> None:
     offset += QUERIES
     other_blocks = shared.block_mask(torch.device("cpu"), 32)
     for mask_mod in (result.mask_mod, other_blocks.mask_mod):
-        assert torch.equal(create_mask(mask_mod, BATCH, 1, QUERIES, KEYS, device="cpu"), theirs.expand(BATCH, -1, -1, -1))
+        assert torch.equal(
+            create_mask(mask_mod, BATCH, 1, QUERIES, KEYS, device="cpu"), theirs.expand(BATCH, -1, -1, -1)
+        )
     tokens = shared.token_mask()
     assert tokens is not None
     assert torch.equal(tokens, theirs)
@@ -266,9 +268,7 @@ def test_a_mask_is_freed_with_its_last_use() -> None:
 
 
 @pytest.mark.parametrize(("family", "kinds"), [("llama", 1), ("gemma3", 2)])
-def test_a_mask_is_classified_once_for_all_layers(
-    monkeypatch: pytest.MonkeyPatch, family: str, kinds: int
-) -> None:
+def test_a_mask_is_classified_once_for_all_layers(monkeypatch: pytest.MonkeyPatch, family: str, kinds: int) -> None:
     calls = []
 
     def counted(*args: Any) -> BlockMask:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 VOCABULARY = 64
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 32
+IMAGE, IMAGE_TOKENS = 5, 16
 
 _BASE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -58,6 +59,30 @@ def make_model(family: str, **overrides: Any) -> Any:
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("sinks"):
             torch.nn.init.normal_(parameter)
+    return model
+
+
+def make_vision_language_model() -> Any:
+    """Gemma 3 with a vision tower, which makes IMAGE_TOKENS tokens of an image of 64 x 64."""
+    vision: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "patch_size": 16,
+    }
+    config = transformers.Gemma3Config(
+        text_config=make_model("gemma3").config.to_dict(),
+        vision_config=transformers.SiglipVisionConfig(**vision).to_dict(),
+        mm_tokens_per_image=IMAGE_TOKENS,
+        image_token_index=IMAGE,
+        boi_token_index=6,
+        eoi_token_index=7,
+    )
+    torch.manual_seed(0)
+    model: Any = transformers.Gemma3ForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.3)
     return model
 
 

@@ -4,8 +4,8 @@
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="flexproxy")
 
 Importing this module registers the name with ``AttentionInterface`` and ``AttentionMaskInterface``, and changes nothing
-else. Long prompts are then prefilled sparsely, whatever else a model does (see docs/transformers.md for what stays dense);
-``configure`` sets how, for the model or for single layers.
+else. Long prompts are then prefilled sparsely (docs/transformers.md says what stays dense); ``configure`` sets how, for
+the model or for single layers.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AttentionInterface
@@ -64,6 +65,7 @@ def attention_forward(
     if not isinstance(attention_mask, BlockMask):
         _tell_if_dense(module, query, attention_mask)
         return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, others)
+    _check_parallelism()
     config = local_config(module, query.shape[1])
     shared = forward_mask_of(attention_mask)
     if _keeps_all(module, config, key.shape[2], shared):
@@ -187,8 +189,9 @@ def _with_scores(
     if sinks is not None:
         total = total + (sinks.float()[:, None, None] - maximum).exp()
     weights = (weights / total.clamp(min=torch.finfo(torch.float32).tiny)).to(v.dtype)
-    grouped = weights.unflatten(1, (kv_heads, heads_per_kv)).flatten(2, 3)
-    return (grouped @ v).unflatten(2, (heads_per_kv, -1)).flatten(1, 2)
+    grouped = weights.unflatten(1, (kv_heads, heads_per_kv)).flatten(2, 3) @ v
+    out: Tensor = grouped.unflatten(2, (heads_per_kv, -1)).flatten(1, 2)
+    return out
 
 
 def _local(sinks: Tensor | None) -> Tensor | None:
@@ -211,6 +214,15 @@ def _check(dropout: float, others: dict[str, Any]) -> None:
             )
 
 
+def _check_parallelism() -> None:
+    """torch's ``context_parallel`` gives a rank a piece of the sequence, and replaces SDPA by one that joins them."""
+    if str(F.scaled_dot_product_attention.__module__).startswith("torch.distributed"):
+        raise ValueError(
+            "context_parallel: expected whole sequences, got pieces, between which only sdpa attends; use tensor "
+            'parallelism, or attn_implementation="sdpa"'
+        )
+
+
 def _tell_if_dense(module: nn.Module, query: Tensor, mask: Tensor | None) -> None:
     """Say once that a long input runs dense, and why."""
     if query.shape[2] < BLOCK_SIZE or torch.compiler.is_compiling():
@@ -218,10 +230,9 @@ def _tell_if_dense(module: nn.Module, query: Tensor, mask: Tensor | None) -> Non
     if not is_decoder_attention(module):
         _warn_once("encoders, cross-attention and other attention that is not causal run dense, as sdpa runs them")
     else:
-        kind = "none" if mask is None else f"a tensor {list(mask.shape)[:0] or '[B, H, Sq, Skv]'}"
         _warn_once(
-            f"a causal layer got a mask that transformers' mask functions did not make ({kind}), and runs dense; pass "
-            "attention_mask as [B, S], or a BlockMask, for sparse attention"
+            f"a causal layer got {'no mask' if mask is None else 'a mask by tokens'} instead of one that transformers' "
+            "mask functions make, and runs dense; pass attention_mask as [B, S], or a BlockMask, for sparse attention"
         )
 
 

@@ -1,7 +1,7 @@
 """The mask of a forward pass: from what transformers says of it to blocks that all layers share.
 
-transformers describes a mask by a function of absolute positions, put together from a few parts (causal, sliding window,
-packed sequences, ...), and by a 2D padding mask.
+transformers describes a mask by a function of absolute positions, put together from a few parts (causal, sliding
+window, packed sequences, ...), and by a 2D padding mask.
 
 NOTE [Known parts]
 A part that is recognised becomes one of ``flexproxy.masks``, whose blocks are counted; a mask with any other part is
@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_mask, or_masks
 from transformers import AttentionMaskInterface, masking_utils
@@ -147,9 +146,9 @@ class ForwardMask:
         function, last_query, last_key = self._function, self.num_queries - 1, self.num_keys - 1
         if device.type == "cpu" and torch.compiler.is_compiling():
             # The function may hold tensors of the graph being traced, which that kernel refuses: a table by tokens.
-            table: Tensor = capturable(  # type: ignore[arg-type]
-                _sdpa_mask({**self._arguments, "allow_is_causal_skip": False})
-            )
+            tokens = _sdpa_mask({**self._arguments, "allow_is_causal_skip": False})
+            assert tokens is not None
+            table = capturable(tokens)
 
             def tabulated_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
                 return table[b, 0, q_idx.clamp(max=last_query), kv_idx.clamp(max=last_key)]
@@ -166,9 +165,7 @@ class ForwardMask:
         return evaluated_mask
 
 
-def translate(
-    function: MaskFunction, keys: _Keys, known: frozenset[str] | None = None
-) -> tuple[MaskMod, ...] | None:
+def translate(function: MaskFunction, keys: _Keys, known: frozenset[str] | None = None) -> tuple[MaskMod, ...] | None:
     """The same mask as parts of which all must hold, over the positions of ``keys``; None if a part is not known."""
     if torch.compiler.is_compiling():  # a trace cannot look into closures
         return (masks.causal,) if function is masking_utils.causal_mask_function else None
@@ -230,7 +227,7 @@ class _Keys(NamedTuple):
 
 
 def _chunks(cells: Mapping[str, Any], keys: _Keys) -> Tensor:
-    """The chunk of every key, ``[Skv]`` or ``[B, Skv]``: later releases count from the first token that is no padding."""
+    """The chunk of every key, ``[Skv]`` or ``[B, Skv]``: later releases count from the first token that is real."""
     position = keys.positions()
     if "left_padding" in cells:
         position = position - cells["left_padding"].to(keys.device)[:, None]
