@@ -17,7 +17,7 @@ from transformers import AttentionMaskInterface, masking_utils
 
 import flexproxy.integrations.transformers  # noqa: F401
 from flexproxy import ProxyConfig, masks
-from flexproxy.integrations.transformers import configure
+from flexproxy.integrations.transformers import configure, parts
 from flexproxy.integrations.transformers import masks as hf_masks
 from flexproxy.integrations.transformers.masks import forward_mask, forward_mask_of
 from flexproxy.pipeline import dense_block_mask
@@ -164,9 +164,9 @@ def test_packed_positions_of_later_releases() -> None:
 
 @pytest.fixture
 def forget_what_is_known() -> Iterator[None]:
-    hf_masks._known.cache_clear()
+    parts._known.cache_clear()
     yield
-    hf_masks._known.cache_clear()
+    parts._known.cache_clear()
 
 
 @pytest.mark.usefixtures("forget_what_is_known")

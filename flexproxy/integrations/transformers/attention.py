@@ -5,21 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 import flexproxy
-from flexproxy import ProxyConfig
-from flexproxy.integrations.transformers.configuration import is_decoder_attention, local_config
+from flexproxy import ProxyConfig, Selection
+from flexproxy.integrations.transformers.configuration import attention_layers, is_decoder_attention, local_config
 from flexproxy.integrations.transformers.masks import BLOCK_SIZE, ForwardMask, forward_mask_of
 
 # Token pairs up to which a dense layer takes a mask token by token, as it does in transformers.
 _MAX_TOKEN_PAIRS = 2048**2
+_RECORD = "flexproxy_record"  # attribute of the attention modules while selections are recorded
 # What changes the scores or the keys, and has no counterpart here.
 _NOT_SUPPORTED = ("position_bias", "indices", "block_indices", "head_mask")
 
@@ -79,13 +82,36 @@ def attention_forward(
     block_mask = attention_mask
     if shared is not None and (query.device, config.block_size) != (block_mask.kv_indices.device, BLOCK_SIZE):
         block_mask = shared.block_mask(query.device, config.block_size)
+    record = getattr(module, _RECORD, None)
+    if record is not None and not config.keeps_all:
+        record[module.layer_idx] = flexproxy.select(query, key, block_mask=block_mask, config=config, scale=scaling)
     out = _flex(query, key, value, block_mask, config, scaling, softcap, _local(s_aux))
     return out.transpose(1, 2).contiguous(), None
 
 
+@contextmanager
+def record_selections(model: PreTrainedModel) -> Iterator[dict[int, Selection]]:
+    """Note what the layers keep in the forward passes inside of a ``with`` statement, by layer, the last pass of each.
+
+    Every sparse layer then estimates twice, so time nothing inside. Dense layers note nothing.
+
+    Raises:
+        TypeError, ValueError: as ``configure``.
+    """
+    modules = [module for layer in attention_layers(model).values() for module in layer]
+    record: dict[int, Selection] = {}
+    for module in modules:
+        setattr(module, _RECORD, record)
+    try:
+        yield record
+    finally:
+        for module in modules:
+            delattr(module, _RECORD)
+
+
 def _keeps_all(module: nn.Module, config: ProxyConfig, num_keys: int, shared: ForwardMask | None) -> bool:
     """Whether the least budget of a row is all that the mask admits in it, or the layer is not for sparse attention."""
-    if config.keeps_all or num_keys <= config.min_budget or not is_decoder_attention(module):
+    if config.keeps_all or num_keys <= config.min_blocks * config.block_size or not is_decoder_attention(module):
         return True
     if shared is None or shared.window is None:
         return False

@@ -43,7 +43,7 @@ def configure(model: PreTrainedModel, settings: Settings) -> None:
         ValueError: the model has no such attention, there is no such layer, the settings do not fit the heads, or the
             file is damaged or was made for a model of another shape. Nothing is set then.
     """
-    layers = _attention_layers(model)
+    layers = attention_layers(model)
     if isinstance(settings, (str, os.PathLike)):
         settings = _read(Path(settings), model)
     if isinstance(settings, ProxyConfig):
@@ -77,7 +77,7 @@ def configuration(model: PreTrainedModel) -> dict[int, ProxyConfig]:
     Raises:
         TypeError, ValueError: as ``configure``.
     """
-    return {index: config_of(modules[0]) for index, modules in _attention_layers(model).items()}
+    return {index: config_of(modules[0]) for index, modules in attention_layers(model).items()}
 
 
 def save_configuration(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
@@ -121,7 +121,7 @@ def is_decoder_attention(module: nn.Module) -> bool:
     return any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 
-def _attention_layers(model: Any) -> dict[int, list[nn.Module]]:
+def attention_layers(model: Any) -> dict[int, list[nn.Module]]:
     """The attention modules by layer; several for an index where a model has several decoders."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
