@@ -261,6 +261,22 @@ def test_head_dimensions(head_dim: int, device: str) -> None:
     assert_close(ours, logits(model, tokens))
 
 
+def test_sinks_by_the_log_sum_exp_are_sinks_among_the_scores() -> None:
+    """The way of a GPU's kernel, and the dense one; a row without keys stays 0."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 30, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
+    sinks, mask = torch.randn(4), torch.rand(2, 1, 30, 40) < 0.3
+    mask[:, :, 7] = False
+    plain = hf_attention._with_scores(q, k, v, mask, None, None, None)
+    scores = (q @ k.repeat_interleave(2, 1).mT / 4).masked_fill(~mask, -torch.inf)
+    ours = hf_attention._with_sinks(plain, scores.logsumexp(-1), sinks)
+    expected = torch.cat([scores, sinks[:, None, None].expand(2, 4, 30, 1)], -1).softmax(-1)[..., :40]
+    expected = expected @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(hf_attention._with_scores(q, k, v, mask, None, None, sinks), expected)
+    assert not ours[:, :, 7].any()
+
+
 def test_a_window_that_the_least_budget_covers_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then there is nothing to estimate in the layers that have it, and they alone."""
     model, tokens = model_of("gemma3"), make_tokens(1, 300)  # a window of 100 in layer 0

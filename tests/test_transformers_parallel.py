@@ -1,4 +1,4 @@
-"""Tensor parallelism as transformers does it: two processes on a CPU give the logits of one."""
+"""A model on several devices: the heads over processes, the layers over devices; the logits are those of one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")  # transformers wants it for tp_plan
+
+import transformers
 
 from flexproxy import ProxyConfig
 from flexproxy.integrations.transformers import configure
@@ -59,3 +61,47 @@ def test_two_ranks_give_the_logits_of_one(tmp_path: Path) -> None:
         assert "num_proxies: expected a multiple of the 2 tensor-parallel ranks" in proxies
         assert "got 1; use configure(model, ProxyConfig(num_proxies=2))" in proxies
         assert "groups: expected every proxy's heads on one of the 2 tensor-parallel ranks, got proxies [1]" in groups
+
+
+def spread(family: str, folder: Path, devices: tuple[Any, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a model on the first device, and of one whose last layer is on the second."""
+    model: Any = make_model(family)
+    model.save_pretrained(folder / "model")
+    tokens = make_tokens(2, 300)
+    padding = torch.ones_like(tokens)
+    padding[0, :40] = 0
+    first = (
+        "model.embed_tokens",
+        "model.rotary_emb",
+        "model.rotary_emb_local",
+        "model.layers.0",
+        "model.norm",
+        "lm_head",
+    )
+    places = dict.fromkeys(first, devices[0]) | {"model.layers.1": devices[1]}
+    spread_out = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "model", device_map=places, offload_folder=folder / "offload", attn_implementation="flexproxy"
+    )
+    use(model, "flexproxy")
+    found = []
+    device = torch.device(devices[0])
+    for each in (model.to(device), spread_out):
+        configure(each, ProxyConfig(**COMMON))
+        with torch.no_grad(), interpreted(device.type):
+            logits = each(input_ids=tokens.to(device), attention_mask=padding.to(device), use_cache=False).logits
+        found.append(logits.cpu()[padding.bool()])
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_offloaded_layers(family: str, tmp_path: Path) -> None:
+    one, two = spread(family, tmp_path, ("cpu", "disk"))
+    torch.testing.assert_close(two, one)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_layers_on_two_gpus(family: str, tmp_path: Path) -> None:
+    one, two = spread(family, tmp_path, ("cuda:0", "cuda:1"))
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)

@@ -145,7 +145,14 @@ def _flex(
     out, lse = flexproxy.attention(
         q, k, v, block_mask=block_mask, config=config, scale=scale, score_mod=score_mod, return_lse=True
     )
-    # A sink takes its share of each row's probability: exp(lse) / (exp(lse) + exp(sink)) is left for the keys.
+    return _with_sinks(out, lse, sinks)
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Output ``[B, Hq, Sq, Dv]`` once sinks have taken their share of every row's probability.
+
+    exp(lse) / (exp(lse) + exp(sink)) is left for the keys; lse: ``[B, Hq, Sq]``.
+    """
     share = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])
     return (out * share[..., None]).to(out.dtype)
 
