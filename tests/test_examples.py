@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("rich")
+
+import transformers
 
 from tests.accuracy import skip_unless_flex_compiles
 from tests.tiny_model import HEADS, LAYERS, save_tiny_model

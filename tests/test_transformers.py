@@ -26,7 +26,7 @@ from flexproxy.integrations.transformers import attention as hf_attention
 from flexproxy.integrations.transformers import configuration, configure, record_selections
 from flexproxy.integrations.transformers import masks as hf_masks
 from tests.accuracy import skip_unless_flex_compiles
-from tests.transformers_models import FAMILIES, interpreted, make_model, make_tokens, use
+from tests.transformers_models import FAMILIES, interpreted, make_model, make_tokens, one_after_another, use
 
 BLOCK = 32
 EVERY_BLOCK = ProxyConfig(gamma=1.0, max_budget=2**20, min_budget=BLOCK, block_size=BLOCK)
@@ -324,7 +324,7 @@ def test_latent_attention(device: str) -> None:
     base = {k: llama[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
     torch.manual_seed(0)
     config = transformers.DeepseekV3Config(**base, num_attention_heads=4, initializer_range=0.15, **settings)
-    model: Any = transformers.DeepseekV3ForCausalLM(config).eval().to(device)
+    model: Any = one_after_another(transformers.DeepseekV3ForCausalLM(config).eval().to(device))
     tokens = make_tokens(1, 300).to(device)
     use(model, "eager")
     theirs = logits(model, tokens)
@@ -494,18 +494,20 @@ def test_training_under_a_budget(device: str) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_kernels(device: str) -> None:
-    """With the kernels that users run, not as interpreted: a padded prefill under a budget, and a decode step."""
+def test_compiled_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels that users run, not as interpreted: a padded prefill under a budget, and dense under its mask."""
+    monkeypatch.setattr(hf_attention, "_MAX_TOKEN_PAIRS", 0)
     skip_unless_flex_compiles(device)
     model, tokens = model_of("llama", device), make_tokens(2, 320).to(device)
     padding = torch.ones_like(tokens)
     padding[0, :50] = 0
-    configure(model, SOME_BLOCKS)
-    expected = logits(model, tokens, attention_mask=padding)
-    with torch.no_grad():
-        out = model(input_ids=tokens, attention_mask=padding, use_cache=True)
     real = padding.bool()
-    assert_close(out.logits[real], expected[real])
+    for config in (SOME_BLOCKS, ProxyConfig()):
+        configure(model, config)
+        expected = logits(model, tokens, attention_mask=padding)
+        with torch.no_grad():
+            out = model(input_ids=tokens, attention_mask=padding, use_cache=True)
+        assert_close(out.logits[real], expected[real])
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def make_model(family: str, **overrides: Any) -> Any:
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("sinks"):
             torch.nn.init.normal_(parameter)
-    return model
+    return one_after_another(model)
 
 
 def make_vision_language_model() -> Any:
@@ -102,11 +102,15 @@ def use(model: Any, name: str) -> None:
 
 
 def in_double(model: Any) -> Any:
-    """A copy of the model in double precision, whose experts, if it has any, run one after another."""
-    exact = copy.deepcopy(model).double()
-    if hasattr(exact, "set_experts_implementation") and exact._can_set_experts_implementation():
-        exact.set_experts_implementation("eager")
-    return exact
+    """A copy of the model in double precision."""
+    return copy.deepcopy(model).double()
+
+
+def one_after_another(model: Any) -> Any:
+    """The model, whose experts, if it has any, run in a loop: what groups them takes no double precision."""
+    if hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    return model
 
 
 def interpreted(device: str) -> AbstractContextManager[Any]:
