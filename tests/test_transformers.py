@@ -224,6 +224,17 @@ def test_generate(family: str, cache: str | None, device: str) -> None:
     assert_close(our_logits, their_logits)
 
 
+@pytest.mark.parametrize("family", CACHED)
+def test_a_prompt_of_less_than_a_block(family: str, device: str) -> None:
+    """It is dense from the start, also where the cache has free places behind it."""
+    model, tokens = model_of(family, device), make_tokens(2, 40).to(device)
+    ours, our_logits = generate(model, tokens, cache_implementation="static")
+    use(model, "eager")
+    theirs, their_logits = generate(model, tokens, cache_implementation="static")
+    assert torch.equal(ours, theirs)
+    assert_close(our_logits, their_logits)
+
+
 def test_generate_with_chunked_prefill(device: str) -> None:
     model, tokens = model_of("llama", device), make_tokens(2, 300).to(device)
     configure(model, EVERY_BLOCK)

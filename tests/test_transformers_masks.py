@@ -256,6 +256,19 @@ def test_a_mask_on_a_gpu_is_the_mask_on_the_cpu() -> None:
         assert torch.equal(read(there, 3), read(mask, 3))
 
 
+def test_lists_for_gradients_are_made_where_gradients_are_wanted() -> None:
+    """As they are when the mask is made: layers may ask for theirs without gradients, and be run again with them."""
+    arguments = arguments_for(made("causal"), 160, 0, None)
+    for wanted in (True, False):
+        with torch.set_grad_enabled(wanted):
+            mask = made_mask(arguments)
+        shared = forward_mask_of(mask)
+        assert shared is not None
+        other = shared.block_mask(torch.device("cpu"), 32)
+        assert (mask.q_indices is not None) is wanted
+        assert (other.q_indices is not None) is wanted
+
+
 def test_a_mask_is_freed_with_its_last_use() -> None:
     """No cycle of references keeps the lists of a forward pass until a garbage collection."""
     result = made_mask(arguments_for(made("window"), 160, 0, padded("left", KEYS)))
