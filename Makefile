@@ -16,7 +16,7 @@ SOURCES := $(wildcard flexproxy tests benchmarks examples)
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-oldest test-newest test-gpu toolchain clean
+.PHONY: help demo test lint format test-oldest test-newest test-gpu bench plots toolchain clean
 
 help:
 	@echo "make demo         set up .venv, then prefill a real text with a small trained model, dense and with flexproxy"
@@ -26,6 +26,8 @@ help:
 	@echo "make test-oldest  set up .venv-oldest with torch 2.5.1, then run what of the suite needs no compiled CPU kernel"
 	@echo "make test-newest  set up .venv-newest with the newest torch, then run the tests"
 	@echo "make test-gpu     run the GPU tests with the python3 at hand and the torch that it brings; installs nothing"
+	@echo "make bench        run the benchmarks on this GPU, with the python3 at hand; ARGS=--quick for a short look"
+	@echo "make plots        draw the plots of the benchmarks from benchmarks/results, with the python3 at hand"
 	@echo "make clean        remove the environments and caches"
 
 demo: toolchain .venv/.stamp
@@ -52,6 +54,14 @@ test-newest: toolchain .venv-newest/.stamp
 
 test-gpu:
 	$(PYTHON) -m pytest -m gpu $(ARGS)
+
+bench:
+	$(PYTHON) -m benchmarks.bench_build $(ARGS)
+	$(PYTHON) -m benchmarks.bench_attention $(ARGS)
+	$(PYTHON) -m benchmarks.bench_memory $(ARGS)
+
+plots:
+	$(PYTHON) -m benchmarks.plots
 
 # What no package can bring: said here, before minutes of installation.
 toolchain:

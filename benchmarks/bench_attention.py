@@ -1,106 +1,196 @@
-"""Time of build and of sparse attention beside dense attention, causal, on one GPU.
+"""Time of build and of sparse attention beside dense attention and the peers' selections, causal, on one GPU.
 
     python -m benchmarks.bench_attention --lengths 8192 32768 131072
 
-bf16, B 1, Hq 32, Hkv 8, D 128, random inputs, every contender with the same causal mask; medians by CUDA events. First
-the gate: at 4096 tokens, output under the mask against dense attention in double precision; if it fails, nothing is
-timed.
+bf16, B 1, Hq 32, Hkv 8, D 128, random inputs, every contender with the same causal mask. First the gate: the output of
+every kernel, and with every selection, against dense attention in double precision; if it fails, nothing is timed.
+
+Columns of a row, one for each thing that was timed:
+- length (tokens), contender, part, median_ms, p10_ms, p90_ms, repeats (by CUDA events), error (None if there is none)
+- contender "SDPA cuDNN", "SDPA FlashAttention-2", "flex dense"; part "dense"
+- contender "flexproxy"; part "build" (to the BlockMask), "sparse" (attention with it), "total"
+  (``flexproxy.attention``, which is both)
+- contender "flexproxy, short"; part "total": ``flexproxy.attention`` of short prompts with the default configuration,
+  which should be dense (target_density None), and once with min_budget 512 at a density of 0.2
+- contender "XAttention", "FlexPrefill", "FlashPrefill" (our readings, benchmarks/baselines); part "map" (their choice
+  of blocks), "lists" (to the BlockMask, by flexproxy's code), "sparse" (on flexproxy's kernel)
+- kernel: "default" (flexproxy's choice of kernel options), "triton" (plain options), "flash" (BACKEND="FLASH"), of what
+  runs flex_attention; kernel_options: the options themselves, as text
+- target_density, density: kept / admissible blocks, wanted and reached; min_budget (tokens), of flexproxy;
+  threshold: of a peer, found by bisection before the timing
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_mask
 
 import flexproxy
-from benchmarks.harness import RESULTS, environment, peak_extra_mib, require_gpu, time_ms, write_json
-from flexproxy import ProxyConfig, masks, reference
-from flexproxy._compat import compiled_flex_attention
+from benchmarks import gate
+from benchmarks.baselines import METHODS, threshold_for_density, to_block_mask
+from benchmarks.contenders import (
+    causal_block_mask,
+    config_for,
+    cudnn,
+    flash_attention_2,
+    flex,
+    inputs,
+    kernel_variants,
+)
+from benchmarks.harness import (
+    Row,
+    attempt,
+    fraction,
+    parse,
+    parser,
+    positive_float,
+    positive_int,
+    release,
+    require_gpu,
+    result_path,
+    run_cases,
+    settings_of,
+    time_ms,
+)
+from flexproxy import ProxyConfig
 
-NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
-
-
-def inputs(length: int, heads: int = NUM_Q_HEADS, kv_heads: int = NUM_KV_HEADS) -> tuple[Tensor, Tensor, Tensor]:
-    q = torch.randn(1, heads, length, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    k, v = (torch.randn(1, kv_heads, length, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return q, k, v
-
-
-def check_correctness() -> None:
-    """The gate: sparse output is dense attention under the selection's token mask, within twice SDPA's own error."""
-    q, k, v = inputs(4096, 8, 2)
-    config = ProxyConfig(density=0.2, min_budget=512)
-    selection = flexproxy.select(q, k, config=config)
-    member = create_mask(selection.mask_mod(), 1, 8, 4096, 4096, device="cuda")
-    allowed = member & create_mask(masks.causal, 1, 1, 4096, 4096, device="cuda")
-    exact = reference.attention(q, k, v, allowed, HEAD_DIM**-0.5)
-    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
-    out = flexproxy.attention(q, k, v, config=config)
-    error, own_error = ((x.double() - exact).abs().max().item() for x in (out, dense))
-    if not error <= 2 * own_error + torch.finfo(q.dtype).eps * exact.abs().max().item():
-        raise SystemExit(f"correctness gate failed: error {error:.2e}, SDPA's own {own_error:.2e}; nothing was timed")
-
-
-def sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    return run
-
-
-def attempt(run: Callable[[], Any]) -> dict[str, Any]:
-    """Its time; a contender that cannot run is recorded, and is not the end of the run."""
-    try:
-        return dict(time_ms(run))
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"[:300]}
+LENGTHS = [2**i for i in range(12, 20)]
+DENSITIES = [0.02, 0.05, 0.1, 0.2, 0.4]
+EXTRA_CASES = [(262144, 0.03)]  # the density at which a peer reports its figure for this length
+MAX_PAIRS = 0.4 * 262144**2  # density x length^2: what is denser takes seconds a call and is left out
+SHORT = 8192  # tokens up to which the default configuration should stay dense
 
 
-def measure(length: int, density: float, num_proxies: int) -> dict[str, Any]:
-    q, k, v = inputs(length)
-    config = ProxyConfig(density=density, num_proxies=num_proxies, min_budget=min(2048, length // 16))
-    flex = compiled_flex_attention("cuda")
-    block_mask = flexproxy.build(q, k, config=config)
-    row: dict[str, Any] = {"length": length, "target_density": density, "num_proxies": num_proxies}
-    row["density"] = round(flexproxy.select(q, k, config=config).density().mean().item(), 4)
+class Case(NamedTuple):
+    """One line of the progress bar: everything of one kind at one length."""
+
+    kind: str
+    length: int
+    density: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.length} tokens, {self.kind}" + ("" if self.density is None else f" at density {self.density}")
+
+
+Tensors = tuple[Tensor, Tensor, Tensor]
+
+
+def timed(budget_ms: float, common: Row, run: Callable[[], Any]) -> Row:
+    return common | attempt(lambda: time_ms(run, budget_ms))
+
+
+def dense(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:
+    options = flexproxy.kernel_options(*tensors[:2])
+    block_mask = functools.cache(lambda: causal_block_mask(case.length, tensors[0].device))
     contenders: dict[str, Callable[[], Any]] = {
-        "sdpa_cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION)(q, k, v),
-        "sdpa_flash": lambda: sdpa(SDPBackend.FLASH_ATTENTION)(q, k, v),
-        "build": lambda: flexproxy.build(q, k, config=config),
-        "sparse": lambda: flex(q, k, v, block_mask=block_mask, enable_gqa=True),
-        "attention": lambda: flexproxy.attention(q, k, v, config=config),
+        "SDPA cuDNN": lambda: cudnn(*tensors),
+        "SDPA FlashAttention-2": lambda: flash_attention_2(*tensors),
+        "flex dense": lambda: flex(*tensors, block_mask(), options),
     }
-    row |= {name: attempt(run) for name, run in contenders.items()}
-    row["build_peak_extra_mib"] = peak_extra_mib(lambda: flexproxy.build(q, k, config=config))
-    return row
+    for name, run in contenders.items():
+        kernel = {"kernel": "default", "kernel_options": str(options)} if name == "flex dense" else {}
+        yield timed(budget_ms, {"length": case.length, "contender": name, "part": "dense"} | kernel, run)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072], help="tokens")
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.1], help="kept / admissible blocks")
-    parser.add_argument("--num-proxies", type=int, nargs="+", default=[1], help="proxy heads")
-    parser.add_argument("--out", type=Path, default=RESULTS / "attention.json", help="result file (JSON)")
-    args = parser.parse_args()
+def sparse(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:
+    assert case.density is not None
+    q, k, _ = tensors
+    config = config_for(case.density, case.length)
+    common: Row = {"length": case.length, "contender": "flexproxy", "target_density": case.density}
+    common["min_budget"] = config.min_budget
+    common["density"] = round(flexproxy.select(q, k, config=config).density().mean().item(), 4)
+    build = functools.partial(flexproxy.build, q, k, config=config)
+    yield timed(budget_ms, common | {"part": "build"}, build)
+    block_mask = build()
+    for name, options in kernel_variants(q, k).items():
+        kernel = {"kernel": name, "kernel_options": str(options)}
+        one = functools.partial(flex, *tensors, block_mask, options)
+        both = functools.partial(flexproxy.attention, *tensors, config=config, kernel_options=options)
+        yield timed(budget_ms, common | {"part": "sparse"} | kernel, one)
+        yield timed(budget_ms, common | {"part": "total"} | kernel, both)
+
+
+def short(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:
+    configs: dict[float | None, ProxyConfig | None] = {None: None}
+    if case.length == SHORT:
+        configs[0.2] = ProxyConfig(density=0.2, min_budget=512)
+    for target, config in configs.items():
+        common: Row = {"length": case.length, "contender": "flexproxy, short", "part": "total", "kernel": "default"}
+        common |= {"target_density": target, "min_budget": config.min_budget if config else ProxyConfig().min_budget}
+        yield timed(budget_ms, common, functools.partial(flexproxy.attention, *tensors, config=config))
+
+
+def peer(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:
+    assert case.density is not None
+    q, k, _ = tensors
+    method = METHODS[case.kind]
+    threshold, reached = threshold_for_density(lambda x: method.select(q, k, x), case.density, method.increasing)
+    common: Row = {"length": case.length, "contender": case.kind, "target_density": case.density}
+    common |= {"threshold": threshold, "density": round(reached, 4)}
+    select = functools.partial(method.select, q, k, threshold)
+    yield timed(budget_ms, common | {"part": "map"}, select)
+    blocks = select()
+    yield timed(budget_ms, common | {"part": "lists"}, lambda: to_block_mask(blocks, case.length))
+    block_mask, options = to_block_mask(blocks, case.length), flexproxy.kernel_options(q, k)
+    kernel = {"kernel": "default", "kernel_options": str(options)}
+    yield timed(budget_ms, common | {"part": "sparse"} | kernel, lambda: flex(*tensors, block_mask, options))
+
+
+KINDS = {"dense": dense, "sparse": sparse, "short prompt": short} | dict.fromkeys(METHODS, peer)
+
+
+def measure(case: Case, budget_ms: float) -> list[Row]:
+    tensors = inputs(case.length)
+    rows: list[Row] = []
+
+    def collect() -> Row:
+        for row in KINDS[case.kind](case, tensors, budget_ms):
+            rows.append(row)  # noqa: PERF402 - rows until a failure are kept
+        return {}
+
+    failure = attempt(collect)["error"]
+    if failure:
+        unknown = {"length": case.length, "contender": case.kind, "part": None, "target_density": case.density}
+        rows.append(unknown | {"error": failure})
+    return rows
+
+
+def cases_of(
+    lengths: Sequence[int], densities: Sequence[float], dense_up_to: int, peers_at: Sequence[int], peer_density: float
+) -> list[Case]:
+    """What is timed, the short prompts first."""
+    cases = []
+    for length in sorted(set(lengths) | set(peers_at)):
+        if length in lengths:
+            if length <= dense_up_to:
+                cases.append(Case("dense", length))
+            if length <= SHORT:
+                cases.append(Case("short prompt", length))
+            at = sorted({*densities, *(x for extra, x in EXTRA_CASES if extra == length)})
+            cases += [Case("sparse", length, x) for x in at if x * length**2 <= MAX_PAIRS]
+        if length in peers_at:
+            cases += [Case(name, length, peer_density) for name in METHODS]
+    return cases
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__)
+    options.add_argument("--lengths", type=positive_int, nargs="+", default=LENGTHS, help="tokens")
+    options.add_argument("--densities", type=fraction, nargs="+", default=DENSITIES, help="kept / admissible blocks")
+    options.add_argument("--dense-up-to", type=positive_int, default=2**18, help="longest prompt for dense attention")
+    options.add_argument("--peers-at", type=positive_int, nargs="*", default=[131072], help="lengths for the peers")
+    options.add_argument("--peer-density", type=fraction, default=0.1, help="density for the peers")
+    options.add_argument("--budget-ms", type=positive_float, default=300.0, help="time for the repeats of one thing")
+    quick = {"lengths": [8192], "densities": [0.2], "peers_at": [8192], "peer_density": 0.2, "budget_ms": 50.0}
+    args = parse(options, argv, **quick)
     require_gpu()
-    torch.manual_seed(0)
-    check_correctness()
-    cases = [(s, d, p) for s in args.lengths for d in args.densities for p in args.num_proxies]
-    rows = [measure(*case) for case in track(cases, "timing")]
-    write_json(args.out, {"environment": environment(), "rows": rows})
-    for row in rows:
-        times = {name: cell.get("median", "failed") for name, cell in row.items() if isinstance(cell, dict)}
-        print({key: value for key, value in row.items() if not isinstance(value, dict)}, times)
+    gate.check_attention(every=True)
+    release()
+    cases = cases_of(args.lengths, args.densities, args.dense_up_to, args.peers_at, args.peer_density)
+    run_cases(cases, lambda case: measure(case, args.budget_ms), result_path(args, "attention"), settings_of(args))
 
 
 if __name__ == "__main__":

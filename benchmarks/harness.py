@@ -1,23 +1,37 @@
-"""Timing, environment and result files, shared by the benchmarks."""
+"""Timing, memory, environment, progress and result files, shared by the benchmarks.
+
+A result file is JSON: ``environment``, ``settings`` (the options of the run), ``complete`` (false while the run goes
+on) and ``rows``, flat, one for each thing that was measured. What could not run is a row too, whose ``error`` says why.
+Times are milliseconds by CUDA events: ``median_ms``, ``p10_ms``, ``p90_ms`` over ``repeats`` calls.
+"""
 
 from __future__ import annotations
 
+import argparse
+import gc
+import importlib.util
 import json
+import math
 import os
 import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 import flexproxy
 
 RESULTS = Path(__file__).parent / "results"
+MIN_REPEATS, MAX_REPEATS = 3, 30
+Row = dict[str, Any]
+Case = TypeVar("Case")
 
 
 def require_gpu() -> None:
@@ -25,58 +39,213 @@ def require_gpu() -> None:
         sys.exit("this benchmark needs a CUDA device; on a CPU only correctness is tested (make test)")
 
 
-def time_ms(run: Callable[[], Any], repeats: int = 10, warmup: int = 3) -> dict[str, float]:
-    """Milliseconds of one call by CUDA events: median and quantiles over ``repeats`` calls."""
-    for _ in range(warmup):
-        run()
+# Times
+
+
+def quantiles(times: Sequence[float]) -> Row:
+    """Median, first and last decile of at least one time, linearly interpolated, to 0.1 microseconds."""
+    tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
+    return {
+        "median_ms": round(statistics.median(times), 4),
+        "p10_ms": round(tenths[0], 4),
+        "p90_ms": round(tenths[-1], 4),
+        "repeats": len(times),
+    }
+
+
+def repeats_within(budget_ms: float, once_ms: float) -> int:
+    """How often to repeat a call: what the budget allows, within ``MIN_REPEATS`` and ``MAX_REPEATS``."""
+    return max(MIN_REPEATS, min(MAX_REPEATS, math.floor(budget_ms / max(once_ms, 1e-3))))
+
+
+def time_ms(run: Callable[[], Any], budget_ms: float = 300.0, cold_l2: bool = True) -> Row:
+    """Times of one call by CUDA events, as ``quantiles``. The first call compiles, the second decides the repeats.
+
+    Repeats are queued without waiting in between, as layers are in a prefill, where the CPU runs ahead of the GPU.
+
+    Args:
+        budget_ms: time to spend on the repeats, roughly.
+        cold_l2: overwrite the L2 cache before each repeat, outside of what is timed: in a model, other layers have.
+    """
+    cache = _l2_sized_buffer() if cold_l2 else None
+    run()
+    once = _event_times(run, 1, cache)[0]
+    return quantiles(_event_times(run, repeats_within(budget_ms, once), cache))
+
+
+def _event_times(run: Callable[[], Any], repeats: int, cache: Tensor | None) -> list[float]:
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    torch.cuda.synchronize()
     for begin, end in events:
+        if cache is not None:
+            cache.zero_()
         begin.record()
         run()
         end.record()
     torch.cuda.synchronize()
-    times = sorted(begin.elapsed_time(end) for begin, end in events)
-    return {
-        "median": round(statistics.median(times), 4),
-        "p10": round(times[len(times) // 10], 4),
-        "p90": round(times[-1 - len(times) // 10], 4),
-        "repeats": repeats,
-    }
+    return [begin.elapsed_time(end) for begin, end in events]
 
 
-def peak_extra_mib(run: Callable[[], Any]) -> float:
-    """Device memory that a call takes at its peak beyond what was allocated before, in MiB."""
+def _l2_sized_buffer() -> Tensor:
+    """Twice the L2 cache."""
+    size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return torch.empty(2 * size, dtype=torch.int8, device="cuda")
+
+
+def attempt(measure: Callable[[], Row]) -> Row:
+    """What was measured, with ``error`` None; what cannot run is recorded, and is not the end of the run."""
+    try:
+        return measure() | {"error": None}
+    except Exception as error:
+        message = " ".join(str(error).split())
+        failure = {"error": f"{type(error).__name__}: {message}"[:300]}
+    gc.collect()  # what the failed call held
+    release()
+    return failure
+
+
+# Memory
+
+
+def release() -> None:
+    """Give cached device memory back, so that the next case starts from the same state."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def peak_memory(run: Callable[[], Any]) -> Row:
+    """Device memory of one call in MiB: ``kept_mib`` by its result, ``extra_mib`` at the peak beyond that."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    kept = run()
+    result = run()
     torch.cuda.synchronize()
-    del kept
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    after, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    del result
+    return {"kept_mib": round((after - before) / 2**20, 1), "extra_mib": round((peak - after) / 2**20, 1)}
 
 
-def environment() -> dict[str, str]:
+# Environment
+
+
+def flash_backend_exists() -> bool:
+    """Whether the package behind ``BACKEND="FLASH"`` of ``flex_attention`` can be imported."""
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:
+        return False
+
+
+def environment() -> dict[str, Any]:
+    """The device, the versions, and the day."""
+
     def version(package: str) -> str:
         try:
             return metadata.version(package)
         except metadata.PackageNotFoundError:
             return "absent"
 
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": device.name,
+        "capability": f"{device.major}.{device.minor}",
+        "memory_gib": round(device.total_memory / 2**30, 1),
+        "multiprocessors": device.multi_processor_count,
+        "l2_cache_mib": round(device.L2_cache_size / 2**20, 1),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
         "triton": version("triton"),
+        "flash-attn-4": version("flash-attn-4"),
         "python": platform.python_version(),
         "flexproxy": flexproxy.__version__,
+        "date": datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+# Files and the command line
 
 
 def write_json(path: Path, data: Any) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(data, file, indent=1)
-        file.write("\n")
+        try:
+            json.dump(data, file, indent=1, allow_nan=False)
+            file.write("\n")
+        except BaseException:
+            os.unlink(file.name)
+            raise
     os.replace(file.name, path)
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"expected a number in (0, 1], got {text}")
+    return value
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and says the defaults."""
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that all benchmarks have; each adds its own, and reads them with ``parse``."""
+    options = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    options.add_argument("--out", type=Path, help="result file; if none, in benchmarks/results, quick ones in quick/")
+    options.add_argument("--quick", action="store_true", help="few, short cases, to see that everything runs")
+    return options
+
+
+def parse(options: argparse.ArgumentParser, argv: Sequence[str] | None, **quick: Any) -> argparse.Namespace:
+    """The options; with ``--quick``, those that were not given have the values of ``quick``."""
+    args = options.parse_args(argv)
+    if args.quick:
+        options.set_defaults(**quick)
+        args = options.parse_args(argv)
+    return args
+
+
+def result_path(args: argparse.Namespace, name: str) -> Path:
+    """Where the result goes: a quick run must not replace the result of a full one."""
+    if args.out is not None:
+        return Path(args.out)
+    return (RESULTS / "quick" if args.quick else RESULTS) / f"{name}.json"
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options as data, without the place of the result."""
+    return {name: value for name, value in vars(args).items() if name != "out"}
+
+
+def run_cases(cases: Sequence[Case], measure: Callable[[Case], list[Row]], out: Path, settings: dict[str, Any]) -> None:
+    """Measure case by case under a progress bar; after each, the file holds all rows until then, whole."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # an extra
+
+    data: dict[str, Any] = {"environment": environment(), "settings": settings, "complete": False, "rows": []}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+            progress.update(task, description=str(case))
+            data["rows"] += measure(case)
+            write_json(out, data)
+            release()
+            progress.advance(task)
+    write_json(out, data | {"complete": True})
+    print(f"wrote {out}")

@@ -119,6 +119,40 @@ def check_attention_options(
             )
 
 
+def check_memory(q: Tensor, k: Tensor, config: ProxyConfig, gradients: bool) -> None:
+    """Raise before memory is taken, where the BlockMask of a long sequence cannot fit on its GPU.
+
+    A list has a place for every block pair of every head: with 32 heads and blocks of 128, 8 GiB at 1M tokens.
+    """
+    block_size = config.block_size
+    needed = _mask_bytes(q, k, block_size, gradients)
+    # Asking the driver takes longer than a small mask is worth, and is impossible while a graph is captured.
+    if needed < MEMORY_WORTH_ASKING or not q.is_cuda or torch.compiler.is_compiling():
+        return
+    if torch.cuda.is_current_stream_capturing():
+        return
+    cached = torch.cuda.memory_reserved(q.device) - torch.cuda.memory_allocated(q.device)
+    free = torch.cuda.mem_get_info(q.device)[0] + cached
+    if needed <= free:
+        return
+    fitting = [size for size in (256, 512, 1024) if size > block_size and _mask_bytes(q, k, size, gradients) <= free]
+    remedy = f"use block_size={fitting[0]}" if fitting else f"use a larger block_size than {block_size}"
+    raise torch.OutOfMemoryError(
+        f"q, k: expected the BlockMask to fit in the memory that is free, {free / 2**30:.1f} GiB of {q.device}, got "
+        f"Hq = {q.shape[1]}, Sq = {q.shape[2]}, Skv = {k.shape[2]}, which need {needed / 2**30:.1f} GiB with blocks of "
+        f"{block_size}; {remedy}, or give fewer sequences or fewer queries a call (chunked prefill)"
+    )
+
+
+MEMORY_WORTH_ASKING = 2**30
+
+
+def _mask_bytes(q: Tensor, k: Tensor, block_size: int, gradients: bool) -> int:
+    """Two int32 lists (four for gradients) and the map of kept blocks, and the pooled heads beside them."""
+    pairs = q.shape[0] * q.shape[1] * -(-q.shape[2] // block_size) * -(-k.shape[2] // block_size)
+    return pairs * (4 * (4 if gradients else 2) + 1) + (q.shape[2] + k.shape[2]) * q.shape[0] * q.shape[3]
+
+
 def _check_tensor(name: str, x: Any, shape: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(x).__name__}; use torch.as_tensor")

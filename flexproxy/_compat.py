@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import BlockMask
 
 _FROM_KV_BLOCKS = frozenset(inspect.signature(BlockMask.from_kv_blocks).parameters)
 _FLEX_ATTENTION = frozenset(inspect.signature(flex.flex_attention).parameters)
+_SDPA_KERNEL = frozenset(inspect.signature(sdpa_kernel).parameters)
+IS_ROCM = torch.version.hip is not None
 # A CPU kernel is compiled for its lengths alone, so a process that meets many lengths needs more than dynamo's 8.
 MAX_COMPILED_LENGTHS = 256
 
@@ -47,6 +51,18 @@ def from_kv_blocks(
     )
 
 
+@functools.cache
+def flash_backend_exists() -> bool:
+    """Whether this torch has ``BACKEND="FLASH"``, and the package that it needs (flash-attn-4) is there."""
+    try:
+        return all(
+            importlib.util.find_spec(name) is not None
+            for name in ("torch._inductor.kernel.flex.flex_flash_attention", "flash_attn.cute")
+        )
+    except ModuleNotFoundError:
+        return False
+
+
 def seq_lengths_of(block_mask: BlockMask) -> tuple[int, int] | None:
     """Sq and Skv that a BlockMask was made for; None where this torch does not keep them."""
     return getattr(block_mask, "seq_lengths", None)
@@ -65,18 +81,54 @@ def lse_of(second_result: Any) -> Tensor:
     return lse
 
 
+class NotCompiledError(Exception):
+    """torch.compile ran the function as it is: compilation is switched off."""
+
+
 def _flex_attention(*args: Any, **kwargs: Any) -> Any:
     # A function of our own: dynamo counts variants by function, and the caller may compile torch's.
+    if not torch.compiler.is_compiling():
+        raise NotCompiledError
     return flex.flex_attention(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def fastest_sdpa(q: Tensor) -> Iterator[None]:
+    """Prefer cuDNN's kernel for dense attention inside, where it is the fastest: Hopper GPUs, inference."""
+    prefer = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0) and not q.requires_grad
+    if not prefer or torch.compiler.is_compiling() or "set_priority" not in _SDPA_KERNEL:
+        yield
+        return
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends, set_priority=True):
+        yield
 
 
 @functools.cache
 def compiled_flex_attention(device_type: str) -> Callable[..., Any]:
     """``flex_attention``, compiled once a process; on a CPU for one set of lengths at a time.
 
+    Raises NotCompiledError where compilation is switched off, so that what only a compiled kernel may see stays there.
+
     With dynamic shapes the CPU kernel reads a captured table wrongly, or does not compile (torch 2.13).
     """
     return torch.compile(_flex_attention, fullgraph=True, dynamic=False if device_type == "cpu" else None)
+
+
+def run_compiled(device_type: str, *args: Any, **kwargs: Any) -> Any:
+    """Call ``compiled_flex_attention``; dynamo compiles as many variants as there are lengths.
+
+    Its limit is lifted where it was met, and not before: that takes a millisecond.
+    """
+    compiled = compiled_flex_attention(device_type)
+    limit_hit = getattr(torch._dynamo.exc, "FailOnRecompileLimitHit", None)
+    if limit_hit is not None:
+        try:
+            return compiled(*args, **kwargs)
+        except limit_hit:
+            pass
+    with many_lengths():
+        return compiled(*args, **kwargs)
 
 
 @contextlib.contextmanager

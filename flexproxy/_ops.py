@@ -3,12 +3,13 @@
 NOTE [Opaque operators]
 Three things need an operator instead of plain traced code: loops over chunks, which a trace would unroll; the CPU
 kernel of ``flex_attention``, which refuses a ``mask_mod`` that captures a tensor computed in its own graph unless an
-extern kernel made it; and, later, implementations picked by device. In eager mode the function is called directly.
-Autocast is off inside: it would round the scores to 16 bits, and change the selection.
+extern kernel made it; and Triton kernels, which stand in for the PyTorch code where they can run. In eager mode the
+function is called directly. Autocast is off inside: it would round the scores to 16 bits, and change the selection.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -16,12 +17,18 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from flexproxy import implementations
+
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
 
-def opaque(schema: str, fake: Callable[Args, Result]) -> Callable[[Callable[Args, Result]], Callable[Args, Result]]:
+def opaque(
+    schema: str, fake: Callable[Args, Result], has_kernel: bool = True
+) -> Callable[[Callable[Args, Result]], Callable[Args, Result]]:
     """Make a function a custom operator ``flexproxy::name`` when compiling; ``fake`` gives its output shapes.
+
+    The function is the PyTorch implementation; the kernel of its name is picked where ``implementations`` says so.
 
     The schema is written out because torch 2.5 infers it from fewer annotations than later versions.
     """
@@ -30,8 +37,13 @@ def opaque(schema: str, fake: Callable[Args, Result]) -> Callable[[Callable[Args
         @wraps(function)
         def exact(*args: Args.args, **kwargs: Args.kwargs) -> Result:
             first: Any = args[0]
-            with torch.autocast(first.device.type, enabled=False):
-                return function(*args, **kwargs)
+            kernel = implementations.kernel_of(function.__name__, first) if has_kernel else None
+            if kernel is None:
+                with torch.autocast(first.device.type, enabled=False):
+                    return function(*args, **kwargs)
+            with _on_device_of(first):
+                result: Result = kernel(*args, **kwargs)
+            return result
 
         operator: Any = torch.library.custom_op(
             f"flexproxy::{function.__name__}", exact, mutates_args=(), schema=schema
@@ -49,11 +61,18 @@ def opaque(schema: str, fake: Callable[Args, Result]) -> Callable[[Callable[Args
     return decorate
 
 
+def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, not on that of its arguments."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
 def _clone_fake(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@opaque("(Tensor x) -> Tensor", _clone_fake)
+@opaque("(Tensor x) -> Tensor", _clone_fake, has_kernel=False)
 def _clone(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 

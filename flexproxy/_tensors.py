@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,3 +19,8 @@ def logsumexp_(x: Tensor, maximum: Tensor) -> Tensor:
     """``x.logsumexp(-1)``, given ``x.amax(-1)``, in the memory of ``x``: half the passes. -inf for a row of -inf."""
     finite = maximum.masked_fill(maximum == -torch.inf, 0.0)
     return x.sub_(finite[..., None]).exp_().sum(-1).log_().add_(finite)
+
+
+def is_contiguous(members: Sequence[int], sizes: Sequence[int], num_heads: int) -> bool:
+    """Whether the groups are equal runs of consecutive heads, each head once."""
+    return len(set(sizes)) == 1 and list(members) == list(range(num_heads))

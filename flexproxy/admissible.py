@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 from flexproxy._ops import capturable, opaque
 from flexproxy._tensors import pad_to_multiple
-from flexproxy.clauses import Clause, ClauseStack, allowed, dense_labels, inclusion_exclusion, stack
+from flexproxy.clauses import ClauseStack, allowed, dense_labels, inclusion_exclusion, stack, unstack
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -95,31 +95,43 @@ def pack_bits(mask: Tensor) -> Tensor:
     return (padded * weights).sum(-1, dtype=torch.uint8)
 
 
+def _summarize_rows_fake(any_: Tensor, full: Tensor) -> Tensor:
+    return any_.new_empty(*any_.shape[:3], 5, dtype=torch.int32)
+
+
+@opaque("(Tensor any_, Tensor full) -> Tensor", _summarize_rows_fake)
+def summarize_rows(any_: Tensor, full: Tensor) -> Tensor:
+    """What each row of blocks holds: int32 ``[b, h, Nq, 5]``.
+
+    The first admissible block and one more than the last (Nk and 0 where there is none); the first full block and the
+    first after it that is not full (Nk and Nk where there is none); the number of admissible blocks.
+    """
+    num_blocks = any_.shape[-1]
+    block = torch.arange(num_blocks, dtype=torch.int32, device=any_.device)
+    full_first = torch.where(full, block, num_blocks).amin(-1)
+    after = (block > full_first[..., None]) & ~full
+    return torch.stack(
+        [
+            torch.where(any_, block, num_blocks).amin(-1),
+            torch.where(any_, block + 1, 0).amax(-1),
+            full_first,
+            torch.where(after, block, num_blocks).amin(-1),
+            any_.sum(-1),
+        ],
+        -1,
+    ).to(torch.int32)
+
+
 # ------------------------------------------------------------------------------------------------ by counting
 
 
-def classify_clauses(clauses: tuple[Clause, ...], num_keys: int, block_size: int) -> Admissible:
+def classify_clauses(clauses: ClauseStack, num_keys: int, block_size: int) -> Admissible:
     """Classify the blocks of a union of clauses, exactly, at a cost of Sq * Nk (not Sq * Skv)."""
-    terms, signs = inclusion_exclusion(clauses)
-    terms = tuple(
-        t if t.q_label is None or t.k_label is None else t._replace(**_dense(t.q_label, t.k_label)) for t in terms
-    )
-    return Admissible(*_count_blocks(*stack(terms), signs, num_keys, block_size))
+    return Admissible(*classify_union(*clauses, num_keys, block_size))
 
 
-def _dense(q_label: Tensor, k_label: Tensor) -> dict[str, Tensor]:
-    q_dense, k_dense = dense_labels(q_label, k_label)
-    return {"q_label": q_dense, "k_label": k_dense}
-
-
-def _count_blocks_fake(
-    lo: Tensor,
-    hi: Tensor,
-    q_label: Tensor | None,
-    k_label: Tensor | None,
-    signs: Sequence[int],
-    num_keys: int,
-    block_size: int,
+def _classify_union_fake(
+    lo: Tensor, hi: Tensor, q_label: Tensor | None, k_label: Tensor | None, num_keys: int, block_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, batch, num_queries = lo.shape
     blocks = lo.new_empty(batch, 1, -(-num_queries // block_size), -(-num_keys // block_size), dtype=torch.bool)
@@ -127,23 +139,20 @@ def _count_blocks_fake(
 
 
 @opaque(
-    "(Tensor lo, Tensor hi, Tensor? q_label, Tensor? k_label, int[] signs, SymInt num_keys, int block_size)"
+    "(Tensor lo, Tensor hi, Tensor? q_label, Tensor? k_label, SymInt num_keys, int block_size)"
     " -> (Tensor, Tensor, Tensor)",
-    _count_blocks_fake,
+    _classify_union_fake,
 )
-def _count_blocks(
-    lo: Tensor,
-    hi: Tensor,
-    q_label: Tensor | None,
-    k_label: Tensor | None,
-    signs: Sequence[int],
-    num_keys: int,
-    block_size: int,
+def classify_union(
+    lo: Tensor, hi: Tensor, q_label: Tensor | None, k_label: Tensor | None, num_keys: int, block_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, for every query and key block, the keys in the union of clauses whose inclusion-exclusion terms are given.
-
-    lo, hi, q_label ``[M, b, Sq]``; k_label ``[M, b, Skv]``, dense labels. Returns any, full, valid of Admissible.
-    """
+    """any, full and valid of Admissible, of a ClauseStack, by counting the keys of each block that a query may see."""
+    clauses = ClauseStack(lo, hi, q_label, k_label)
+    terms, signs = inclusion_exclusion(unstack(clauses))
+    terms = tuple(
+        t if t.q_label is None or t.k_label is None else t._replace(**_dense(t.q_label, t.k_label)) for t in terms
+    )
+    lo, hi, q_label, k_label = stack(terms)
     _, batch, _ = lo.shape
     # Labels need a table of labels x blocks, Skv * Nk entries: some blocks at a time.
     span = num_keys if k_label is None else max(1, TABLE_ELEMENTS // (batch * num_keys)) * block_size
@@ -160,6 +169,11 @@ def _count_blocks(
     return torch.cat(any_, -1), torch.cat(full, -1), torch.stack(valid).any(0)
 
 
+def _dense(q_label: Tensor, k_label: Tensor) -> dict[str, Tensor]:
+    q_dense, k_dense = dense_labels(q_label, k_label)
+    return {"q_label": q_dense, "k_label": k_dense}
+
+
 def _count_span(
     lo: Tensor,
     hi: Tensor,
@@ -170,7 +184,7 @@ def _count_span(
     num_labels: int,
     block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``_count_blocks`` for some of the keys, whose positions count from the first of them."""
+    """``classify_union`` for some of the keys, whose positions count from the first of them."""
     _, batch, num_queries = lo.shape
     num_blocks = -(-num_keys // block_size)
     tables: list[Tensor | None] = [None] * len(signs)

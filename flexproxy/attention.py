@@ -9,20 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from flexproxy import _compat
+from flexproxy import _compat, masks
 from flexproxy._checks import (
     check_attention_options,
     check_config,
     check_masks,
+    check_memory,
     check_queries_and_keys,
     check_scale,
     check_values,
 )
 from flexproxy.config import ProxyConfig
-from flexproxy.kernel_options import fit_to_blocks
+from flexproxy.kernel_options import fit_to_mask, tiles_of
 from flexproxy.kernel_options import kernel_options as best_kernel_options
 from flexproxy.masks import MaskMod
 from flexproxy.pipeline import dense_block_mask, select_for
+from flexproxy.selection import Selection
 
 
 @overload
@@ -68,8 +70,8 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """ProxyAttn in one call: builds the mask, then runs compiled ``flex_attention`` with it.
 
-    Dense where sparse cannot pay: fewer queries than a block (decoding), every row's budget covers all keys, or the
-    settings keep every block.
+    Dense where sparse cannot pay: fewer queries than a block (decoding), every row's budget covers all keys, the
+    settings keep every block, or, on a GPU, sequences so short that the estimate takes longer than what it saves.
 
     Args:
         q: queries ``[B, Hq, Sq, D]``, after the position embedding; fp32, fp16 or bf16, any strides.
@@ -98,34 +100,95 @@ def attention(
     if not torch.is_grad_enabled():  # the CPU kernel refuses tensors that could require gradients
         q, k, v = q.detach(), k.detach(), v.detach()
 
-    if _dense_pays(num_queries, num_keys, config):
+    if _dense_pays(q, k, config):
         no_mask_needed = num_queries in (1, num_keys)
         if mask_mod is None and block_mask is None and score_mod is None and not return_lse and no_mask_needed:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=num_queries > 1, scale=scale, enable_gqa=gqa)
+            with _compat.fastest_sdpa(q):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=num_queries > 1, scale=scale, enable_gqa=gqa)
         if block_mask is None:
             needs_gradients = torch.is_grad_enabled() and (gradients or q.requires_grad or k.requires_grad)
             block_mask = dense_block_mask(q, k, mask_mod, config.block_size, needs_gradients)
+        selection = None
     else:
-        block_mask = select_for(q, k, mask_mod, block_mask, config, scale, gradients).block_mask()
+        check_memory(q, k, config, gradients)
+        selection = select_for(q, k, mask_mod, block_mask, config, scale, gradients)
 
-    options = best_kernel_options(q, k) if kernel_options is None else kernel_options
-    arguments: dict[str, Any] = {
-        "score_mod": score_mod,
-        "block_mask": block_mask,
-        "scale": scale,
-        "enable_gqa": gqa,
-        "kernel_options": fit_to_blocks(options, config.block_size, q.device.type),
-    }
+    options = _options(q, k, kernel_options, config.block_size, mask_mod, block_mask, gradients)
+    arguments: dict[str, Any] = {"score_mod": score_mod, "scale": scale, "enable_gqa": gqa, "kernel_options": options}
     if return_lse:
         arguments |= _compat.lse_arguments()
-    if torch.compiler.is_compiling():
-        result = flex_attention(q, k, v, **arguments)
-    else:
-        with _compat.many_lengths():
-            result = _compat.compiled_flex_attention(q.device.type)(q, k, v, **arguments)
+    result = _run(q, k, v, selection, block_mask, arguments)
     return (result[0], _compat.lse_of(result[1])) if return_lse else result
 
 
-def _dense_pays(num_queries: int, num_keys: int, config: ProxyConfig) -> bool:
-    """Whether the estimate could save nothing: it reads all keys for a block of queries, and needs blocks to drop."""
-    return num_queries < config.block_size or num_keys <= config.min_blocks * config.block_size or config.keeps_all
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection | None,
+    block_mask: BlockMask | None,
+    arguments: dict[str, Any],
+) -> Any:
+    """``flex_attention``, compiled. block_mask: used where there is no selection."""
+    if torch.compiler.is_compiling():
+        block_mask = block_mask if selection is None else selection.block_mask()
+        return flex_attention(q, k, v, block_mask=block_mask, **arguments)
+    listed = block_mask
+    if selection is not None:
+        # FLASH forgets the lists where a mask_mod is trivial, which only ours are known not to be.
+        known = masks.structure_of(selection._mask_mod).clauses is not None
+        trusted = known or arguments["kernel_options"].get("BACKEND") != "FLASH"
+        listed = selection.listed_block_mask() if trusted else selection.block_mask()
+    try:
+        return _compat.run_compiled(q.device.type, q, k, v, block_mask=listed, **arguments)
+    except _compat.NotCompiledError:  # eager flex_attention sees the function alone, and not the lists
+        block_mask = block_mask if selection is None else selection.block_mask()
+        return flex_attention(q, k, v, block_mask=block_mask, **arguments)
+
+
+def _options(
+    q: Tensor,
+    k: Tensor,
+    kernel_options: dict[str, Any] | None,
+    block_size: int,
+    mask_mod: MaskMod | None,
+    block_mask: BlockMask | None,
+    gradients: bool,
+) -> dict[str, Any]:
+    """The caller's options, or the fastest; with tiles that fit the blocks in any case."""
+    if kernel_options is not None:
+        return tiles_of(block_size, q.device.type) | kernel_options
+    if gradients and torch.is_grad_enabled():
+        return tiles_of(block_size, q.device.type)
+    given = block_mask.mask_mod if block_mask is not None else mask_mod
+    structure = None if given is None else masks.structure_of(given)
+    has_tables = structure is not None and (
+        structure.clauses is None or any(table.value.dim() > 0 for table in structure.tables)
+    )
+    lengths = q.shape[2], k.shape[2]
+    return fit_to_mask(best_kernel_options(q, k), block_size, q.device.type, has_tables, lengths)
+
+
+# Work of dense attention, in floating-point operations, that a GPU does while the host starts the kernels of a build.
+BUILD_FLOPS = 3e11
+# What a kept block costs beside one of dense attention.
+SPARSE_COST = 1.3
+
+
+def _dense_pays(q: Tensor, k: Tensor, config: ProxyConfig) -> bool:
+    """Whether the estimate would save nothing, as far as lengths and settings tell.
+
+    It reads all keys for a block of queries, and needs blocks to drop. On a GPU its kernels take a time of their own,
+    which short sequences do not save: a row keeps ``min_budget`` tokens, and all rows the target density, if there is
+    one. A gamma is taken to keep no more than the budget.
+    """
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    kept = config.min_blocks * config.block_size / num_keys
+    if num_queries < config.block_size or kept >= 1 or config.keeps_all:
+        return True
+    if not q.is_cuda:
+        return False
+    rows = num_queries / num_keys  # the last rows of a triangle (of a causal mask; of others it is a guess)
+    dense_flops = 4 * q.shape[0] * q.shape[1] * q.shape[3] * num_queries * num_keys * (1 - rows / 2)
+    density = max(1 - (1 - kept) ** 2, config.density or 0.0)
+    return SPARSE_COST * density * dense_flops + BUILD_FLOPS > dense_flops

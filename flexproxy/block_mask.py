@@ -32,7 +32,14 @@ def compile_block_mask(
     full: bool ``[b, h, Nq, Nk]``, broadcast; a block that is full but not kept is dropped.
     compute_q_blocks: also make the transposed lists that gradients need.
     """
-    partial_number, partial_index, full_number, full_index = _block_lists(kept, full)
+    return of_lists(block_lists(kept, full), mask_mod, block_size, seq_lengths, compute_q_blocks)
+
+
+def of_lists(
+    lists: Lists, mask_mod: MaskMod, block_size: int, seq_lengths: tuple[int, int], compute_q_blocks: bool
+) -> BlockMask:
+    """A BlockMask of the lists of ``block_lists``."""
+    partial_number, partial_index, full_number, full_index = lists
     return from_kv_blocks(
         partial_number,
         partial_index,
@@ -51,7 +58,7 @@ def _block_lists_fake(kept: Tensor, full: Tensor) -> Lists:
 
 
 @opaque("(Tensor kept, Tensor full) -> (Tensor, Tensor, Tensor, Tensor)", _block_lists_fake)
-def _block_lists(kept: Tensor, full: Tensor) -> Lists:
+def block_lists(kept: Tensor, full: Tensor) -> Lists:
     """Numbers ``[B, H, Nq]`` and indices ``[B, H, Nq, Nk]`` of partial, then of full blocks. See NOTE [Lists]."""
     return (*_ascending(kept & ~full), *_ascending(kept & full))
 

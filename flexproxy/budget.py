@@ -14,6 +14,11 @@ from flexproxy.admissible import mask_chunk
 CHUNK_ELEMENTS = 2**24  # logits in one piece, 64 MiB
 
 
+def _last_valid_queries_fake(valid: Tensor, number: int) -> Tensor:
+    return valid.new_empty(*valid.shape[:2], number, dtype=torch.int64)
+
+
+@opaque("(Tensor valid, int number) -> Tensor", _last_valid_queries_fake)
 def last_valid_queries(valid: Tensor, number: int) -> Tensor:
     """Indices of the last ``number`` valid queries, in order: int64 ``[b, h, number]``; -1 where there are fewer.
 
@@ -23,13 +28,13 @@ def last_valid_queries(valid: Tensor, number: int) -> Tensor:
     slot = torch.where(valid & (from_end <= number), number - from_end, number).to(torch.int64)
     index = torch.arange(valid.shape[-1], device=valid.device).expand(slot.shape)
     empty = torch.full((*valid.shape[:-1], number + 1), -1, dtype=torch.int64, device=valid.device)
-    return empty.scatter_(-1, slot, index)[..., :number]  # all the others went to the last slot
+    return empty.scatter_(-1, slot, index)[..., :number].contiguous()  # all the others went to the last slot
 
 
 def _block_masses_fake(
     q: Tensor,
     k: Tensor,
-    present: Tensor,
+    probes: Tensor,
     lo: Tensor | None,
     hi: Tensor | None,
     q_label: Tensor | None,
@@ -42,14 +47,14 @@ def _block_masses_fake(
 
 
 @opaque(
-    "(Tensor q, Tensor k, Tensor present, Tensor? lo, Tensor? hi, Tensor? q_label, Tensor? k_label, Tensor? bits,"
+    "(Tensor q, Tensor k, Tensor probes, Tensor? lo, Tensor? hi, Tensor? q_label, Tensor? k_label, Tensor? bits,"
     " int block_size, float scale) -> Tensor",
     _block_masses_fake,
 )
 def block_masses(
     q: Tensor,
     k: Tensor,
-    present: Tensor,
+    probes: Tensor,
     lo: Tensor | None,
     hi: Tensor | None,
     q_label: Tensor | None,
@@ -58,19 +63,27 @@ def block_masses(
     block_size: int,
     scale: float,
 ) -> Tensor:
-    """Probability mass of every key block, the mean over the probed queries: fp32 ``[B, Hq, Nk]``, each head sums to 1.
+    """Probability mass of every key block, the mean over the probed queries: fp32 ``[B, Hq, Nk]``.
+
+    The masses of a head sum to 1. Not-a-number counts as no mass at all.
 
     Args:
-        q: the probed queries ``[B, Hq, m, D]``.
+        q: all queries ``[B, Hq, Sq, D]``.
         k: all keys ``[B, Hkv, Skv, D]``.
-        present: bool ``[b, h, m]``, which of the probed queries exist.
-        lo, hi, q_label, k_label, bits: a SampledMask at those queries and all keys.
+        probes: int64 ``[b, h, m]``, which of the queries are probed; -1 is none.
+        lo, hi, q_label, k_label: clauses of all queries and keys, or
+        bits: a SampledMask at the probes and all keys.
         block_size: tokens per key block.
         scale: factor of the scores.
     """
-    batch, num_q_heads, num_probes, _ = q.shape
+    batch, num_q_heads, _, head_dim = q.shape
     num_kv_heads, num_keys = k.shape[1], k.shape[2]
-    queries = rearrange(q.float(), "b (kv g) m d -> b kv (g m) d", kv=num_kv_heads)
+    num_probes = probes.shape[2]
+    present = probes >= 0
+    place = probes.clamp(min=0)
+    probed = q.gather(2, place.expand(batch, num_q_heads, -1)[..., None].expand(-1, -1, -1, head_dim))
+    lo, hi, q_label = (None if part is None else _at_probes(part, place) for part in (lo, hi, q_label))
+    queries = rearrange(probed.float(), "b (kv g) m d -> b kv (g m) d", kv=num_kv_heads)
     per_chunk = max(1, CHUNK_ELEMENTS // (batch * num_q_heads * num_probes * block_size)) * block_size
     parts = []
     for start in range(0, num_keys, per_chunk):
@@ -84,12 +97,49 @@ def block_masses(
         parts.append(logsumexp_(by_block, by_block.amax(-1)))
     blocks = torch.cat(parts, -1)  # [B, Hq, m, Nk]
     probability = (blocks - blocks.logsumexp(-1, keepdim=True)).exp_().masked_fill_(~present[..., None], 0.0)
-    return probability.sum(2) / present.sum(2).clamp(min=1)[..., None]
+    return (probability.sum(2) / present.sum(2).clamp(min=1)[..., None]).nan_to_num_(0.0)
+
+
+def _at_probes(part: Tensor, place: Tensor) -> Tensor:
+    """A part of clauses at the probes: ``[C, b, Sq]`` to ``[C, b, m]``. Clauses do not depend on the head."""
+    index = place[None, :, 0].expand(part.shape[0], max(place.shape[0], part.shape[1]), -1)
+    return part.expand(-1, index.shape[1], -1).gather(-1, index)
+
+
+def _count_blocks_fake(
+    masses: Tensor, summary: Tensor, forced: Tensor, gamma: float, density: float | None, min_blocks: int,
+    max_blocks: int,
+) -> Tensor:  # fmt: skip
+    return masses.new_empty(masses.shape[:2], dtype=torch.int32)
+
+
+@opaque(
+    "(Tensor masses, Tensor summary, Tensor forced, float gamma, float? density, int min_blocks, SymInt max_blocks)"
+    " -> Tensor",
+    _count_blocks_fake,
+)
+def count_blocks(
+    masses: Tensor, summary: Tensor, forced: Tensor, gamma: float, density: float | None, min_blocks: int,
+    max_blocks: int,
+) -> Tensor:  # fmt: skip
+    """How many blocks every head keeps: int32 ``[B, Hq]``.
+
+    Args:
+        masses: fp32 ``[B, Hq, Nk]`` of ``block_masses``.
+        summary: int32 ``[b, h, Nq, 5]`` of ``summarize_rows``, of the heads.
+        forced, min_blocks, max_blocks: as in ``clip_counts``.
+        gamma, density: as in ProxyConfig.
+    """
+    cumulative = cumulative_masses(masses)
+    limit: float | Tensor = gamma
+    if density is not None:
+        limit = gamma_for_density(cumulative, summary[..., 4], forced, density, min_blocks, max_blocks)
+    return clip_counts(blocks_to_reach(cumulative, limit), forced, min_blocks, max_blocks, masses.shape[-1])
 
 
 def cumulative_masses(masses: Tensor) -> Tensor:
-    """Mass of the n + 1 heaviest blocks, for every n: fp32 ``[B, Hq, Nk]``. Not-a-number counts as no mass at all."""
-    return masses.nan_to_num(0.0).sort(dim=-1, descending=True).values.cumsum(-1)
+    """Mass of the n + 1 heaviest blocks, for every n: fp32 ``[B, Hq, Nk]``."""
+    return masses.sort(dim=-1, descending=True).values.cumsum(-1)
 
 
 def blocks_to_reach(cumulative: Tensor, gamma: float | Tensor) -> Tensor:
@@ -97,7 +147,7 @@ def blocks_to_reach(cumulative: Tensor, gamma: float | Tensor) -> Tensor:
     return (cumulative < gamma).sum(-1, dtype=torch.int32) + 1
 
 
-def clip_counts(count: Tensor, forced: Tensor, min_blocks: int, max_blocks: int | None, num_blocks: int) -> Tensor:
+def clip_counts(count: Tensor, forced: Tensor, min_blocks: int, max_blocks: int, num_blocks: int) -> Tensor:
     """A head's count between its bounds: int32, broadcast over ``count`` and ``forced``.
 
     forced: int32, the most forced blocks that a row of the sequence has; they are always kept.
@@ -107,7 +157,7 @@ def clip_counts(count: Tensor, forced: Tensor, min_blocks: int, max_blocks: int 
 
 
 def gamma_for_density(
-    cumulative: Tensor, rows: Tensor, forced: Tensor, density: float, min_blocks: int, max_blocks: int | None
+    cumulative: Tensor, rows: Tensor, forced: Tensor, density: float, min_blocks: int, max_blocks: int
 ) -> Tensor:
     """The one gamma of each sequence whose mean density over heads is nearest to the target: fp32 ``[B, 1, 1]``.
 

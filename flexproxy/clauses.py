@@ -79,6 +79,8 @@ def dense_labels(q_label: Tensor, k_label: Tensor) -> tuple[Tensor, Tensor]:
 
 def stack(clauses: tuple[Clause, ...]) -> ClauseStack:
     """Bring clauses to one batch size and stack them; where some have labels, one without gets the label 0."""
+    if len(clauses) == 1 and clauses[0].q_label is None:  # nothing to bring together
+        return ClauseStack(clauses[0].lo[None], clauses[0].hi[None], None, None)
     batch = max(t.shape[0] for clause in clauses for t in clause if t is not None)
     lo = torch.stack([c.lo.expand(batch, -1) for c in clauses])
     hi = torch.stack([c.hi.expand(batch, -1) for c in clauses])
@@ -93,6 +95,13 @@ def stack(clauses: tuple[Clause, ...]) -> ClauseStack:
         q_labels.append(q_label.to(torch.int64).expand(batch, -1))
         k_labels.append(k_label.to(torch.int64).expand(batch, -1))
     return ClauseStack(lo, hi, torch.stack(q_labels), torch.stack(k_labels))
+
+
+def unstack(clauses: ClauseStack) -> tuple[Clause, ...]:
+    """The clauses of a stack."""
+    lo, hi, q_label, k_label = clauses
+    labels = [(None, None)] * len(lo) if q_label is None or k_label is None else zip(q_label, k_label, strict=True)
+    return tuple(Clause(first, last, *pair) for first, last, pair in zip(lo, hi, labels, strict=True))
 
 
 def inclusion_exclusion(clauses: tuple[Clause, ...]) -> tuple[tuple[Clause, ...], tuple[int, ...]]:

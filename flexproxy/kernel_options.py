@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from flexproxy import _compat
 from flexproxy._checks import check_queries_and_keys
+
+# Measured on an H200 at 128K tokens and 10 % of the blocks: see benchmarks/results/options.json.
+_COPY_ENGINE = {"USE_TMA": True, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
 
 
 def kernel_options(q: Tensor, k: Tensor) -> dict[str, Any]:
     """The fastest options that this device, dtype and installed packages can run, for ``flex_attention``.
+
+    ``BACKEND="FLASH"`` where the package flash-attn-4 is importable and the shapes fit it; else Triton's kernel with
+    the copy engine, and the largest tiles whose shared memory has room for a mask with a table, on Hopper GPUs; else
+    what torch itself chooses. They are made for blocks of 128, and for inference: where gradients are needed, torch
+    chooses.
 
     Args:
         q: queries ``[B, Hq, Sq, D]``.
@@ -20,15 +30,47 @@ def kernel_options(q: Tensor, k: Tensor) -> dict[str, Any]:
         Options for ``flex_attention(kernel_options=...)``; empty where torch's own choice is the best there is.
     """
     check_queries_and_keys(q, k)
-    return {}
+    if not _hopper_half_precision(q) or q.shape[2] < 128 or _needs_gradients(q, k):
+        return {}
+    if _compat.flash_backend_exists() and q.shape[3] in (64, 96, 128):
+        return {"BACKEND": "FLASH"}
+    return dict(_COPY_ENGINE) if q.shape[3] <= 128 else {}
 
 
-def fit_to_blocks(options: dict[str, Any], block_size: int, device_type: str) -> dict[str, Any]:
-    """Options with tiles that divide a mask's blocks; torch's own are made for blocks of 128.
+def _hopper_half_precision(q: Tensor) -> bool:
+    """Other GPUs have not been measured: what fits one of them may fail to compile on another."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return half and q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
 
-    The caller's options stand first. A CPU kernel has no such tiles.
+
+def _needs_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def fit_to_mask(
+    options: dict[str, Any], block_size: int, device_type: str, has_tables: bool, lengths: tuple[int, int]
+) -> dict[str, Any]:
+    """flexproxy's own options for a certain mask and certain lengths.
+
+    Args:
+        options: of ``kernel_options``.
+        block_size: tiles must divide the blocks.
+        has_tables: the ``mask_mod`` looks up tables, which takes shared memory.
+        lengths: Sq and Skv.
     """
-    if device_type == "cpu" or block_size >= 128:
+    if device_type == "cpu":
         return options
-    tiles = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")  # the last four: gradients
-    return dict.fromkeys(tiles, block_size) | options
+    if block_size != 128:
+        return tiles_of(block_size, device_type)
+    if "USE_TMA" in options and not has_tables:
+        options = options | {"num_stages": 3}
+    # Said because torch does not see it where lengths are dynamic, and then has every index checked.
+    divisible = all(length % 128 == 0 for length in lengths)
+    return options | {"IS_DIVISIBLE": True} if divisible and "BACKEND" not in options else options
+
+
+def tiles_of(block_size: int, device_type: str) -> dict[str, Any]:
+    """Tiles for blocks of less than 128, for which torch's own choice is too large; the last four: for gradients."""
+    if block_size >= 128 or device_type == "cpu":  # the CPU kernel has no such tiles
+        return {}
+    return dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), block_size)

@@ -281,14 +281,14 @@ def structure_of(mask_mod: MaskMod) -> Structure:
 def clauses_of(
     structure: Structure, num_queries: int, num_keys: int, device: torch.device
 ) -> tuple[Clause, ...] | None:
-    """The clauses of a mask for queries 0 .. Sq - 1, cut to the keys there are; None if it must be evaluated."""
+    """The clauses of a mask for queries 0 .. Sq - 1, which may reach beyond the keys; None if it must be evaluated."""
     if structure.clauses is None:
         return None
     index = torch.arange(num_queries, dtype=torch.int32, device=device)[None]
     clauses = structure.clauses(index, num_keys)
     if not 0 < len(clauses) <= MAX_CLAUSES:
         return None
-    return tuple(c._replace(lo=c.lo.clamp(min=0), hi=c.hi.clamp(max=num_keys)) for c in clauses)
+    return clauses
 
 
 def _label_clauses(name: str, table: Tensor, num_tokens: int) -> Callable[[Tensor, int], tuple[Clause, ...]]:

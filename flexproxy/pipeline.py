@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy import masks
-from flexproxy._checks import check_config, check_masks, check_queries_and_keys, check_scale, check_tables
+from flexproxy._checks import check_config, check_masks, check_memory, check_queries_and_keys, check_scale, check_tables
 from flexproxy.admissible import (
     Admissible,
     SampledMask,
@@ -20,21 +20,15 @@ from flexproxy.admissible import (
     classify_by_evaluation,
     classify_clauses,
     depends_on,
+    summarize_rows,
 )
 from flexproxy.block_mask import compile_block_mask, dense_maps
-from flexproxy.budget import (
-    block_masses,
-    blocks_to_reach,
-    clip_counts,
-    cumulative_masses,
-    gamma_for_density,
-    last_valid_queries,
-)
+from flexproxy.budget import block_masses, clip_counts, count_blocks, last_valid_queries
 from flexproxy.clauses import ClauseStack, stack
 from flexproxy.config import ProxyConfig
 from flexproxy.masks import MaskMod
 from flexproxy.proxy import Groups, head_groups, merge_heads, pool_heads, proxy_of_heads
-from flexproxy.ranking import forced_blocks, rank_blocks
+from flexproxy.ranking import forced_counts, rank_blocks
 from flexproxy.scores import block_scores
 from flexproxy.selection import Selection
 
@@ -91,18 +85,21 @@ def select_for(
 
     # 1. Proxy heads, and their scores: one ranking of blocks for all heads of a proxy.
     q_proxy, k_proxy = pool_heads(q, groups, config.stride), pool_heads(k, k_groups, config.stride)
-    cell = config.block_size // config.stride
-    scores = block_scores(q_proxy, k_proxy, *mask.sampled.tensors(), cell, config.stride, scale)
     admissible = merge_heads(mask.admissible.any, groups)
-    forced = forced_blocks(
-        mask.offset, admissible, q.shape[2], config.block_size, config.sink_blocks, config.local_blocks
+    rows = summarize_rows(admissible, merge_heads(mask.admissible.full, groups))
+    cell = config.block_size // config.stride
+    # As much as one of the lists of the BlockMask will take, so that it does not show in the peak.
+    workspace = min(max(4 * q.shape[0] * q.shape[1] * admissible.shape[2] * admissible.shape[3], 2**25), 2**30)
+    scores = block_scores(
+        q_proxy, k_proxy, *mask.sampled.tensors(), admissible, rows, cell, config.stride, scale, workspace
     )
-    rank = rank_blocks(scores, admissible, forced)
+    forced = mask.offset, q.shape[2], config.block_size, config.sink_blocks, config.local_blocks
+    rank = rank_blocks(scores, admissible, rows, *forced)
 
     # 2. Dynamic budgets: one count for every head, from the last queries of its sequence.
     proxy_of = proxy_of_heads(groups, q.device)
-    forced_of_head = forced if forced.shape[1] == 1 else forced[:, proxy_of]
-    count = _count_blocks(q, k, mask, forced_of_head, config, scale)
+    forced_count = forced_counts(mask.admissible.any, rows, mask.offset, proxy_of, *forced[1:])
+    count = _count_blocks(q, k, mask, rows, forced_count, config, scale)
 
     return Selection(
         rank=rank,
@@ -133,6 +130,9 @@ def build(
         BlockMask ``[B, Hq, Sq, Skv]``: every head's kept blocks, within them the mask that was given. It has the lists
         that gradients need if q or k requires them.
     """
+    config = check_config(config)
+    check_queries_and_keys(q, k)
+    check_memory(q, k, config, torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
     return select(q, k, mask_mod=mask_mod, block_mask=block_mask, config=config, scale=scale).block_mask()
 
 
@@ -155,7 +155,7 @@ class _Mask(NamedTuple):
     offset: Tensor  # int64 [b], the position of query 0 among the keys
     sampled: SampledMask  # at every stride-th query and key
     probes: Tensor  # int64 [b, h, block_size], the last valid queries, -1 where there are fewer
-    probed: SampledMask  # at the probes and every key
+    probed: SampledMask  # by clauses at every query and key, or by bits at the probes and every key
 
 
 class _Classified(NamedTuple):
@@ -178,7 +178,8 @@ def _classify(
     check_tables(structure.tables, q)
     clauses = masks.clauses_of(structure, num_queries, num_keys, q.device)
     if clauses is not None:
-        return _Classified(classify_clauses(clauses, num_keys, block_size), stack(clauses), None)
+        stacked = stack(clauses)
+        return _Classified(classify_clauses(stacked, num_keys, block_size), stacked, None)
     on_batch, on_head = depends_on(mask_mod, q.device)
     admissible, bits = classify_by_evaluation(
         mask_mod,
@@ -213,11 +214,9 @@ def _read_mask(
         offset = torch.full((1,), num_keys - num_queries if offset is None else offset, device=q.device)
     probes = last_valid_queries(admissible.valid, size)
     if clauses is not None:
-        sampled = SampledMask(_sampled(clauses, config.stride), None)
-        probed = SampledMask(_gather_rows(clauses, probes[:, 0].clamp(min=0)), None)
+        sampled, probed = SampledMask(_sampled(clauses, config.stride), None), SampledMask(clauses, None)
     else:
-        sampled = SampledMask(None, bits)
-        probed = SampledMask(None, bits_at(mask_mod, probes.clamp(min=0), num_keys))
+        sampled, probed = SampledMask(None, bits), SampledMask(None, bits_at(mask_mod, probes.clamp(min=0), num_keys))
     return _Mask(mask_mod, admissible, offset.reshape(-1).to(torch.int64), sampled, probes, probed)
 
 
@@ -229,32 +228,16 @@ def _sampled(clauses: ClauseStack, stride: int) -> ClauseStack:
     return ClauseStack(lo[..., step], hi[..., step], *labels)
 
 
-def _gather_rows(clauses: ClauseStack, rows: Tensor) -> ClauseStack:
-    """The clauses at some queries, int64 ``[b, rows]``, and at all keys."""
-    lo, hi, q_label, k_label = clauses
-    index = rows[None].expand(lo.shape[0], max(rows.shape[0], lo.shape[1]), -1)
-
-    def at(part: Tensor) -> Tensor:
-        return part.expand(-1, index.shape[1], -1).gather(-1, index)
-
-    return ClauseStack(at(lo), at(hi), None if q_label is None else at(q_label), k_label)
-
-
-def _count_blocks(q: Tensor, k: Tensor, mask: _Mask, forced: Tensor, config: ProxyConfig, scale: float) -> Tensor:
-    """int32 ``[B, Hq]``."""
+def _count_blocks(
+    q: Tensor, k: Tensor, mask: _Mask, rows: Tensor, forced: Tensor, config: ProxyConfig, scale: float
+) -> Tensor:
+    """int32 ``[B, Hq]``. rows: of the proxies, ``summarize_rows``; forced: the most forced blocks of a row."""
     num_blocks = mask.admissible.any.shape[-1]
-    target = config.gamma if config.density is None else config.density
-    bounds = config.min_blocks, config.max_blocks
-    forced = (forced & mask.admissible.any).sum(-1, dtype=torch.int32).amax(-1)  # [b, h]
-    if target == 1.0:
+    max_blocks = num_blocks if config.max_blocks is None else config.max_blocks
+    if (config.gamma if config.density is None else config.density) == 1.0:
         count = torch.full(q.shape[:2], num_blocks, dtype=torch.int32, device=q.device)
-        return clip_counts(count, forced, *bounds, num_blocks)
-    index = mask.probes.expand(*q.shape[:2], -1)
-    queries = q.gather(2, index.clamp(min=0)[..., None].expand(-1, -1, -1, q.shape[3]))
-    masses = block_masses(queries, k, mask.probes >= 0, *mask.probed.tensors(), config.block_size, scale)
-    cumulative = cumulative_masses(masses)
-    gamma: float | Tensor = config.gamma
-    if config.density is not None:
-        rows = mask.admissible.any.sum(-1, dtype=torch.int32)
-        gamma = gamma_for_density(cumulative, rows, forced, config.density, *bounds)
-    return clip_counts(blocks_to_reach(cumulative, gamma), forced, *bounds, num_blocks)
+        return clip_counts(count, forced, config.min_blocks, max_blocks, num_blocks)
+    if config.density is not None and mask.admissible.any.shape[1] > 1:  # of the heads
+        rows = summarize_rows(mask.admissible.any, mask.admissible.full)
+    masses = block_masses(q, k, mask.probes, *mask.probed.tensors(), config.block_size, scale)
+    return count_blocks(masses, rows, forced, config.gamma, config.density, config.min_blocks, max_blocks)

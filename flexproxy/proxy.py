@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from flexproxy._ops import opaque
+from flexproxy._tensors import is_contiguous
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -50,7 +54,7 @@ def proxy_of_heads(q_groups: Groups, device: torch.device) -> Tensor:
     """Proxy index of every query head, int64 ``[Hq]``, made on the device: a copy from the host would synchronise."""
     size = len(q_groups[0])
     num_heads = sum(map(len, q_groups))
-    if _is_contiguous(q_groups, num_heads):
+    if is_contiguous([head for heads in q_groups for head in heads], [len(heads) for heads in q_groups], num_heads):
         return torch.arange(num_heads, device=device) // size
     index = {head: proxy for proxy, heads in enumerate(q_groups) for head in heads}
     return torch.stack([torch.full((), index[head], dtype=torch.int64, device=device) for head in range(num_heads)])
@@ -61,10 +65,22 @@ def pool_heads(x: Tensor, groups: Groups, stride: int) -> Tensor:
 
     Accumulated in fp32 and rounded to the dtype of ``x``.
     """
+    return pool_groups(x, [head for heads in groups for head in heads], [len(heads) for heads in groups], stride)
+
+
+def _pool_groups_fake(x: Tensor, members: Sequence[int], sizes: Sequence[int], stride: int) -> Tensor:
+    return x.new_empty(x.shape[0], len(sizes), -(-x.shape[2] // stride), x.shape[3])
+
+
+@opaque("(Tensor x, int[] members, int[] sizes, int stride) -> Tensor", _pool_groups_fake)
+def pool_groups(x: Tensor, members: Sequence[int], sizes: Sequence[int], stride: int) -> Tensor:
+    """``pool_heads`` for groups of the given sizes, whose heads follow one another in ``members``."""
     x = x[:, :, ::stride]
-    if _is_contiguous(groups, x.shape[1]):
-        by_group: Tensor = x.unflatten(1, (len(groups), -1))
+    if is_contiguous(members, sizes, x.shape[1]):
+        by_group: Tensor = x.unflatten(1, (len(sizes), -1))
         return by_group.mean(dim=2, dtype=torch.float32).to(x.dtype)
+    ends = list(accumulate(sizes))
+    groups = [members[end - size : end] for end, size in zip(ends, sizes, strict=True)]
     means = [torch.stack([x[:, head] for head in heads], 1).mean(dim=1, dtype=torch.float32) for heads in groups]
     return torch.stack(means, 1).to(x.dtype)
 
@@ -74,10 +90,3 @@ def merge_heads(mask: Tensor, groups: Groups) -> Tensor:
     if mask.shape[1] == 1:
         return mask
     return torch.stack([torch.stack([mask[:, head] for head in heads], 1).any(dim=1) for heads in groups], 1)
-
-
-def _is_contiguous(groups: Groups, num_heads: int) -> bool:
-    """Whether the groups are equal runs of consecutive heads, each head once."""
-    return len({len(heads) for heads in groups}) == 1 and [h for heads in groups for h in heads] == list(
-        range(num_heads)
-    )

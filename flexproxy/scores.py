@@ -21,17 +21,20 @@ def _block_scores_fake(
     q_label: Tensor | None,
     k_label: Tensor | None,
     bits: Tensor | None,
+    admissible: Tensor,
+    summary: Tensor,
     cell: int,
     stride: int,
     scale: float,
+    workspace: int,
 ) -> Tensor:
-    num_q_blocks, num_k_blocks = -(-q.shape[2] // cell), -(-k.shape[2] // cell)
-    return q.new_empty(q.shape[0], q.shape[1], num_q_blocks, num_k_blocks, dtype=torch.float32)
+    return q.new_empty(*q.shape[:2], *admissible.shape[2:], dtype=torch.float32)
 
 
 @opaque(
-    "(Tensor q, Tensor k, Tensor? lo, Tensor? hi, Tensor? q_label, Tensor? k_label, Tensor? bits, int cell, int stride,"
-    " float scale) -> Tensor",
+    "(Tensor q, Tensor k, Tensor? lo, Tensor? hi, Tensor? q_label, Tensor? k_label, Tensor? bits,"
+    " Tensor admissible, Tensor summary, int cell, int stride, float scale, SymInt workspace)"
+    " -> Tensor",
     _block_scores_fake,
 )
 def block_scores(
@@ -42,9 +45,12 @@ def block_scores(
     q_label: Tensor | None,
     k_label: Tensor | None,
     bits: Tensor | None,
+    admissible: Tensor,
+    summary: Tensor,
     cell: int,
     stride: int,
     scale: float,
+    workspace: int,
 ) -> Tensor:
     """Largest log-probability of the sampled pairs of each block pair: fp32 ``[B, P, Nq, Nk]``.
 
@@ -53,9 +59,12 @@ def block_scores(
     Args:
         q, k: pooled and sampled, ``[B, P, ceil(Sq / stride), D]`` and ``[B, P, ceil(Skv / stride), D]``.
         lo, hi, q_label, k_label, bits: a SampledMask at those queries and keys.
+        admissible, summary: bool ``[b, p, Nq, Nk]`` and int32 ``[b, p, Nq, 5]``, the blocks that the mask admits and
+            their ``summarize_rows``: what a kernel may pass over. They say nothing that the mask does not.
         cell: sampled tokens per block, block_size / stride.
         stride: tokens from one sampled key to the next.
         scale: factor of the scores.
+        workspace: bytes that a kernel may take for its intermediate results.
 
     Returns:
         Scores; -inf for a block pair without an admissible sampled pair, NaN where the inputs were not finite.

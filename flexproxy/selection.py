@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy._ops import opaque
 from flexproxy.admissible import Admissible
-from flexproxy.block_mask import compile_block_mask
+from flexproxy.block_mask import Lists, block_lists, of_lists
 from flexproxy.masks import MaskMod
 
 
@@ -35,7 +35,7 @@ class Selection:
 
     def block_map(self) -> Tensor:
         """Kept blocks: bool ``[B, Hq, Nq, Nk]``."""
-        return _select_blocks(self.rank, self.count, self.proxy_of, self._admissible.any)
+        return selected_blocks(self.rank, self.count, self.proxy_of, self._admissible.any)
 
     def density(self) -> Tensor:
         """Kept blocks divided by admissible blocks: fp32 ``[B, Hq]``; 1 where no block is admissible."""
@@ -52,16 +52,25 @@ class Selection:
 
     def block_mask(self) -> BlockMask:
         """The mask of ``build``: kept blocks, and within them the mask that was given."""
-        block_map = self.block_map()
-        member, mask_mod = membership(block_map, self._block_size), self._mask_mod
+        kept, lists = self._lists()
+        member, mask_mod = membership(kept, self._block_size), self._mask_mod
 
         # NOTE: eager flex_attention looks at nothing but this function, so membership is part of it.
         def proxy_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return member(b, h, q_idx, kv_idx) & mask_mod(b, h, q_idx, kv_idx)
 
-        return compile_block_mask(
-            block_map, self._admissible.full, proxy_mask, self._block_size, self._seq_lengths, self._compute_q_blocks
+        return of_lists(lists, proxy_mask, self._block_size, self._seq_lengths, self._compute_q_blocks)
+
+    def listed_block_mask(self) -> BlockMask:
+        """The same for a compiled kernel alone: it visits the listed blocks, and need not look up which are kept."""
+        _, lists = self._lists()
+        return of_lists(lists, self._mask_mod, self._block_size, self._seq_lengths, self._compute_q_blocks)
+
+    def _lists(self) -> tuple[Tensor, Lists]:
+        kept, partial_number, partial_index, full_number, full_index = selected_lists(
+            self.rank, self.count, self.proxy_of, self._admissible.any, self._admissible.full
         )
+        return kept, (partial_number, partial_index, full_number, full_index)
 
 
 def membership(block_map: Tensor, block_size: int) -> MaskMod:
@@ -70,9 +79,9 @@ def membership(block_map: Tensor, block_size: int) -> MaskMod:
     Raises:
         ValueError: compiled kernels address the map with 32 bits, and it is too large for that.
     """
-    if block_map.numel() >= 2**31:
+    if block_map.numel() > 2**31:
         raise ValueError(
-            f"block_size: expected fewer than 2**31 block pairs in all, got {list(block_map.shape)} = "
+            f"block_size: expected at most 2**31 block pairs in all, got {list(block_map.shape)} = "
             f"{block_map.numel()} with blocks of {block_size}; use a larger block_size, or fewer sequences a call"
         )
 
@@ -82,11 +91,34 @@ def membership(block_map: Tensor, block_size: int) -> MaskMod:
     return member
 
 
-def _select_blocks_fake(rank: Tensor, count: Tensor, proxy_of: Tensor, admissible: Tensor) -> Tensor:
+def _selected_blocks_fake(rank: Tensor, count: Tensor, proxy_of: Tensor, admissible: Tensor) -> Tensor:
     return rank.new_empty(rank.shape[0], count.shape[1], *rank.shape[2:], dtype=torch.bool)
 
 
-@opaque("(Tensor rank, Tensor count, Tensor proxy_of, Tensor admissible) -> Tensor", _select_blocks_fake)
-def _select_blocks(rank: Tensor, count: Tensor, proxy_of: Tensor, admissible: Tensor) -> Tensor:
+@opaque(
+    "(Tensor rank, Tensor count, Tensor proxy_of, Tensor admissible) -> Tensor", _selected_blocks_fake, has_kernel=False
+)
+def selected_blocks(rank: Tensor, count: Tensor, proxy_of: Tensor, admissible: Tensor) -> Tensor:
     """The method in one line: bool ``[B, Hq, Nq, Nk]``."""
-    return admissible & (rank[:, proxy_of] < count[..., None, None])
+    return ((rank if rank.shape[1] == 1 else rank[:, proxy_of]) < count[..., None, None]) & admissible
+
+
+def _selected_lists_fake(
+    rank: Tensor, count: Tensor, proxy_of: Tensor, admissible: Tensor, full: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape = rank.shape[0], count.shape[1], *rank.shape[2:]
+    number, index = rank.new_empty(shape[:-1]), rank.new_empty(shape)
+    return rank.new_empty(shape, dtype=torch.bool), number, index, torch.empty_like(number), torch.empty_like(index)
+
+
+@opaque(
+    "(Tensor rank, Tensor count, Tensor proxy_of, Tensor admissible, Tensor full)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _selected_lists_fake,
+)
+def selected_lists(
+    rank: Tensor, count: Tensor, proxy_of: Tensor, admissible: Tensor, full: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``selected_blocks``, and the ``block_lists`` of them."""
+    kept = selected_blocks(rank, count, proxy_of, admissible)
+    return kept, *block_lists(kept, full)

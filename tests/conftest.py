@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
+
+from flexproxy import implementations
+
+# Without a GPU, Triton kernels run in its interpreter. It decides when a kernel is defined, so before the first import.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Workers that each take all cores are far slower than workers that share them.
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
@@ -20,3 +29,38 @@ DEVICES = [
 def device(request: pytest.FixtureRequest) -> str:
     """Each device that a test runs on: the CPU, and a GPU where there is one."""
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def sparse_where_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, ``attention`` stays dense for what is as short as most tests are; that rule has a test of its own."""
+    for name in ("BUILD_FLOPS", "SPARSE_COST"):
+        monkeypatch.setattr(sys.modules["flexproxy.attention"], name, 0.0)
+
+
+IMPLEMENTATIONS = [
+    pytest.param(("cpu", "torch"), id="cpu-torch"),
+    pytest.param(
+        ("cpu", "triton"),
+        id="interpreter",
+        marks=pytest.mark.skipif(
+            find_spec("triton") is None or torch.cuda.is_available(), reason="needs triton, and no GPU"
+        ),
+    ),
+    *(
+        pytest.param(
+            ("cuda", name),
+            id=f"cuda-{name}",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
+        )
+        for name in ("torch", "triton")
+    ),
+]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each implementation of the operators, in use during the test: gives the device."""
+    device, name = request.param
+    with implementations.use(name):
+        yield device

@@ -95,8 +95,8 @@ def _mask(
     return name, mask_mod if mask_mod is None else masks.shift(mask_mod, shift)
 
 
-def random_case(seed: int, device: str = "cpu") -> Case:
-    """Inputs that vary in every respect that the contract names."""
+def random_case(seed: int, device: str = "cpu", bf16: bool = True) -> Case:
+    """Inputs that vary in every respect that the contract names. Without bf16, those of bf16 are of fp16."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     num_kv_heads, group = rng.choice([(1, 1), (1, 4), (2, 2), (2, 3), (4, 1), (2, 1), (3, 2)])
@@ -107,6 +107,7 @@ def random_case(seed: int, device: str = "cpu") -> Case:
     num_keys = num_queries + rng.choice([0, 0, rng.randint(1, 3 * block_size), 2 * block_size])
     head_dim = rng.choice([16, 32, 64, 80, 96, 128, 256])
     dtype = rng.choice([torch.float32, torch.float32, torch.float16, torch.bfloat16])
+    dtype = torch.float16 if dtype == torch.bfloat16 and not bf16 else dtype
     sharpness = rng.choice([1.0, 2.0, 4.0])
 
     def tensor(h: int, s: int) -> Tensor:

@@ -509,6 +509,10 @@ def test_operators(device: str) -> None:
         x = kind.inputs(device, 0)
         torch._dynamo.reset()
         torch.compile(lambda x, kind=kind: attend(x, kind.arguments(x)), fullgraph=True, backend=backend)(x)
+    x = KINDS["default"].inputs(device, 0)
+    dense = {"config": ProxyConfig(gamma=1.0), "mask_mod": masks.causal}
+    torch.compile(lambda x: flexproxy.attention(x.q, x.k, x.v, **dense), fullgraph=True, backend=backend)(x)
+    torch.compile(lambda x: flexproxy.select(x.q, x.k).block_map(), fullgraph=True, backend=backend)(x)
     different = {(str(target), signature(args)): (target, args, kwargs) for target, args, kwargs in backend.calls}
     assert {name.split(".")[1] for name, _ in different} == operators()
     for target, args, kwargs in different.values():

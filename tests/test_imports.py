@@ -18,7 +18,7 @@ from flexproxy import ProxyConfig, Selection, masks
 
 PACKAGE = Path(flexproxy.__file__).parent
 STAGES = ("proxy", "scores", "budget", "ranking")
-FOUNDATIONS = {"_ops", "_tensors", "clauses", "admissible", "config", "masks"}
+FOUNDATIONS = {"_ops", "_tensors", "_compat", "implementations", "clauses", "admissible", "config", "masks"}
 
 # These wait for the device, or give a tensor whose shape depends on values.
 WAITING = {
@@ -85,6 +85,7 @@ def core() -> set[str]:
 
 
 BUILD_PATH = sorted(reached_from("pipeline") | {"pipeline"})
+KERNELS = sorted(f"kernels/{path.stem}" for path in (PACKAGE / "kernels").glob("*.py"))
 
 
 def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
@@ -219,6 +220,16 @@ def test_foundations_import_no_stage() -> None:
         assert own_imports(module) <= FOUNDATIONS, f"{module}: {own_imports(module)}"
 
 
+def test_kernels_know_no_stage() -> None:
+    """A kernel stands in for an operator: it needs what the stages stand on, other kernels, and Triton."""
+    assert len(KERNELS) > 5
+    for module in KERNELS:
+        own = own_imports(module)
+        assert own <= FOUNDATIONS | {"kernels"}, f"{module}: {own}"
+        foreign = {name.partition(".")[0] for name in imported_names(tree_of(module))} - set(sys.stdlib_module_names)
+        assert foreign <= {"torch", "triton", "flexproxy"}, f"{module} imports {foreign}"
+
+
 def test_reference_is_independent() -> None:
     """The specification shares nothing with what is tested against it but the type of a mask."""
     own = {name for name in imported_names(tree_of("reference")) if name.startswith("flexproxy")}
@@ -250,7 +261,7 @@ def test_only_compat_looks_at_torch() -> None:
     assert not looked
 
 
-@pytest.mark.parametrize("module", BUILD_PATH)
+@pytest.mark.parametrize("module", [*BUILD_PATH, *KERNELS])
 def test_nothing_waits_for_the_device(module: str) -> None:
     """No call on the way to a mask reads a value back, copies from the host, or has a shape that depends on values."""
     found = [

@@ -173,7 +173,7 @@ def check_clauses(
     allowed = reference.token_mask(mask_mod, batch, 1, *lengths, str(device)).cpu()
     assert torch.equal(from_clauses(clauses, *lengths).expand_as(allowed), allowed), "tokens"
     some, full = reference.classify(allowed, size)
-    got = classify_clauses(clauses, lengths[1], size)
+    got = classify_clauses(stack(clauses), lengths[1], size)
     assert torch.equal(got.any.cpu().expand_as(some), some), "any"
     assert torch.equal(got.full.cpu().expand_as(full), full), "full"
     valid = allowed.any(-1)
@@ -522,7 +522,7 @@ def test_masks_in_create_block_mask(lengths: tuple[int, int], device: str) -> No
             continue  # this torch rounds the lengths up: that it evaluates there without failing is all there is
         clauses = clauses_of(structure_of(mask_mod), *lengths, torch.device(device))
         assert clauses is not None
-        got = classify_clauses(clauses, lengths[1], 128)
+        got = classify_clauses(stack(clauses), lengths[1], 128)
         want = full_blocks(block_mask, num_blocks)
         assert torch.equal(got.full.cpu().expand_as(want), want), name
         want |= partial_blocks(block_mask, num_blocks)

@@ -10,11 +10,16 @@ import torch
 from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
 import flexproxy
-from flexproxy import ProxyConfig, reference
+from flexproxy import ProxyConfig, implementations, reference
 from flexproxy.proxy import head_groups, pool_heads
 from tests.oracle import EPS, Case, check_count, check_rank, expect, random_case
 
-NUM_CASES, CASES_PER_TEST = 240, 20
+NUM_CASES, CASES_PER_TEST = 240, 12
+
+
+def interpreted() -> bool:
+    """Whether the Triton kernels in use are interpreted: there bf16 products are wrong (triton 3.8)."""
+    return implementations.kernel_of("block_scores", torch.empty(0)) is not None
 
 
 def pooled(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,7 +29,7 @@ def pooled(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("first", range(0, NUM_CASES, CASES_PER_TEST))
-def test_selection_equals_the_reference(first: int, device: str) -> None:
+def test_selection_equals_the_reference(first: int, implementation: str) -> None:
     """Ranks, counts and lists are those of the specification, over all that the contract lets vary.
 
     Exact but for near-ties: two scored blocks may swap where their scores differ by less than twice the error of an
@@ -32,7 +37,7 @@ def test_selection_equals_the_reference(first: int, device: str) -> None:
     """
     differing, blocks, different_counts, counts = 0, 0, 0, 0
     for seed in range(first, first + CASES_PER_TEST):
-        case = random_case(seed, device)
+        case = random_case(seed, implementation, bf16=not interpreted())
         expected = expect(case, *pooled(case))
         selection = flexproxy.select(case.q, case.k, mask_mod=case.mask_mod, config=case.config)
         rank, count = selection.rank.cpu(), selection.count.cpu()
@@ -50,8 +55,7 @@ def test_selection_equals_the_reference(first: int, device: str) -> None:
             kept, admissible = selected.sum((-2, -1)), expected.admissible.sum((-2, -1))
             density = torch.where(admissible > 0, kept / admissible.clamp(min=1), 1.0)
             torch.testing.assert_close(selection.density().cpu(), density, rtol=1e-6, atol=0)
-            mask = flexproxy.build(case.q, case.k, mask_mod=case.mask_mod, config=case.config)
-            check_lists(mask, selected, expected.full)
+            check_lists(selection.block_mask(), selected, expected.full)
         except AssertionError as error:
             raise AssertionError(f"{context}: {error}") from error
     # The tolerances above are for near-ties, which are rare: nearly everything must be equal.

@@ -1,0 +1,155 @@
+"""What the peers' selections share: pooled blocks, the smallest cover of a mass, a BlockMask, a target density."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, and_masks
+
+from flexproxy import masks
+from flexproxy.block_mask import compile_block_mask
+from flexproxy.selection import membership
+
+BLOCK_SIZE = 128
+CHUNK_ELEMENTS = 2**27  # logits in one piece: 256 MiB in bf16, 512 MiB in fp32
+
+P = ParamSpec("P")
+
+
+def compiled_on_gpu(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """The function, compiled by torch.compile for tensors on a GPU; its first argument is a tensor."""
+    compiled = torch.compile(function)
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        first = args[0]
+        on_gpu = isinstance(first, Tensor) and first.is_cuda
+        return compiled(*args, **kwargs) if on_gpu else function(*args, **kwargs)
+
+    return run
+
+
+def widen(x: Tensor) -> Tensor:
+    """In fp32, or in fp64 if it was."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_prompt(q: Tensor, k: Tensor) -> None:
+    """The peers' papers describe the prefill of a whole prompt, and so do these readings.
+
+    Raises:
+        ValueError: q ``[B, Hq, S, D]`` and k ``[B, Hkv, S, D]`` do not fit together.
+    """
+    fits = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
+    if not fits or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"k: expected [B, Hkv, S, D] for q [B, Hq, S, D] with Hkv a divisor of Hq, got {list(k.shape)} for "
+            f"{list(q.shape)}; pass the queries and keys of a whole prompt"
+        )
+
+
+def causal_blocks(num_blocks: int, device: torch.device) -> Tensor:
+    """Blocks with any causal pair: bool ``[N, N]``."""
+    return torch.ones(num_blocks, num_blocks, dtype=torch.bool, device=device).tril()
+
+
+def sink_and_diagonal(num_blocks: int, device: torch.device) -> Tensor:
+    """The first key block, and the block of the queries themselves: bool ``[N, N]``."""
+    block = torch.arange(num_blocks, device=device)
+    return (block == 0) | (block == block[:, None])
+
+
+def pool_blocks(x: Tensor, block_size: int) -> Tensor:
+    """Mean of the tokens that each block has, also of the last: ``[B, H, S, D]`` to ``[B, H, N, D]``, fp32 sums."""
+    length = x.shape[2]
+    num_blocks = -(-length // block_size)
+    padded = F.pad(x, (0, 0, 0, num_blocks * block_size - length)).unflatten(2, (num_blocks, block_size))
+    first = torch.arange(num_blocks, device=x.device) * block_size
+    tokens = (length - first).clamp(max=block_size)
+    mean: Tensor = padded.sum(3, dtype=torch.promote_types(x.dtype, torch.float32)) / tokens[:, None]
+    return mean.to(x.dtype)
+
+
+def grouped_logits(q: Tensor, k: Tensor) -> Tensor:
+    """``q k^T`` of every query head with its key head, in the inputs' dtype: ``[B, Hq, M, N]``.
+
+    q ``[B, Hq, M, D]``, k ``[B, Hkv, N, D]``; the keys are not repeated.
+    """
+    packed = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, Hkv, G M, D]
+    logits: Tensor = (packed @ k.mT).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+    return logits
+
+
+def smallest_cover(mass: Tensor, fraction: float, forced: Tensor, at_least: int = 0) -> Tensor:
+    """The fewest entries of the last dimension that hold ``fraction`` of its mass: bool, as ``mass``.
+
+    Forced entries come first and count; then the heaviest, equals by index. A fraction of 1 keeps every entry.
+
+    Args:
+        mass: ``[..., n]``, not negative.
+        fraction: of each row's sum, in [0, 1].
+        forced: bool, broadcast over ``mass``.
+        at_least: entries that are kept in any case.
+    """
+    if fraction >= 1.0:
+        return torch.ones_like(mass, dtype=torch.bool)
+    forced = forced.expand_as(mass)
+    order = mass.masked_fill(forced, torch.inf).argsort(dim=-1, descending=True, stable=True)
+    cumulative = mass.gather(-1, order).cumsum(-1)
+    before = F.pad(cumulative[..., :-1], (1, 0))
+    place = torch.arange(mass.shape[-1], device=mass.device)
+    kept = (before < fraction * cumulative[..., -1:]) | (place < at_least)
+    return torch.zeros_like(forced, memory_format=torch.contiguous_format).scatter_(-1, order, kept) | forced
+
+
+def to_block_mask(block_map: Tensor, num_tokens: int, block_size: int = BLOCK_SIZE) -> BlockMask:
+    """A causal BlockMask of the kept blocks, made by flexproxy's own code, so that all methods run the same kernel.
+
+    Args:
+        block_map: bool ``[B, Hq, N, N]``.
+        num_tokens: length of the prompt.
+    """
+    block = torch.arange(block_map.shape[-1], device=block_map.device)
+    whole_rows = (block + 1) * block_size <= num_tokens
+    full = (block < block[:, None]) & whole_rows[:, None]
+    mask_mod = and_masks(membership(block_map, block_size), masks.causal)
+    return compile_block_mask(block_map, full[None, None], mask_mod, block_size, (num_tokens, num_tokens), False)
+
+
+def density(block_map: Tensor) -> float:
+    """Kept blocks divided by causal blocks, the mean over heads; waits for the device."""
+    num_blocks = block_map.shape[-1]
+    causal = block_map.shape[0] * block_map.shape[1] * num_blocks * (num_blocks + 1) // 2
+    return int(block_map.sum()) / causal
+
+
+def threshold_for_density(
+    select: Callable[[float], Tensor], target: float, increasing: bool, tolerance: float = 0.005, steps: int = 40
+) -> tuple[float, float]:
+    """The threshold in [0, 1] whose selection is nearest to a target density, by bisection, and the density reached.
+
+    Args:
+        select: block map of a threshold.
+        target: kept / causal blocks, in (0, 1].
+        increasing: whether a larger threshold keeps more.
+        tolerance: relative distance from the target that ends the search.
+    """
+    low, high = 0.0, 1.0
+    best = (0.5, float("inf"))
+    for _ in range(steps):
+        middle = (low + high) / 2
+        reached = density(select(middle))
+        if abs(reached - target) < abs(best[1] - target):
+            best = (middle, reached)
+        if abs(reached - target) <= tolerance * target:
+            break
+        if (reached < target) == increasing:
+            low = middle
+        else:
+            high = middle
+    return best

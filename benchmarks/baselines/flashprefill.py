@@ -1,0 +1,97 @@
+"""Our reading of FlashPrefill (arXiv 2603.06199): pooled keys, and a threshold relative to each row's maximum.
+
+As the second paper restates the first (arXiv 2608.19758, section 3.1): every key block is represented by the mean of
+its keys. All queries of a row of blocks score it, and the row's score for a block is the sum of their exponentials,
+relative to the row's maximum (equation 1); dividing by the row's sum (equation 2) changes nothing in what follows and
+is left out. A row keeps the blocks whose score is at least ``alpha`` times its largest (equation 3), and without
+regard to scores the first blocks, a band of recent ones, and all blocks of the last rows.
+
+Left open there is how the blocks around the diagonal are scored, and how many blocks are always kept. Here as in the
+public code of the first paper (qhfan/FlashPrefill): a query scores the blocks that end at or before it; 2 first
+blocks, 4 recent ones and 2 last rows; alpha 0.12, its value for Qwen3 (the default of the function itself is 0.7).
+
+Different from that code: there the padding rows of a ragged last block add ``exp(0)`` to the scores, here they add
+nothing; there the pooled keys are summed in the inputs' dtype. The second paper's code (qhfan/FlashPrefillv2) scores
+the block that a query stands in as well, and packs the heads of a group into one selection; its mean correction
+changes the attention, not the selection, and is left out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.baselines.blocks import (
+    BLOCK_SIZE,
+    CHUNK_ELEMENTS,
+    check_prompt,
+    compiled_on_gpu,
+    grouped_logits,
+    pool_blocks,
+    widen,
+)
+
+
+def flashprefill(
+    q: Tensor,
+    k: Tensor,
+    alpha: float = 0.12,
+    sink_blocks: int = 2,
+    local_blocks: int = 4,
+    last_rows: int = 2,
+    block_size: int = BLOCK_SIZE,
+) -> Tensor:
+    """Blocks that FlashPrefill keeps, causal: bool ``[B, Hq, N, N]``.
+
+    Args:
+        q: ``[B, Hq, S, D]``, after the position embedding.
+        k: ``[B, Hkv, S, D]``.
+        alpha: share of a row's largest score that a block must reach, in [0, 1]; 0 keeps every block, 1 the largest.
+        sink_blocks: first key blocks, always kept.
+        local_blocks: most recent key blocks, always kept; the diagonal is the first of them.
+        last_rows: rows of blocks at the end of the prompt that keep everything.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    check_prompt(q, k)
+    scores = pooled_scores(q, k, block_size)
+    num_blocks = scores.shape[-1]
+    block = torch.arange(num_blocks, device=q.device)
+    distance = block[:, None] - block
+    always = (block < sink_blocks) | (distance < local_blocks) | (block[:, None] >= num_blocks - last_rows)
+    reaches = scores >= alpha * scores.amax(-1, keepdim=True)
+    return (reaches | always) & (distance >= 0)
+
+
+def pooled_scores(q: Tensor, k: Tensor, block_size: int) -> Tensor:
+    """Sum of ``exp(q . mean key)`` over the queries of a row, relative to its maximum: ``[B, Hq, N, N]``."""
+    batch, heads, length, head_dim = q.shape
+    num_blocks = -(-length // block_size)
+    keys = pool_blocks(k, block_size)
+    queries = F.pad(q, (0, 0, 0, num_blocks * block_size - length))
+    scale = 1 / math.sqrt(head_dim)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.zeros(batch, heads, num_blocks, num_blocks, dtype=dtype, device=q.device)
+    step = max(1, CHUNK_ELEMENTS // (batch * heads * num_blocks * block_size))
+    for start in range(0, num_blocks, step):
+        end = min(start + step, num_blocks)
+        logits = grouped_logits(queries[:, :, start * block_size : end * block_size], keys[:, :, :end])
+        position = torch.arange(start * block_size, end * block_size, device=q.device)
+        position = position.masked_fill(position >= length, -1)  # padding sees nothing
+        last_key = torch.arange(1, end + 1, device=q.device) * block_size - 1
+        scores[:, :, start:end, :end] = _row_scores(logits, position, last_key, block_size, scale)
+    return scores
+
+
+@compiled_on_gpu
+def _row_scores(logits: Tensor, position: Tensor, last_key: Tensor, block_size: int, scale: float) -> Tensor:
+    """Equation 1, with the row's maximum instead of the block's: ``[B, Hq, rows, N]``, 0 for blocks that none sees."""
+    scores = (widen(logits) * scale).masked_fill(last_key > position[:, None], -torch.inf)
+    scores = scores.unflatten(2, (-1, block_size))
+    peak = scores.amax((3, 4), keepdim=True)
+    energy: Tensor = (scores - peak.masked_fill(peak == -torch.inf, 0.0)).exp().sum(3)
+    return energy

@@ -1,0 +1,117 @@
+"""Time of flexproxy.build, in total and stage by stage, beside dense attention, on one GPU.
+
+    python -m benchmarks.bench_build --lengths 8192 131072 --num-proxies 1 4 8
+
+bf16, B 1, Hq 32, Hkv 8, D 128, random inputs, causal, stride 4, blocks of 128, a density of 0.1. First the gate: ranks
+and counts are those of the specification; if not, nothing is timed.
+
+Columns of a row, one for each length and number of proxy heads:
+- length (tokens), num_proxies, density (target), min_budget (tokens)
+- median_ms, p10_ms, p90_ms, repeats: of one call, by CUDA events
+- cpu_ms: of one call on the CPU, until it returns; the median, with nothing queued before
+- stage_pool_ms ... stage_other_ms, kernels: device time by the names of kernels, and launches, from a profile
+- dense_ms: median of SDPA cuDNN in the same run; share_of_dense: median_ms / dense_ms; None past --dense-up-to
+- error, stage_error, dense_error: why something is missing, else None
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+import flexproxy
+from benchmarks import gate
+from benchmarks.contenders import config_for, cudnn, inputs
+from benchmarks.harness import (
+    Row,
+    attempt,
+    fraction,
+    parse,
+    parser,
+    positive_float,
+    positive_int,
+    release,
+    require_gpu,
+    result_path,
+    run_cases,
+    settings_of,
+    time_ms,
+)
+from benchmarks.stages import profile_stages
+
+LENGTHS = [2**i for i in range(13, 21)]
+
+
+class Case(NamedTuple):
+    length: int
+    num_proxies: int
+
+    def __str__(self) -> str:
+        return f"{self.length} tokens, P {self.num_proxies}"
+
+
+def cpu_ms(run: Callable[[], Any], repeats: int = 5) -> float:
+    """Milliseconds until a call returns, the device being idle before: the cost of its launches."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - begin) * 1e3)
+    torch.cuda.synchronize()
+    return round(statistics.median(times), 4)
+
+
+@functools.lru_cache(maxsize=1)  # the cases of one length follow each other
+def dense_time(length: int, budget_ms: float) -> Row:
+    q, k, v = inputs(length)
+    return attempt(lambda: time_ms(lambda: cudnn(q, k, v), budget_ms))
+
+
+def measure(case: Case, density: float, dense_up_to: int, budget_ms: float) -> list[Row]:
+    config = config_for(density, case.length, case.num_proxies)
+    row: Row = case._asdict() | {"density": density, "min_budget": config.min_budget}
+
+    def timed() -> Row:
+        q, k, _ = inputs(case.length)
+        run = functools.partial(flexproxy.build, q, k, config=config)
+        times = time_ms(run, budget_ms) | {"cpu_ms": cpu_ms(run)}
+        stages = attempt(lambda: profile_stages(run))
+        return times | {"stage_error": stages.pop("error")} | stages
+
+    row |= attempt(timed)
+    release()
+    dense = dense_time(case.length, budget_ms) if case.length <= dense_up_to else {"error": None}
+    row |= {"dense_ms": dense.get("median_ms"), "dense_error": dense["error"], "share_of_dense": None}
+    if row["dense_ms"] and "median_ms" in row:
+        row["share_of_dense"] = round(row["median_ms"] / row["dense_ms"], 6)
+    return [row]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__)
+    options.add_argument("--lengths", type=positive_int, nargs="+", default=LENGTHS, help="tokens")
+    options.add_argument("--num-proxies", type=positive_int, nargs="+", default=[1, 4, 8], help="proxy heads")
+    options.add_argument("--density", type=fraction, default=0.1, help="kept / admissible blocks")
+    options.add_argument("--dense-up-to", type=positive_int, default=2**18, help="longest prompt for dense attention")
+    options.add_argument("--budget-ms", type=positive_float, default=300.0, help="time for the repeats of one thing")
+    args = parse(options, argv, lengths=[8192, 32768], num_proxies=[1], budget_ms=50.0)
+    require_gpu()
+    for num_proxies in (1, 4):
+        gate.check_selection(num_proxies)
+    cases = [Case(length, p) for length in args.lengths for p in args.num_proxies]
+    run_cases(
+        cases,
+        lambda case: measure(case, args.density, args.dense_up_to, args.budget_ms),
+        result_path(args, "build"),
+        settings_of(args),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Correctness before any time is taken: a speed-up of a wrong result is none."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
+
+import flexproxy
+from benchmarks.baselines import METHODS, to_block_mask
+from benchmarks.baselines.blocks import BLOCK_SIZE
+from benchmarks.contenders import flex, inputs, kernel_variants
+from flexproxy import ProxyConfig, masks, reference
+from flexproxy.proxy import head_groups, pool_heads
+from tests.oracle import Case, check_count, check_rank, expect
+
+LENGTH = 2000  # ragged: no multiple of a block or a tile
+
+
+def check_selection(num_proxies: int) -> None:
+    """Ranks and counts are those of the specification, by the checks of the test suite."""
+    q, k, v = inputs(LENGTH)
+    q, k, v = q[:, :8], k[:, :2], v[:, :2]
+    config = ProxyConfig(num_proxies=num_proxies, gamma=0.5, min_budget=256)
+    groups, k_groups = head_groups(num_proxies, None, q.shape[1], k.shape[1])
+    case = Case(q, k, v, config, "default", None, [0])
+    expected = expect(case, pool_heads(q, groups, config.stride), pool_heads(k, k_groups, config.stride))
+    selection = flexproxy.select(q, k, config=config)
+    try:
+        check_rank(selection.rank.cpu(), expected)
+        check_count(selection.count.cpu(), expected, config)
+    except AssertionError as error:
+        raise SystemExit(
+            f"correctness gate failed: selection with P = {num_proxies}: {error}; nothing was timed"
+        ) from None
+
+
+def check_attention(every: bool) -> None:
+    """Sparse output is dense attention under the tokens of the selected blocks.
+
+    every: with every kernel, and with the peers' selections, not only as ``flexproxy.attention`` does it.
+    """
+    q, k, v = inputs(LENGTH)
+    config = ProxyConfig(density=0.3, min_budget=256)
+    exact, own_error = _exact(q, k, v, flexproxy.select(q, k, config=config).block_map())
+    _compare("attention", flexproxy.attention(q, k, v, config=config), exact, own_error)
+    if not every:
+        return
+    block_mask = flexproxy.build(q, k, config=config)
+    for name, options in kernel_variants(q, k).items():
+        _compare(f"kernel {name!r}", flex(q, k, v, block_mask, options), exact, own_error)
+    for name, method in METHODS.items():
+        blocks = method.select(q, k, 0.5)
+        exact, own_error = _exact(q, k, v, blocks)
+        out = flex(q, k, v, to_block_mask(blocks, LENGTH), flexproxy.kernel_options(q, k))
+        _compare(name, out, exact, own_error)
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> tuple[Tensor, float]:
+    """Dense attention over the causal tokens of some blocks ``[1, Hq, N, N]``, in fp64, and SDPA's error in bf16."""
+    tokens = blocks.repeat_interleave(BLOCK_SIZE, 2)[:, :, :LENGTH].repeat_interleave(BLOCK_SIZE, 3)[..., :LENGTH]
+    allowed = tokens & create_mask(masks.causal, 1, 1, LENGTH, LENGTH, device=str(q.device))
+    exact = reference.attention(q, k, v, allowed, q.shape[-1] ** -0.5)
+    own = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
+    return exact, (own.double() - exact).abs().max().item()
+
+
+def _compare(name: str, out: Tensor, exact: Tensor, own_error: float) -> None:
+    error = (out.double() - exact).abs().max().item()
+    if not error <= 2 * own_error + torch.finfo(out.dtype).eps * exact.abs().max().item():
+        raise SystemExit(
+            f"correctness gate failed: {name}: error {error:.2e}, SDPA's own {own_error:.2e}; nothing was timed"
+        )

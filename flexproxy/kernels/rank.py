@@ -1,0 +1,209 @@
+"""Triton kernels of stage 4: the rank of every block in its row, and how many blocks are forced."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flexproxy.kernels.launch import launch, power_of_2, strides
+
+MAX_COUNTED = 2048  # blocks in a row, to which counting beats sorting
+
+
+@triton.jit
+def _forced_range(offset, i, end, num_queries, local_blocks, block_size, log_block_size):
+    """First and last forced local block of row i, see ``flexproxy.ranking.forced_blocks``; end: of the admissible."""
+    start = i.to(tl.int64) * block_size
+    first_query = offset + start
+    last_query = offset + tl.minimum(start + block_size, num_queries) - 1
+    # A shift rounds down also where the position is negative, a division does not.
+    first = first_query >> log_block_size
+    last = last_query >> log_block_size
+    first = tl.where(last > end - 1, tl.minimum(first, end - 2), first) - (local_blocks - 1)
+    return first, tl.minimum(last, end - 1)
+
+
+NUMBERS = [
+    "admissible_stride_b", "admissible_stride_h", "summary_stride_b", "summary_stride_h", "offset_stride",
+    "num_queries", "num_k_blocks", "heads", "sink_blocks", "local_blocks", "block_size", "log_block_size",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _keys_kernel(
+    scores, admissible, summary, offset, keys,
+    admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
+    num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size,
+    BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """What the blocks of a row are ranked by: forced +inf, scored by score, unscored -2e38, inadmissible -inf."""
+    i = tl.program_id(0)
+    bh = tl.program_id(2).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
+    inside = j < num_k_blocks
+    at = (bh * tl.num_programs(0) + i) * num_k_blocks + j
+    score = tl.load(scores + at, mask=inside, other=0.0)
+    row = admissible + b * admissible_stride_b + h * admissible_stride_h + i.to(tl.int64) * num_k_blocks
+    some = tl.load(row + j, mask=inside, other=0) != 0
+    end = tl.load(summary + b * summary_stride_b + h * summary_stride_h + i * 5 + 1)
+    position = tl.load(offset + b * offset_stride)
+    first, last = _forced_range(position, i, end, num_queries, local_blocks, block_size, log_block_size)
+    unscored = (score != score) | (score == float("-inf"))
+    key = tl.where(unscored, -2e38, tl.maximum(score, -1e38))
+    key = tl.where(((j >= first) & (j <= last)) | (j < sink_blocks), float("inf"), key)
+    tl.store(keys + at, tl.where(some, key, float("-inf")), mask=inside)
+
+
+@triton.jit(do_not_specialize=["summary_stride_b", "summary_stride_h", "num_k_blocks", "heads"])
+def _rank_kernel(
+    keys, summary, rank, summary_stride_b, summary_stride_h, num_k_blocks, heads,
+    BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Rank of BLOCK_J blocks of a row: how many others stand before them."""
+    i = tl.program_id(0)
+    bh = tl.program_id(2).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    start = tl.program_id(1) * BLOCK_J
+    j = start + tl.arange(0, BLOCK_J)
+    row = (bh * tl.num_programs(0) + i) * num_k_blocks
+    at = summary + b * summary_stride_b + h * summary_stride_h + i * 5
+    first = tl.load(at)
+    end = tl.load(at + 1)
+    key = tl.load(keys + row + j, mask=j < num_k_blocks, other=float("-inf"))[None, :]
+    before = tl.zeros([BLOCK_R, BLOCK_J], tl.int32)
+    if start < end:
+        # Others to the left stand before equals, others to the right do not; in between, the index decides. What is
+        # not a number stands before nothing.
+        left_end = tl.minimum(start, end)
+        middle_end = tl.minimum(start + BLOCK_J, end)
+        for other in tl.range(first, left_end, BLOCK_R):
+            r = other + tl.arange(0, BLOCK_R)
+            value = tl.load(keys + row + r, mask=r < left_end, other=float("nan"))[:, None]
+            before += (value >= key).to(tl.int32)
+        for other in tl.range(tl.maximum(start, first), middle_end, BLOCK_R):
+            r = other + tl.arange(0, BLOCK_R)
+            value = tl.load(keys + row + r, mask=r < middle_end, other=float("nan"))[:, None]
+            before += ((value > key) | ((value == key) & (r[:, None] < j[None, :]))).to(tl.int32)
+        for other in tl.range(tl.maximum(start + BLOCK_J, first), end, BLOCK_R):
+            r = other + tl.arange(0, BLOCK_R)
+            value = tl.load(keys + row + r, mask=r < end, other=float("nan"))[:, None]
+            before += (value > key).to(tl.int32)
+    place = tl.sum(before, 0)
+    # Inadmissible blocks outside of first .. end come in order of their index.
+    outside = tl.minimum(j, first) + tl.maximum(j - end, 0)
+    key = tl.load(keys + row + j, mask=j < num_k_blocks, other=float("-inf"))
+    place = tl.where(key == float("-inf"), place + outside, place)
+    place = tl.where(j >= end, j, place)
+    tl.store(rank + row + j, place, mask=j < num_k_blocks)
+
+
+def rank_blocks(
+    scores: Tensor,
+    admissible: Tensor,
+    summary: Tensor,
+    offset: Tensor,
+    num_queries: int,
+    block_size: int,
+    sink_blocks: int,
+    local_blocks: int,
+) -> Tensor:
+    """``flexproxy.ranking.rank_blocks``."""
+    batch, proxies, num_q_blocks, num_k_blocks = scores.shape
+    keys = torch.empty_like(scores)
+    admissible, summary = admissible.contiguous(), summary.contiguous()
+    forced = sink_blocks, local_blocks, block_size, block_size.bit_length() - 1
+    block_j = power_of_2(num_k_blocks, 16, 1024)
+    launch(
+        _keys_kernel,
+        (num_q_blocks, -(-num_k_blocks // block_j), batch * proxies),
+        (scores, admissible, summary, offset, keys),
+        (
+            *strides(admissible, 2),
+            *strides(summary, 2),
+            *strides(offset, 1),
+            num_queries,
+            num_k_blocks,
+            proxies,
+            *forced,
+        ),
+        (block_j,),
+    )
+    rank = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
+    if num_k_blocks > MAX_COUNTED:
+        # Sorted in parts, for the memory of its 64-bit indices.
+        place = torch.arange(num_k_blocks, dtype=torch.int32, device=scores.device)
+        rows = max(1, 2**26 // num_k_blocks)
+        for part, out in zip(keys.flatten(0, 2).split(rows), rank.flatten(0, 2).split(rows), strict=True):
+            order = part.argsort(dim=-1, descending=True, stable=True)
+            out.scatter_(-1, order, place.expand_as(order))
+        return rank
+    block_j = power_of_2(num_k_blocks, 16, 256)
+    launch(
+        _rank_kernel,
+        (num_q_blocks, -(-num_k_blocks // block_j), batch * proxies),
+        (keys, summary, rank),
+        (*strides(summary, 2), num_k_blocks, proxies),
+        (block_j, 4096 // block_j),
+    )
+    return rank
+
+
+@triton.jit(do_not_specialize=[*NUMBERS, "num_q_blocks"])
+def _forced_kernel(
+    admissible, summary, offset, proxy_of, forced,
+    admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
+    num_queries, num_q_blocks, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size,
+    BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """The most forced blocks that a row of one head has."""
+    bh = tl.program_id(0).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    position = tl.load(offset + b * offset_stride)
+    summary_at = summary + b * summary_stride_b + tl.load(proxy_of + h) * summary_stride_h
+    most = 0
+    for start in tl.range(0, num_q_blocks, BLOCK_I):
+        i = start + tl.arange(0, BLOCK_I)
+        ok = i < num_q_blocks
+        end = tl.load(summary_at + i * 5 + 1, mask=ok, other=0)
+        first, last = _forced_range(position, i, end, num_queries, local_blocks, block_size, log_block_size)
+        row = admissible + b * admissible_stride_b + h * admissible_stride_h + i.to(tl.int64) * num_k_blocks
+        number = tl.zeros([BLOCK_I], tl.int32)
+        for sink in tl.range(0, sink_blocks):
+            number += tl.load(row + sink, mask=ok & (sink < num_k_blocks), other=0).to(tl.int32)
+        for step in tl.range(0, local_blocks + 2):
+            j = first + step
+            local = ok & (j <= last) & (j >= sink_blocks) & (j >= 0) & (j < num_k_blocks)
+            number += tl.load(row + j, mask=local, other=0).to(tl.int32)
+        most = tl.maximum(most, tl.max(number))
+    tl.store(forced + bh, most)
+
+
+def forced_counts(
+    admissible: Tensor,
+    summary: Tensor,
+    offset: Tensor,
+    proxy_of: Tensor,
+    num_queries: int,
+    block_size: int,
+    sink_blocks: int,
+    local_blocks: int,
+) -> Tensor:
+    """``flexproxy.ranking.forced_counts``."""
+    admissible, summary = admissible.contiguous(), summary.contiguous()
+    batch = max(admissible.shape[0], summary.shape[0], offset.shape[0])
+    heads = 1 if admissible.shape[1] == summary.shape[1] == 1 else proxy_of.shape[0]
+    forced = torch.empty(batch, heads, dtype=torch.int32, device=admissible.device)
+    launch(
+        _forced_kernel,
+        (batch * heads, 1, 1),
+        (admissible, summary, offset, proxy_of, forced),
+        (
+            *strides(admissible, 2), *strides(summary, 2), *strides(offset, 1), num_queries, *admissible.shape[2:],
+            heads, sink_blocks, local_blocks, block_size, block_size.bit_length() - 1,
+        ),
+        (256,),
+    )  # fmt: skip
+    return forced
