@@ -59,6 +59,7 @@ bench:
 	$(PYTHON) -m benchmarks.bench_build $(ARGS)
 	$(PYTHON) -m benchmarks.bench_attention $(ARGS)
 	$(PYTHON) -m benchmarks.bench_memory $(ARGS)
+	$(PYTHON) -m benchmarks.bench_prefill $(ARGS)
 
 plots:
 	$(PYTHON) -m benchmarks.plots

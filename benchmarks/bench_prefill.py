@@ -1,47 +1,69 @@
 """Time to first token of a Llama in transformers, by sdpa and by flexproxy, on one GPU.
 
-    python -m benchmarks.bench_prefill                       # 32K to 256K tokens, about six minutes on an H200
-    python -m benchmarks.bench_prefill --plot-only           # draw the picture from the result file again
+    python -m benchmarks.bench_prefill      # 32K to 256K tokens: some six minutes on an H200
 
-The shape of Llama-3.1-8B by its real class, random weights, bf16, batch 1, a cache, logits of the last token; what is
-run is the model, as users run it. ``sdpa`` is timed twice: with cuDNN and with FlashAttention-2 as its kernel. Beside
-time stands the memory that a prefill takes at its peak beyond the weights. Besides, at one length: what flexproxy adds
-to a layer beyond building its mask and attending under it, and a decode step.
+The shape of Llama-3.1-8B by its real class, random weights made on the device, bf16, batch 1, logits of the last token
+and the cache for decoding: the model as users run it, once with ``attn_implementation="sdpa"``, where the kernel is
+cuDNN's or FlashAttention-2's, and once with ``"flexproxy"``. ``peak_mib`` is the memory at its peak beyond the weights.
 
-First the gate: at 4096 tokens, the layer's attention under a real budget and a padded batch against dense attention in
-double precision; if it fails, nothing is timed.
+Besides, at one length (--at): what a layer takes beyond building its mask and attending under it, and a decode step.
+First the gate, on a padded batch: a layer's output against dense attention in double precision under the blocks that it
+kept; if it fails, nothing is timed.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
 import flexproxy
-from benchmarks.harness import RESULTS, environment, require_gpu, time_ms, write_json
+from benchmarks.contenders import config_for, flex
+from benchmarks.harness import (
+    Row,
+    attempt,
+    fraction,
+    parse,
+    parser,
+    positive_int,
+    quantiles,
+    require_gpu,
+    result_path,
+    run_cases,
+    settings_of,
+    time_ms,
+)
 from flexproxy import ProxyConfig, reference
-from flexproxy._compat import compiled_flex_attention
 from flexproxy.integrations.transformers import configure, record_selections
 from flexproxy.integrations.transformers.attention import attention_forward
 from flexproxy.integrations.transformers.masks import forward_mask
 
-LENGTHS, DENSITIES = (32768, 65536, 131072, 262144), (0.31, 0.20, 0.16, 0.10)
-LONGEST_OF_FLASH = 131072  # one prefill of 256K takes it more than a minute
-SDPA = {"sdpa_cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_flash": SDPBackend.FLASH_ATTENTION}
+LENGTHS, DENSITIES = [32768, 65536, 131072, 262144], [0.31, 0.20, 0.16, 0.10]
+SDPA = {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA FlashAttention-2": SDPBackend.FLASH_ATTENTION}
+SLOW, ONCE = 65536, 131072  # longer prompts are not warmed up dense, and still longer ones run once
+LONGEST_OF_FLASH = 131072  # 256K take it more than a minute
+DEVICE, DTYPE = "cuda", torch.bfloat16
+
+
+class Case(NamedTuple):
+    """What is measured: ``prefill``, ``layer`` or ``decode``; density: of flexproxy."""
+
+    part: str
+    length: int
+    contender: str
+    density: float | None = None
 
 
 def model_config(max_length: int) -> LlamaConfig:
@@ -61,59 +83,54 @@ def model_config(max_length: int) -> LlamaConfig:
     return LlamaConfig(**shape)
 
 
-def make_model(max_length: int) -> Any:
-    """Random weights, made on the device."""
+def make_model(config: LlamaConfig) -> Any:
     torch.manual_seed(0)
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPE)
     try:
-        with torch.device("cuda"):
-            return LlamaForCausalLM(model_config(max_length)).eval()
+        with torch.device(DEVICE):
+            return LlamaForCausalLM(config).eval()
     finally:
-        torch.set_default_dtype(dtype)
-
-
-def settings(density: float, length: int) -> ProxyConfig:
-    """The paper's defaults, with a density; short prompts would not reach it with the paper's least budget."""
-    return ProxyConfig(density=density, min_budget=min(2048, length // 32))
+        torch.set_default_dtype(default)
 
 
 def causal_mask(length: int, padding: Tensor | None = None) -> BlockMask:
-    """The mask that transformers would make for a prefill without a cache before it."""
+    """The mask that transformers makes for a prefill without a cache before it."""
     mask = forward_mask(
         batch_size=1 if padding is None else len(padding),
         q_length=length,
         kv_length=length,
         mask_function=masking_utils.causal_mask_function,
         attention_mask=padding,
-        device=torch.device("cuda", torch.cuda.current_device()),
+        device=torch.empty(0, device=DEVICE).device,
     )
     assert isinstance(mask, BlockMask)
     return mask
 
 
-def layer_inputs(length: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as a layer of the model has them, its strides too."""
+def layer_inputs(length: int, batch: int = 1, heads: int = 32, kv_heads: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as a layer of the model has them, strides too."""
 
-    def heads(number: int) -> Tensor:
-        return torch.randn(batch, length, number, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    def tensor(number: int) -> Tensor:
+        return torch.randn(batch, length, number, 128, device=DEVICE, dtype=DTYPE).transpose(1, 2)
 
-    return heads(32), heads(8), heads(8)
+    return tensor(heads), tensor(kv_heads), tensor(kv_heads)
 
 
 @torch.no_grad()
-def check_correctness(model: Any) -> None:
-    """The gate: a layer's output is dense attention under its own selection, within twice SDPA's own error."""
-    length, module = 4096, model.model.layers[0].self_attn
-    q, k, v = (x[:, ::4] for x in layer_inputs(length, 2))  # 8 query heads and 2 key heads: the reference is dense
-    padding = torch.ones(2, length, dtype=torch.bool, device="cuda")
-    padding[1, :1000] = False
+def check_correctness(model: Any, length: int = 4096) -> None:
+    """The gate."""
+    q, k, v = layer_inputs(length, batch=2, heads=8, kv_heads=2)
+    padding = torch.ones(2, length, dtype=torch.bool, device=DEVICE)
+    padding[1, : length // 4] = False
     mask, scale = causal_mask(length, padding), q.shape[-1] ** -0.5
-    configure(model, ProxyConfig(density=0.2, min_budget=512))
-    with record_selections(model) as record:
-        out = attention_forward(module, q, k, v, mask, scaling=scale)[0].transpose(1, 2)
-    member = create_mask(record[0].mask_mod(), 2, q.shape[1], length, length, device="cuda")
-    allowed = member & create_mask(mask.mask_mod, 2, 1, length, length, device="cuda")
+    configure(model, ProxyConfig(density=0.2, min_budget=length // 8))
+    # A prompt short enough for the exact result would be dense.
+    sparse = mock.patch.multiple(sys.modules["flexproxy.attention"], BUILD_FLOPS=0.0, SPARSE_COST=0.0)
+    with sparse, record_selections(model) as record:
+        out = attention_forward(model.model.layers[0].self_attn, q, k, v, mask, scaling=scale)[0].transpose(1, 2)
+    member = create_mask(record[0].mask_mod(), 2, q.shape[1], length, length, device=DEVICE)
+    allowed = member & create_mask(mask.mask_mod, 2, 1, length, length, device=DEVICE)
     exact = reference.attention(q, k, v, allowed, scale)
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=True)
     dense = torch.where(allowed.any(-1, keepdim=True), dense, 0.0)
@@ -122,146 +139,120 @@ def check_correctness(model: Any) -> None:
         raise SystemExit(f"correctness gate failed: error {error:.2e}, SDPA's own {own_error:.2e}; nothing was timed")
 
 
-def attempt(run: Callable[[], Any], repeats: int, warmup: int) -> dict[str, Any]:
-    """Milliseconds, and the peak of memory beyond what was there; what cannot run is recorded, and not the end."""
+def prefill_ms(run: Callable[[], Any], repeats: int, warmup: int) -> Row:
+    """Times until the result is there, as somebody waits for it, and the peak of memory beyond what was there."""
+    for _ in range(warmup):
+        run()
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
+    before, times = torch.cuda.memory_allocated(), []
     torch.cuda.reset_peak_memory_stats()
-    try:
-        cell: dict[str, Any] = dict(time_ms(run, repeats=repeats, warmup=warmup))
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"[:300]}
-    return cell | {"peak_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)}
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - begin))
+    return quantiles(times) | {"peak_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)}
 
 
-def time_to_first_token(model: Any, length: int, densities: list[float], repeats: int) -> dict[str, Any]:
-    """One row of the result: every contender at one length."""
-    tokens = torch.randint(model.config.vocab_size, (1, length), device="cuda")
+class Bench:
+    """Measures cases with one model."""
+
+    def __init__(self, model: Any, repeats: int) -> None:
+        self.model, self.repeats = model, repeats
+        self._compiled: set[int] = set()  # lengths that flexproxy's kernels were compiled for
+
+    def measure(self, case: Case) -> list[Row]:
+        measured = {"prefill": self.prefill, "layer": self.layer, "decode": self.decode}[case.part]
+        return [case._asdict() | attempt(lambda: measured(case))]
+
+    def _tokens(self, length: int) -> Tensor:
+        return torch.randint(self.model.config.vocab_size, (1, length), device=DEVICE)
+
+    def _use(self, case: Case) -> AbstractContextManager[Any]:
+        """Set the model's attention to that of a case; for the duration of the context, sdpa's kernel."""
+        if case.density is None:
+            self.model.set_attn_implementation("sdpa")
+            return sdpa_kernel(SDPA[case.contender]) if case.contender in SDPA else nullcontext()
+        self.model.set_attn_implementation("flexproxy")
+        configure(self.model, config_for(case.density, case.length))
+        return nullcontext()
 
     @torch.no_grad()
-    def prefill(kernel: AbstractContextManager[Any] | None = None) -> None:
-        with kernel or nullcontext():
-            model(input_ids=tokens, use_cache=True, logits_to_keep=1)
+    def prefill(self, case: Case) -> Row:
+        tokens, dense = self._tokens(case.length), case.density is None
+        warm = case.length > SLOW if dense else case.length in self._compiled
+        with self._use(case):
+            row = prefill_ms(
+                lambda: self.model(input_ids=tokens, use_cache=True, logits_to_keep=1),
+                repeats=1 if case.length > ONCE else self.repeats,
+                warmup=0 if warm else 1,
+            )
+        if not dense:
+            self._compiled.add(case.length)
+        return row
 
-    row: dict[str, Any] = {"length": length}
-    model.set_attn_implementation("sdpa")
-    for name, backend in SDPA.items():
-        if name == "sdpa_flash" and length > LONGEST_OF_FLASH:
-            continue
-        slow = length > 65536  # minutes without end otherwise; there is nothing to compile
-        times = 1 if length > 131072 else repeats
-        row[name] = attempt(lambda backend=backend: prefill(sdpa_kernel(backend)), times, 0 if slow else 1)  # type: ignore[misc]
-    model.set_attn_implementation("flexproxy")
-    for density in densities:
-        configure(model, settings(density, length))
-        first = density == densities[0]  # one shape is compiled once
-        cell = attempt(prefill, repeats if length <= 131072 else 1, 1 if first else 0)
-        row[f"flexproxy_{density:.2f}"] = cell
-    return row
+    @torch.no_grad()
+    def layer(self, case: Case) -> Row:
+        """One layer's attention as transformers calls it; the one call behind it; and its two parts, one by one."""
+        assert case.density is not None
+        with self._use(case):
+            module, config = self.model.model.layers[0].self_attn, config_for(case.density, case.length)
+            q, k, v = layer_inputs(case.length)
+            mask, scale = causal_mask(case.length), q.shape[-1] ** -0.5
+            arguments: dict[str, Any] = {"block_mask": mask, "config": config, "scale": scale}
+            block_mask, options = flexproxy.build(q, k, **arguments), flexproxy.kernel_options(q, k)
+            runs: dict[str, Callable[[], Any]] = {
+                "layer": lambda: attention_forward(module, q, k, v, mask, scaling=scale),
+                "call": lambda: flexproxy.attention(q, k, v, **arguments),
+                "build": lambda: flexproxy.build(q, k, **arguments),
+                "attention": lambda: flex(q, k, v, block_mask, options),
+                "mask": lambda: causal_mask(case.length),  # once a forward pass
+            }
+            median = {name: time_ms(run)["median_ms"] for name, run in runs.items()}
+        parts = median["build"] + median["attention"]
+        row: Row = {f"{name}_ms": ms for name, ms in median.items()}
+        row["added_to_call"] = round((median["layer"] - median["call"]) / median["call"], 4)
+        return row | {"added_to_parts": round((median["layer"] - parts) / parts, 4)}
 
-
-@torch.no_grad()
-def layer_overhead(model: Any, length: int, density: float) -> dict[str, Any]:
-    """What a layer of the integration takes beside the build and the attention that it consists of."""
-    module, config = model.model.layers[0].self_attn, settings(density, length)
-    configure(model, config)
-    q, k, v = layer_inputs(length)
-    mask, scale, flex = causal_mask(length), q.shape[-1] ** -0.5, compiled_flex_attention("cuda")
-    selected = flexproxy.build(q, k, block_mask=mask, config=config, scale=scale)
-    options = flexproxy.kernel_options(q, k)
-
-    def attend() -> Tensor:
-        out: Tensor = flex(q, k, v, block_mask=selected, scale=scale, enable_gqa=True, kernel_options=options)
-        return out
-
-    row: dict[str, Any] = {"length": length, "density": density}
-    row["layer"] = time_ms(lambda: attention_forward(module, q, k, v, mask, scaling=scale))
-    row["build"] = time_ms(lambda: flexproxy.build(q, k, block_mask=mask, config=config, scale=scale))
-    row["attention"] = time_ms(attend)
-    row["mask_once_a_forward"] = time_ms(lambda: causal_mask(length))
-    parts = row["build"]["median"] + row["attention"]["median"]
-    row["added_share"] = round((row["layer"]["median"] - parts) / parts, 4)
-    return row
-
-
-@torch.no_grad()
-def decode(model: Any, length: int) -> dict[str, Any]:
-    """A step with one new token after a cache of ``length``, by turns."""
-    tokens = torch.randint(model.config.vocab_size, (1, length), device="cuda")
-    model.set_attn_implementation("flexproxy")
-    configure(model, settings(0.1, length))
-    cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
-    row: dict[str, Any] = {"length": length}
-    medians: dict[str, list[float]] = {"sdpa": [], "flexproxy": []}
-    for _ in range(3):
-        for name, found in medians.items():
-            model.set_attn_implementation(name)
-            step = time_ms(lambda: model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True), warmup=2)
-            found.append(step["median"])
-    row |= {name: {"median": statistics.median(found), "rounds": found} for name, found in medians.items()}
-    row["ratio"] = round(row["flexproxy"]["median"] / row["sdpa"]["median"], 4)
-    return row
+    @torch.no_grad()
+    def decode(self, case: Case) -> Row:
+        """A step with one new token, by turns with sdpa: medians of three rounds."""
+        with self._use(case):
+            tokens = self._tokens(case.length)
+            cache = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+        rounds: dict[str, list[float]] = {"sdpa": [], "flexproxy": []}
+        for _ in range(3):
+            for name, found in rounds.items():
+                self.model.set_attn_implementation(name)
+                step = time_ms(lambda: self.model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True))
+                found.append(step["median_ms"])
+        median = {name: statistics.median(found) for name, found in rounds.items()}
+        row: Row = {f"{name}_ms": ms for name, ms in median.items()}
+        return row | {"ratio": round(median["flexproxy"] / median["sdpa"], 4)}
 
 
-def draw(data: dict[str, Any], path: Path) -> None:
-    """Time to first token, and memory, over the length; from the result file alone."""
-    from matplotlib.figure import Figure
-
-    rows = data["time_to_first_token"]
-    names = [name for name, cell in rows[0].items() if isinstance(cell, dict)]
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    time_axis, memory_axis = figure.subplots(1, 2)
-    for name in names:
-        cells = [(row["length"] // 1024, row[name]) for row in rows if "median" in row.get(name, {})]
-        style = "--" if name.startswith("sdpa") else "-"
-        label = name.replace("_", " ")
-        lengths = [length for length, _ in cells]
-        time_axis.plot(lengths, [cell["median"] / 1000 for _, cell in cells], style, marker="o", label=label)
-        memory_axis.plot(lengths, [cell["peak_mib"] / 1024 for _, cell in cells], style, marker="o", label=label)
-    for axis, title in ((time_axis, "time to first token, s"), (memory_axis, "peak memory beyond the weights, GiB")):
-        axis.set(title=title, xlabel="tokens, K", xscale="log", yscale="log")
-        ticks = [row["length"] // 1024 for row in rows]
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    time_axis.legend(fontsize=8)
-    figure.suptitle(f"Llama-3.1-8B shape, bf16, {data['environment']['gpu']}")
-    unfinished = path.with_suffix(".tmp")
-    figure.savefig(unfinished, format=path.suffix.lstrip("."), dpi=130)
-    unfinished.replace(path)
+def cases_of(lengths: Sequence[int], densities: Sequence[float], at: int) -> list[Case]:
+    cases = [Case("layer", at, "flexproxy", 0.16), Case("decode", at, "flexproxy", 0.16)]
+    for length in sorted(lengths):
+        cases += [Case("prefill", length, name) for name in SDPA if name == "SDPA cuDNN" or length <= LONGEST_OF_FLASH]
+        cases += [Case("prefill", length, "flexproxy", density) for density in densities]
+    return cases
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__)
+    options.add_argument("--lengths", type=positive_int, nargs="+", default=LENGTHS, help="tokens")
+    options.add_argument("--densities", type=fraction, nargs="+", default=DENSITIES, help="kept / admissible blocks")
+    options.add_argument("--repeats", type=positive_int, default=2, help="timed prefills, up to 128K; above, one")
+    options.add_argument("--at", type=positive_int, default=131072, help="length for the layer and for decoding")
+    args = parse(options, argv, lengths=[32768], densities=[0.16], at=32768)
     require_gpu()
-    model = make_model(max(*args.lengths, args.at) + 1024)
+    model = make_model(model_config(max(*args.lengths, args.at) + 1024))
     check_correctness(model)
-    data: dict[str, Any] = {"environment": environment() | {"transformers": metadata.version("transformers")}}
-    data["layer_overhead"] = layer_overhead(model, args.at, 0.16)
-    data["decode"] = decode(model, args.at)
-    data["time_to_first_token"] = []
-    for length in track(sorted(args.lengths), "time to first token"):
-        data["time_to_first_token"].append(time_to_first_token(model, length, args.densities, args.repeats))
-        write_json(args.out, data)  # a longer prompt may be the end of it
-    return data
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens")
-    parser.add_argument("--densities", type=float, nargs="+", default=list(DENSITIES), help="kept / admissible blocks")
-    parser.add_argument("--repeats", type=int, default=2, help="timed prefills; one above 128K")
-    parser.add_argument("--at", type=int, default=131072, help="length for the layer's overhead and for decoding")
-    parser.add_argument("--out", type=Path, default=RESULTS / "prefill.json", help="result file (JSON)")
-    parser.add_argument("--plot-only", action="store_true", help="draw the picture from the result file, run nothing")
-    args = parser.parse_args()
-    data = json.loads(args.out.read_text()) if args.plot_only else measure(args)
-    draw(data, args.out.with_suffix(".png"))
-    print("layer", data["layer_overhead"])
-    print("decode", data["decode"])
-    for row in data["time_to_first_token"]:
-        cells = {name: cell for name, cell in row.items() if isinstance(cell, dict)}
-        print(row["length"], {name: (c.get("median", c.get("error")), c.get("peak_mib")) for name, c in cells.items()})
+    bench = Bench(model, args.repeats)
+    settings = settings_of(args) | {"transformers": metadata.version("transformers")}
+    cases = cases_of(args.lengths, args.densities, args.at)
+    run_cases(cases, bench.measure, result_path(args, "prefill"), settings)
 
 
 if __name__ == "__main__":

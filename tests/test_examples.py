@@ -1,10 +1,9 @@
-"""Examples and the picture of a benchmark, as far as they run on a CPU."""
+"""Examples, as far as they run on a CPU."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -42,23 +41,3 @@ def test_prefill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     with pytest.raises(SystemExit, match=r"--length: expected at most .*, got 9999999; use a longer"):
         prefill.main([*arguments, "--length", "9999999"])
-
-
-def test_picture_of_the_prefill_benchmark(tmp_path: Path) -> None:
-    """Drawn from the result file alone; a contender that failed or was left out at a length has no point there."""
-    pytest.importorskip("matplotlib")
-    from benchmarks.bench_prefill import draw, model_config
-
-    def cell(milliseconds: float) -> dict[str, Any]:
-        return {"median": milliseconds, "peak_mib": 10 * milliseconds}
-
-    rows = [
-        {"length": 32768, "sdpa_cudnn": cell(100.0), "sdpa_flash": cell(150.0), "flexproxy_0.10": cell(50.0)},
-        {"length": 65536, "sdpa_cudnn": cell(400.0), "flexproxy_0.10": {"error": "OutOfMemoryError: too much"}},
-    ]
-    draw({"environment": {"gpu": "a GPU"}, "time_to_first_token": rows}, tmp_path / "prefill.png")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["prefill.png"]
-    assert (tmp_path / "prefill.png").read_bytes().startswith(b"\x89PNG")
-    config = model_config(4096)
-    heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
-    assert heads == (4096, 32, 8, 32)

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 import flexproxy
 from flexproxy import ProxyConfig, Selection
+from flexproxy.attention import dense_pays
 from flexproxy.integrations.transformers.configuration import attention_layers, is_decoder_attention, local_config
 from flexproxy.integrations.transformers.masks import BLOCK_SIZE, ForwardMask, forward_mask_of
 
@@ -71,7 +72,7 @@ def attention_forward(
     _check_parallelism()
     config = local_config(module, query.shape[1])
     shared = forward_mask_of(attention_mask)
-    if _keeps_all(module, config, key.shape[2], shared):
+    if _is_dense(module, query, key, config, shared):
         plain = softcap is None and s_aux is None and shared is not None and shared.is_causal
         if shared is not None and (plain or query.shape[2] * key.shape[2] <= _MAX_TOKEN_PAIRS):
             tokens = shared.token_mask()
@@ -109,9 +110,9 @@ def record_selections(model: PreTrainedModel) -> Iterator[dict[int, Selection]]:
             delattr(module, _RECORD)
 
 
-def _keeps_all(module: nn.Module, config: ProxyConfig, num_keys: int, shared: ForwardMask | None) -> bool:
-    """Whether the least budget of a row is all that the mask admits in it, or the layer is not for sparse attention."""
-    if config.keeps_all or num_keys <= config.min_blocks * config.block_size or not is_decoder_attention(module):
+def _is_dense(module: nn.Module, q: Tensor, k: Tensor, config: ProxyConfig, shared: ForwardMask | None) -> bool:
+    """Whether an estimate would save nothing: ``flexproxy.attention`` says so, or the window is within every budget."""
+    if dense_pays(q, k, config) or not is_decoder_attention(module):
         return True
     if shared is None or shared.window is None:
         return False
