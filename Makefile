@@ -60,6 +60,7 @@ bench:
 	$(PYTHON) -m benchmarks.bench_attention $(ARGS)
 	$(PYTHON) -m benchmarks.bench_memory $(ARGS)
 	$(PYTHON) -m benchmarks.bench_tiles $(ARGS)
+	$(PYTHON) -m benchmarks.bench_prefill $(ARGS)
 
 plots:
 	$(PYTHON) -m benchmarks.plots

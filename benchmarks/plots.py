@@ -3,7 +3,8 @@
     python -m benchmarks.plots            # all of them
     python -m benchmarks.plots time peers
 
-time, speedup, share and peers come from attention.json, stages from build.json, memory from memory.json.
+time, speedup, share and peers come from attention.json, stages from build.json, memory from memory.json, prefill from
+prefill.json.
 """
 
 from __future__ import annotations
@@ -101,6 +102,16 @@ def memory(rows: Sequence[Row]) -> Series:
         series.setdefault(f"build, P = {row['num_proxies']}", []).append((row["length"], row["extra_mib"]))
     series["the BlockMask itself"] = [(r["length"], r["kept_mib"]) for r in pick(rows, part="build", num_proxies=1)]
     series["attention with it"] = [(r["length"], r["extra_mib"]) for r in pick(rows, part="sparse")]
+    return series
+
+
+def prefills(rows: Sequence[Row], column: str, unit: float) -> Series:
+    """A column of the prefills of a model, divided by a unit, by length: dense, and at each target density."""
+    series: Series = {}
+    for row in pick(rows, part="prefill"):
+        ours = row["contender"] == "flexproxy"
+        label = f"flexproxy, density {row['density']:g}" if ours else DENSE[row["contender"]]
+        series.setdefault(label, []).append((row["length"], row[column] / unit))
     return series
 
 
@@ -235,6 +246,15 @@ def plot_memory(data: Row, options: argparse.Namespace) -> Figure:
     return figure
 
 
+def plot_prefill(data: Row, options: argparse.Namespace) -> Figure:
+    figure, (seconds, memory_) = axes_of("Prefill of the Llama-3.1-8B shape in transformers", data["environment"], 2)
+    draw_lines(seconds, prefills(data["rows"], "median_ms", 1000), "tokens", "time to first token, s")
+    draw_lines(memory_, prefills(data["rows"], "peak_mib", 1024), "tokens", "peak memory beyond the weights, GiB")
+    logarithmic(seconds)
+    logarithmic(memory_)
+    return figure
+
+
 PLOTS: dict[str, tuple[str, Callable[[Row, argparse.Namespace], Figure]]] = {
     "time": ("attention", plot_time),
     "speedup": ("attention", plot_speedup),
@@ -242,6 +262,7 @@ PLOTS: dict[str, tuple[str, Callable[[Row, argparse.Namespace], Figure]]] = {
     "peers": ("attention", plot_peers),
     "stages": ("build", plot_stages),
     "memory": ("memory", plot_memory),
+    "prefill": ("prefill", plot_prefill),
 }
 
 

@@ -100,7 +100,7 @@ def attention(
     if not torch.is_grad_enabled():  # the CPU kernel refuses tensors that could require gradients
         q, k, v = q.detach(), k.detach(), v.detach()
 
-    if _dense_pays(q, k, config):
+    if dense_pays(q, k, config):
         no_mask_needed = num_queries in (1, num_keys)
         if mask_mod is None and block_mask is None and score_mod is None and not return_lse and no_mask_needed:
             with _compat.fastest_sdpa(q):
@@ -175,7 +175,7 @@ BUILD_FLOPS = 6e11
 SPARSE_COST = 1.3
 
 
-def _dense_pays(q: Tensor, k: Tensor, config: ProxyConfig) -> bool:
+def dense_pays(q: Tensor, k: Tensor, config: ProxyConfig) -> bool:
     """Whether the estimate would save nothing, as far as lengths and settings tell.
 
     It reads all keys for a block of queries, and needs blocks to drop. On a GPU its kernels take a time of their own,

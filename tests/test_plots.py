@@ -49,7 +49,15 @@ def synthetic(folder: Path) -> None:
             for part in ("build", "sparse") if proxies == 1 else ("build",):
                 found = {"length": length, "num_proxies": proxies, "part": part, "error": None, **mib}
                 memory_rows.append(found)
-    for name, data in (("attention", rows), ("build", build_rows), ("memory", memory_rows)):
+    prefill_rows: list[Row] = [
+        {"part": "decode", "length": 131072, "contender": "flexproxy", "ratio": 1, "error": None}
+    ]
+    for length in (32768, 131072):
+        work, peak = (length / 131072) ** 2, {"peak_mib": length / 4}
+        prefill_rows.append(row(length, "SDPA cuDNN", "prefill", 12000 * work, density=None, **peak))
+        prefill_rows.append(row(length, "flexproxy", "prefill", 5000 * work, density=0.16, **peak))
+    data_of = {"attention": rows, "build": build_rows, "memory": memory_rows, "prefill": prefill_rows}
+    for name, data in data_of.items():
         environment = {"gpu": "NVIDIA H200 (synthetic)"}
         harness.write_json(folder / f"{name}.json", {"environment": environment, "complete": True, "rows": data})
 
@@ -101,6 +109,17 @@ def test_plot_of_speed_ups_shows_the_rows(tmp_path: Path) -> None:
         (base,) = rows_where(rows, contender=dense, length=131072)
         totals = rows_where(rows, contender="flexproxy", part="total", kernel="default", length=131072)
         assert lines["128K"] == [(r["density"], base["median_ms"] / r["median_ms"]) for r in totals]
+
+
+def test_plot_of_prefills_shows_the_rows(tmp_path: Path) -> None:
+    figure, rows = drawn(tmp_path, "prefill")
+    for axes, column, unit in zip(figure.axes, ("median_ms", "peak_mib"), (1000, 1024), strict=True):
+        lines = lines_of(axes)
+        wanted = {"dense cuDNN": "SDPA cuDNN", "flexproxy, density 0.16": "flexproxy"}
+        assert sorted(lines) == sorted(wanted)
+        for label, contender in wanted.items():
+            found = rows_where(rows, part="prefill", contender=contender)
+            assert lines[label] == [(r["length"], r[column] / unit) for r in found]
 
 
 def test_plot_of_shares_shows_the_rows(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import flexproxy
 from flexproxy import Selection
 from tests.accuracy import skip_unless_flex_compiles
 
@@ -21,9 +22,9 @@ def test_code_runs_in_order() -> None:
     skip_unless_flex_compiles("cuda" if torch.cuda.is_available() else "cpu")
     torch._dynamo.reset()  # dynamo counts what other tests compiled towards its limit
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, Any] = {}
-    for block in blocks:
+    for block in blocks[:3]:
         exec(compile(block, "README.md", "exec"), names)
     assert isinstance(names["selection"], Selection)
     q, k, v = (names[name] for name in "qkv")
@@ -31,6 +32,22 @@ def test_code_runs_in_order() -> None:
     out = names["compiled"](q, k, v, block_mask=names["block_mask"], enable_gqa=True)
     # The early rows keep every block, so there the README's mask is causal attention.
     torch.testing.assert_close(out[:, :, :2048], dense[:, :, :2048], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_code_for_transformers_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    skip_unless_flex_compiles(device)
+    from flexproxy.integrations.transformers import configuration
+
+    monkeypatch.chdir(ROOT)
+    blocks = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "transformers" in b]
+    assert len(blocks) == 1
+    names: dict[str, Any] = {"torch": torch, "flexproxy": flexproxy, "device": device}
+    exec(compile(blocks[0], "README.md", "exec"), names)
+    assert names["tokens"].shape == (1, 4100)
+    assert {config.gamma for config in configuration(names["model"]).values()} == {0.9}
 
 
 def test_links_lead_somewhere() -> None:

@@ -1,0 +1,259 @@
+"""Time to first token of a Llama in transformers, by sdpa and by flexproxy, on one GPU.
+
+    python -m benchmarks.bench_prefill      # 32K to 256K tokens: some six minutes on an H200
+
+The shape of Llama-3.1-8B by its real class, random weights made on the device, bf16, batch 1, logits of the last token
+and the cache for decoding: the model as users run it, once with ``attn_implementation="sdpa"``, where the kernel is
+cuDNN's or FlashAttention-2's, and once with ``"flexproxy"``. ``peak_mib`` is the memory at its peak beyond the weights.
+
+Besides, at one length (--at): what a layer takes beyond building its mask and attending under it, and a decode step.
+First the gate, on a padded batch: a layer's output against dense attention in double precision under the blocks that it
+kept; if it fails, nothing is timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib import metadata
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
+
+import flexproxy
+from benchmarks.contenders import config_for, flex
+from benchmarks.harness import (
+    Row,
+    attempt,
+    fraction,
+    parse,
+    parser,
+    positive_int,
+    quantiles,
+    require_gpu,
+    result_path,
+    run_cases,
+    settings_of,
+    time_ms,
+)
+from flexproxy import ProxyConfig, reference
+from flexproxy.integrations.transformers import configure, record_selections
+from flexproxy.integrations.transformers.attention import attention_forward
+from flexproxy.integrations.transformers.masks import forward_mask
+
+LENGTHS, DENSITIES = [32768, 65536, 131072, 262144], [0.31, 0.20, 0.16, 0.10]
+SDPA = {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA FlashAttention-2": SDPBackend.FLASH_ATTENTION}
+SLOW, ONCE = 65536, 131072  # longer prompts are not warmed up dense, and still longer ones run once
+LONGEST_OF_FLASH = 131072  # 256K take it more than a minute
+DEVICE, DTYPE = "cuda", torch.bfloat16
+
+
+class Case(NamedTuple):
+    """What is measured: ``prefill``, ``layer`` or ``decode``; density: of flexproxy."""
+
+    part: str
+    length: int
+    contender: str
+    density: float | None = None
+
+
+def model_config(max_length: int) -> LlamaConfig:
+    """The shape of Llama-3.1-8B."""
+    shape: dict[str, Any] = {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": max_length,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return LlamaConfig(**shape)
+
+
+def make_model(config: LlamaConfig) -> Any:
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPE)
+    try:
+        with torch.device(DEVICE):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def causal_mask(length: int, padding: Tensor | None = None) -> BlockMask:
+    """The mask that transformers makes for a prefill without a cache before it."""
+    mask = forward_mask(
+        batch_size=1 if padding is None else len(padding),
+        q_length=length,
+        kv_length=length,
+        mask_function=masking_utils.causal_mask_function,
+        attention_mask=padding,
+        device=torch.empty(0, device=DEVICE).device,
+    )
+    assert isinstance(mask, BlockMask)
+    return mask
+
+
+def layer_inputs(length: int, batch: int = 1, heads: int = 32, kv_heads: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as a layer of the model has them, strides too."""
+
+    def tensor(number: int) -> Tensor:
+        return torch.randn(batch, length, number, 128, device=DEVICE, dtype=DTYPE).transpose(1, 2)
+
+    return tensor(heads), tensor(kv_heads), tensor(kv_heads)
+
+
+@torch.no_grad()
+def check_correctness(model: Any, length: int = 4096) -> None:
+    """The gate."""
+    q, k, v = layer_inputs(length, batch=2, heads=8, kv_heads=2)
+    padding = torch.ones(2, length, dtype=torch.bool, device=DEVICE)
+    padding[1, : length // 4] = False
+    mask, scale = causal_mask(length, padding), q.shape[-1] ** -0.5
+    configure(model, ProxyConfig(density=0.2, min_budget=length // 8))
+    # A prompt short enough for the exact result would be dense.
+    sparse = mock.patch.multiple(sys.modules["flexproxy.attention"], BUILD_FLOPS=0.0, SPARSE_COST=0.0)
+    with sparse, record_selections(model) as record:
+        out = attention_forward(model.model.layers[0].self_attn, q, k, v, mask, scaling=scale)[0].transpose(1, 2)
+    member = create_mask(record[0].mask_mod(), 2, q.shape[1], length, length, device=DEVICE)
+    allowed = member & create_mask(mask.mask_mod, 2, 1, length, length, device=DEVICE)
+    exact = reference.attention(q, k, v, allowed, scale)
+    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=True)
+    dense = torch.where(allowed.any(-1, keepdim=True), dense, 0.0)
+    error, own_error = ((x.double() - exact).abs().max().item() for x in (out, dense))
+    if not error <= 2 * own_error + torch.finfo(q.dtype).eps * exact.abs().max().item():
+        raise SystemExit(f"correctness gate failed: error {error:.2e}, SDPA's own {own_error:.2e}; nothing was timed")
+
+
+def prefill_ms(run: Callable[[], Any], repeats: int, warmup: int) -> Row:
+    """Times until the result is there, as somebody waits for it, and the peak of memory beyond what was there."""
+    for _ in range(warmup):
+        run()
+    torch.cuda.synchronize()
+    before, times = torch.cuda.memory_allocated(), []
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - begin))
+    return quantiles(times) | {"peak_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)}
+
+
+class Bench:
+    """Measures cases with one model."""
+
+    def __init__(self, model: Any, repeats: int) -> None:
+        self.model, self.repeats = model, repeats
+        self._compiled: set[int] = set()  # lengths that flexproxy's kernels were compiled for
+
+    def measure(self, case: Case) -> list[Row]:
+        measured = {"prefill": self.prefill, "layer": self.layer, "decode": self.decode}[case.part]
+        return [case._asdict() | attempt(lambda: measured(case))]
+
+    def _tokens(self, length: int) -> Tensor:
+        return torch.randint(self.model.config.vocab_size, (1, length), device=DEVICE)
+
+    def _use(self, case: Case) -> AbstractContextManager[Any]:
+        """Set the model's attention to that of a case; for the duration of the context, sdpa's kernel."""
+        if case.density is None:
+            self.model.set_attn_implementation("sdpa")
+            return sdpa_kernel(SDPA[case.contender]) if case.contender in SDPA else nullcontext()
+        self.model.set_attn_implementation("flexproxy")
+        configure(self.model, config_for(case.density, case.length))
+        return nullcontext()
+
+    @torch.no_grad()
+    def prefill(self, case: Case) -> Row:
+        tokens, dense = self._tokens(case.length), case.density is None
+        warm = case.length > SLOW if dense else case.length in self._compiled
+        with self._use(case):
+            row = prefill_ms(
+                lambda: self.model(input_ids=tokens, use_cache=True, logits_to_keep=1),
+                repeats=1 if case.length > ONCE else self.repeats,
+                warmup=0 if warm else 1,
+            )
+        if not dense:
+            self._compiled.add(case.length)
+        return row
+
+    @torch.no_grad()
+    def layer(self, case: Case) -> Row:
+        """One layer's attention as transformers calls it; the one call behind it; and its two parts, one by one."""
+        assert case.density is not None
+        with self._use(case):
+            module, config = self.model.model.layers[0].self_attn, config_for(case.density, case.length)
+            q, k, v = layer_inputs(case.length)
+            mask, scale = causal_mask(case.length), q.shape[-1] ** -0.5
+            arguments: dict[str, Any] = {"block_mask": mask, "config": config, "scale": scale}
+            block_mask, options = flexproxy.build(q, k, **arguments), flexproxy.kernel_options(q, k)
+            runs: dict[str, Callable[[], Any]] = {
+                "layer": lambda: attention_forward(module, q, k, v, mask, scaling=scale),
+                "call": lambda: flexproxy.attention(q, k, v, **arguments),
+                "build": lambda: flexproxy.build(q, k, **arguments),
+                "attention": lambda: flex(q, k, v, block_mask, options),
+                "mask": lambda: causal_mask(case.length),  # once a forward pass
+            }
+            median = {name: time_ms(run)["median_ms"] for name, run in runs.items()}
+        parts = median["build"] + median["attention"]
+        row: Row = {f"{name}_ms": ms for name, ms in median.items()}
+        row["added_to_call"] = round((median["layer"] - median["call"]) / median["call"], 4)
+        return row | {"added_to_parts": round((median["layer"] - parts) / parts, 4)}
+
+    @torch.no_grad()
+    def decode(self, case: Case) -> Row:
+        """A step with one new token, by turns with sdpa: medians of three rounds."""
+        with self._use(case):
+            tokens = self._tokens(case.length)
+            cache = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+        rounds: dict[str, list[float]] = {"sdpa": [], "flexproxy": []}
+        for _ in range(3):
+            for name, found in rounds.items():
+                self.model.set_attn_implementation(name)
+                step = time_ms(lambda: self.model(input_ids=tokens[:, :1], past_key_values=cache, use_cache=True))
+                found.append(step["median_ms"])
+        median = {name: statistics.median(found) for name, found in rounds.items()}
+        row: Row = {f"{name}_ms": ms for name, ms in median.items()}
+        return row | {"ratio": round(median["flexproxy"] / median["sdpa"], 4)}
+
+
+def cases_of(lengths: Sequence[int], densities: Sequence[float], at: int) -> list[Case]:
+    cases = [Case("layer", at, "flexproxy", 0.16), Case("decode", at, "flexproxy", 0.16)]
+    for length in sorted(lengths):
+        cases += [Case("prefill", length, name) for name in SDPA if name == "SDPA cuDNN" or length <= LONGEST_OF_FLASH]
+        cases += [Case("prefill", length, "flexproxy", density) for density in densities]
+    return cases
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__)
+    options.add_argument("--lengths", type=positive_int, nargs="+", default=LENGTHS, help="tokens")
+    options.add_argument("--densities", type=fraction, nargs="+", default=DENSITIES, help="kept / admissible blocks")
+    options.add_argument("--repeats", type=positive_int, default=2, help="timed prefills, up to 128K; above, one")
+    options.add_argument("--at", type=positive_int, default=131072, help="length for the layer and for decoding")
+    args = parse(options, argv, lengths=[32768], densities=[0.16], at=32768)
+    require_gpu()
+    model = make_model(model_config(max(*args.lengths, args.at) + 1024))
+    check_correctness(model)
+    bench = Bench(model, args.repeats)
+    settings = settings_of(args) | {"transformers": metadata.version("transformers")}
+    cases = cases_of(args.lengths, args.densities, args.at)
+    run_cases(cases, bench.measure, result_path(args, "prefill"), settings)
+
+
+if __name__ == "__main__":
+    main()

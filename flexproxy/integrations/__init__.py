@@ -1,0 +1,1 @@
+"""flexproxy inside other libraries. Nothing here is imported by ``import flexproxy``."""

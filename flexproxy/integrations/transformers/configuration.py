@@ -1,0 +1,232 @@
+"""The settings of a model's layers: given by the user, kept on its attention modules, read back, read from a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from flexproxy import ProxyConfig
+from flexproxy.proxy import head_groups
+
+Settings: TypeAlias = "ProxyConfig | Mapping[int, ProxyConfig] | str | os.PathLike[str]"
+
+_ATTRIBUTE = "flexproxy_config"
+_DEFAULT = ProxyConfig()
+_FIELDS = tuple(field.name for field in dataclasses.fields(ProxyConfig))
+_SHAPE = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
+def configure(model: PreTrainedModel, settings: Settings) -> None:
+    """Set how the layers of a model select their blocks. Layers that are not set have ``ProxyConfig()``.
+
+    The settings stay with the model's attention modules: they are copied with it, and another model of the same class
+    has its own. They can be changed at any time, before or after ``set_attn_implementation("flexproxy")``. With tensor
+    parallelism they are those of the whole model; every rank takes its share.
+
+    Args:
+        model: a model whose attention goes through transformers' ``AttentionInterface``.
+        settings: one ProxyConfig for all layers; or a ProxyConfig for each of some layers, by index, where the others
+            keep theirs; or a file that ``save_configuration`` wrote.
+
+    Raises:
+        TypeError: ``model`` or ``settings`` is something else.
+        ValueError: the model has no such attention, there is no such layer, the settings do not fit the heads, or the
+            file is damaged or was made for a model of another shape. Nothing is set then.
+    """
+    layers = attention_layers(model)
+    if isinstance(settings, (str, os.PathLike)):
+        settings = _read(Path(settings), model)
+    if isinstance(settings, ProxyConfig):
+        settings = dict.fromkeys(layers, settings)
+    if not isinstance(settings, Mapping):
+        raise TypeError(
+            f"settings: expected a ProxyConfig, a dict of them by layer, or the path of a file, got "
+            f"{type(settings).__name__}; use for example configure(model, ProxyConfig(gamma=0.9))"
+        )
+    for index, config in settings.items():
+        if index not in layers:
+            raise ValueError(
+                f"settings: expected layers among {_ranges(layers)}, got {index!r}; the others have no causal "
+                "self-attention"
+            )
+        if not isinstance(config, ProxyConfig):
+            raise TypeError(
+                f"settings: expected a ProxyConfig for layer {index}, got {type(config).__name__}; use for example "
+                f"{{{index}: ProxyConfig(gamma=0.9)}}"
+            )
+        for module in layers[index]:
+            _check_heads(module, config)
+    for index, config in settings.items():
+        for module in layers[index]:
+            setattr(module, _ATTRIBUTE, config)
+
+
+def configuration(model: PreTrainedModel) -> dict[int, ProxyConfig]:
+    """The settings of every layer with causal self-attention, by its index.
+
+    Raises:
+        TypeError, ValueError: as ``configure``.
+    """
+    return {index: config_of(modules[0]) for index, modules in attention_layers(model).items()}
+
+
+def save_configuration(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
+    """Write the settings of a model as JSON, for ``configure(model, path)`` on a model of the same shape.
+
+    Raises:
+        TypeError, ValueError: as ``configure``.
+        OSError: the file cannot be written; there is then none, or the old one.
+    """
+    layers = {str(index): _changes(config) for index, config in configuration(model).items()}
+    text = json.dumps({"flexproxy": 1, "model": _shape(model), "layers": layers}, indent=1) + "\n"
+    path = Path(path)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def config_of(module: nn.Module) -> ProxyConfig:
+    """The settings of one attention module, those of the whole model."""
+    config: ProxyConfig = getattr(module, _ATTRIBUTE, _DEFAULT)
+    return config
+
+
+def local_config(module: nn.Module, num_heads: int) -> ProxyConfig:
+    """The settings for the query heads that this process has of a layer.
+
+    Raises:
+        ValueError: the proxies do not divide over the ranks.
+    """
+    config = config_of(module)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return config
+    return _share(module, config, num_heads)
+
+
+def is_decoder_attention(module: nn.Module) -> bool:
+    """Whether a module is the causal self-attention of a layer, and calls transformers' ``AttentionInterface``."""
+    if not isinstance(getattr(module, "layer_idx", None), int) or not getattr(module, "is_causal", False):
+        return False
+    files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
+    return any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)
+
+
+def attention_layers(model: Any) -> dict[int, list[nn.Module]]:
+    """The attention modules by layer; several for an index where a model has several decoders."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model: expected a model of transformers, got {type(model).__name__}; pass what from_pretrained returned, "
+            "not a wrapper of it"
+        )
+    layers: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if is_decoder_attention(module):
+            layers.setdefault(int(module.layer_idx), []).append(module)  # type: ignore[arg-type]
+    if not layers:
+        raise ValueError(
+            f"model: expected one with causal self-attention through transformers' AttentionInterface, got "
+            f"{type(model).__name__}, which has none; it can only use the attention that it was written with"
+        )
+    return dict(sorted(layers.items()))
+
+
+def _check_heads(module: nn.Module, config: ProxyConfig) -> None:
+    shape: Any = getattr(module, "config", None)
+    q_heads, kv_heads = (getattr(shape, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(q_heads, int):
+        head_groups(config.num_proxies, config.groups, q_heads, kv_heads if isinstance(kv_heads, int) else q_heads)
+
+
+def _share(module: nn.Module, config: ProxyConfig, num_heads: int) -> ProxyConfig:
+    """The part of a configuration that belongs to this tensor-parallel rank, which has ``num_heads`` query heads."""
+    from torch.distributed.tensor import DTensor
+
+    total = getattr(getattr(module, "config", None), "num_attention_heads", num_heads)
+    sharded = next((p for p in module.parameters() if isinstance(p, DTensor)), None)
+    if sharded is None or total == num_heads:
+        return config
+    mesh = sharded.device_mesh
+    rank, ranks = mesh.get_local_rank(mesh.ndim - 1), total // num_heads
+    if config.groups is None:
+        if config.num_proxies % ranks:
+            raise ValueError(
+                f"num_proxies: expected a multiple of the {ranks} tensor-parallel ranks, whose heads are ranked apart, "
+                f"got {config.num_proxies}; use configure(model, ProxyConfig(num_proxies={ranks}))"
+            )
+        return dataclasses.replace(config, num_proxies=config.num_proxies // ranks)
+    own = config.groups[rank * num_heads : (rank + 1) * num_heads]
+    others = {*config.groups[: rank * num_heads], *config.groups[(rank + 1) * num_heads :]}
+    if shared := sorted(set(own) & others):
+        raise ValueError(
+            f"groups: expected every proxy's heads on one of the {ranks} tensor-parallel ranks, got proxies {shared} "
+            f"with heads on several; regroup within runs of {num_heads} heads, or use num_proxies={ranks}"
+        )
+    place = {proxy: index for index, proxy in enumerate(sorted(set(own)))}
+    return dataclasses.replace(config, groups=tuple(place[proxy] for proxy in own))
+
+
+def _shape(model: PreTrainedModel) -> dict[str, Any]:
+    config: Any = model.config.get_text_config()
+    return {name: getattr(config, name, None) for name in _SHAPE}
+
+
+def _changes(config: ProxyConfig) -> dict[str, Any]:
+    """The fields that differ from their defaults."""
+    return {name: value for name in _FIELDS if (value := getattr(config, name)) != getattr(_DEFAULT, name)}
+
+
+def _read(path: Path, model: PreTrainedModel) -> dict[int, ProxyConfig]:
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"settings: cannot read {path}: {error.strerror}; pass the path of a JSON file") from error
+    except ValueError as error:
+        raise ValueError(f"settings: expected JSON in {path}, got {error}; write it with save_configuration") from error
+    if not isinstance(data, dict) or data.get("flexproxy") != 1 or not isinstance(data.get("layers"), dict):
+        raise ValueError(
+            f'settings: expected {{"flexproxy": 1, "model": ..., "layers": ...}} in {path}, got something else; write '
+            "it with save_configuration"
+        )
+    if data.get("model") != (shape := _shape(model)):
+        raise ValueError(
+            f"settings: expected a file for {shape}, got {path} for {data.get('model')}; calibrate this model, or "
+            "configure it with a ProxyConfig"
+        )
+    return {_layer(index, path): _config(fields, index, path) for index, fields in data["layers"].items()}
+
+
+def _layer(index: str, path: Path) -> int:
+    if not index.isdecimal():
+        raise ValueError(f'settings: expected layers by number in {path}, got {index!r}; write "0", "1" and so on')
+    return int(index)
+
+
+def _config(fields: Any, index: str, path: Path) -> ProxyConfig:
+    unknown = sorted(set(fields) - set(_FIELDS)) if isinstance(fields, dict) else [fields]
+    if unknown:
+        raise ValueError(
+            f"settings: expected fields of ProxyConfig for layer {index} in {path}, got {unknown}; use some of "
+            f"{', '.join(_FIELDS)}"
+        )
+    try:
+        return ProxyConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"settings: layer {index} in {path}: {error}") from error
+
+
+def _ranges(layers: Mapping[int, Any]) -> str:
+    """Layer indices in a few characters: ``0-3, 6``."""
+    indices = sorted(layers)
+    starts = [i for i in indices if i - 1 not in layers]
+    ends = [i for i in indices if i + 1 not in layers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

@@ -1,0 +1,116 @@
+"""The benchmark of prefills without a GPU: its gate, its cases, and a whole run of a tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+
+import transformers
+from torch.nn.attention import SDPBackend
+
+import flexproxy
+from benchmarks import bench_prefill, harness
+from benchmarks.harness import Row
+from flexproxy import ProxyConfig
+from flexproxy.integrations.transformers import attention as hf_attention
+from tests.transformers_models import interpreted
+
+if not hasattr(transformers.PreTrainedModel, "set_attn_implementation"):
+    pytest.skip("this transformers cannot switch the attention of a model", allow_module_level=True)
+
+
+def tiny_config(max_length: int) -> Any:
+    """The benchmark's configuration, with less of everything but heads."""
+    config = bench_prefill_config(max_length)
+    config.update({"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 64})
+    config.head_dim = 16
+    return config
+
+
+bench_prefill_config = bench_prefill.model_config
+
+
+def test_the_shape_is_that_of_the_8b_model() -> None:
+    config = bench_prefill.model_config(4096)
+    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    assert heads == (32, 8, 128)
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (4096, 14336, 32)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake_time(run: Callable[[], Any], **_: Any) -> Row:
+        run()
+        return harness.quantiles([1.0])
+
+    def fake_prefill(run: Callable[[], Any], repeats: int, warmup: int) -> Row:
+        run()
+        return harness.quantiles([float(warmup)] * repeats) | {"peak_mib": 1.0}
+
+    replacements: dict[str, Any] = {
+        "DEVICE": "cpu",
+        "DTYPE": torch.float32,
+        "SDPA": dict.fromkeys(bench_prefill.SDPA, SDPBackend.MATH),
+        "require_gpu": lambda: None,
+        "model_config": tiny_config,
+        "time_ms": fake_time,
+        "prefill_ms": fake_prefill,
+        "flex": lambda q, k, v, block_mask, options: q,
+    }
+    for name, value in replacements.items():
+        monkeypatch.setattr(bench_prefill, name, value)
+    monkeypatch.setattr(harness, "environment", lambda: {"gpu": "a GPU"})
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_prefill, "SLOW", 300)
+    monkeypatch.setattr(bench_prefill, "ONCE", 300)
+    monkeypatch.setattr(bench_prefill, "LONGEST_OF_FLASH", 300)
+    monkeypatch.setattr(bench_prefill, "check_correctness", lambda model: None)
+    arguments = ["--lengths", "600", "256", "--densities", "0.5", "0.3", "--at", "512", "--repeats", "3"]
+    with interpreted("cpu"):
+        bench_prefill.main(["--out", str(tmp_path / "prefill.json"), *arguments])
+    data = json.loads((tmp_path / "prefill.json").read_text())
+    assert data["complete"]
+    assert data["settings"]["transformers"] == transformers.__version__
+    layer, decode, *prefills = data["rows"]
+    assert layer["error"] is decode["error"] is None
+    assert (layer["added_to_call"], layer["added_to_parts"], decode["ratio"]) == (0.0, -0.5, 1.0)
+    seen = [(r["length"], r["contender"], r["density"], r["median_ms"], r["repeats"]) for r in prefills]
+    assert seen == [  # the time is the number of prefills before
+        (256, "SDPA cuDNN", None, 1.0, 3),
+        (256, "SDPA FlashAttention-2", None, 1.0, 3),
+        (256, "flexproxy", 0.5, 1.0, 3),
+        (256, "flexproxy", 0.3, 0.0, 3),  # compiled for this length already
+        (600, "SDPA cuDNN", None, 0.0, 1),
+        (600, "flexproxy", 0.5, 1.0, 1),
+        (600, "flexproxy", 0.3, 0.0, 1),
+    ]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lets a right layer pass, and stops one that attends to what it did not keep."""
+    monkeypatch.setattr(bench_prefill, "DTYPE", torch.bfloat16)
+    model = bench_prefill.make_model(tiny_config(2048))
+    with interpreted("cpu"):
+        bench_prefill.check_correctness(model, 1024)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, *, config: ProxyConfig, **arguments: Any) -> Tensor:
+        out: Tensor = attention(q, k, v, config=ProxyConfig(gamma=1.0), **arguments)
+        return out
+
+    attention = flexproxy.attention
+    monkeypatch.setattr(hf_attention.flexproxy, "attention", dense)  # type: ignore[attr-defined]
+    with interpreted("cpu"), pytest.raises(SystemExit, match="correctness gate failed: error"):
+        bench_prefill.check_correctness(model, 1024)
