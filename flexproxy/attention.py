@@ -20,8 +20,7 @@ from flexproxy._checks import (
     check_values,
 )
 from flexproxy.config import ProxyConfig
-from flexproxy.kernel_options import fit_to_mask, tiles_of
-from flexproxy.kernel_options import kernel_options as best_kernel_options
+from flexproxy.kernel_options import options_for, tiles_of
 from flexproxy.masks import MaskMod
 from flexproxy.pipeline import dense_block_mask, select_for
 from flexproxy.selection import Selection
@@ -113,7 +112,14 @@ def attention(
         check_memory(q, k, config, gradients)
         selection = select_for(q, k, mask_mod, block_mask, config, scale, gradients)
 
-    options = _options(q, k, kernel_options, config.block_size, mask_mod, block_mask, gradients)
+    if kernel_options is not None:
+        options = tiles_of(config.block_size, q.device.type) | kernel_options
+    else:
+        given = mask_mod if block_mask is None else block_mask.mask_mod
+        structure = None if given is None else masks.structure_of(given)
+        needs_gradients = gradients and torch.is_grad_enabled()
+        traced = torch.compiler.is_compiling()  # there the mask is that of build, see _run
+        options = options_for(q, k, structure, traced, score_mod is not None, config.block_size, needs_gradients)
     arguments: dict[str, Any] = {"score_mod": score_mod, "scale": scale, "enable_gqa": gqa, "kernel_options": options}
     if return_lse:
         arguments |= _compat.lse_arguments()
@@ -144,29 +150,6 @@ def _run(
     except _compat.NotCompiledError:  # eager flex_attention sees the function alone, and not the lists
         block_mask = block_mask if selection is None else selection.block_mask()
         return flex_attention(q, k, v, block_mask=block_mask, **arguments)
-
-
-def _options(
-    q: Tensor,
-    k: Tensor,
-    kernel_options: dict[str, Any] | None,
-    block_size: int,
-    mask_mod: MaskMod | None,
-    block_mask: BlockMask | None,
-    gradients: bool,
-) -> dict[str, Any]:
-    """The caller's options, or the fastest; with tiles that fit the blocks in any case."""
-    if kernel_options is not None:
-        return tiles_of(block_size, q.device.type) | kernel_options
-    if gradients and torch.is_grad_enabled():
-        return tiles_of(block_size, q.device.type)
-    given = block_mask.mask_mod if block_mask is not None else mask_mod
-    structure = None if given is None else masks.structure_of(given)
-    has_tables = structure is not None and (
-        structure.clauses is None or any(table.value.dim() > 0 for table in structure.tables)
-    )
-    lengths = q.shape[2], k.shape[2]
-    return fit_to_mask(best_kernel_options(q, k), block_size, q.device.type, has_tables, lengths)
 
 
 # Work of dense attention, in floating-point operations, that a GPU does while the host starts the kernels of a build.

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from flexproxy import _compat
 from flexproxy._checks import check_queries_and_keys
+from flexproxy.masks import Structure
 
-# Measured on an H200 at 128K tokens and 10 % of the blocks: see benchmarks/results/options.json.
+# Measured on an H200 at 128K tokens and 10 % of the blocks: `python -m benchmarks.bench_tiles` measures them.
 _COPY_ENGINE = {"USE_TMA": True, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
 
 
@@ -20,7 +21,8 @@ def kernel_options(q: Tensor, k: Tensor) -> dict[str, Any]:
     ``BACKEND="FLASH"`` where the package flash-attn-4 is importable and the shapes fit it; else Triton's kernel with
     the copy engine, and the largest tiles whose shared memory has room for a mask with a table, on Hopper GPUs; else
     what torch itself chooses. They are made for blocks of 128, and for inference: where gradients are needed, torch
-    chooses.
+    chooses. FLASH does not compile with a ``mask_mod`` that captures a tensor of shape [] (torch 2.11); give such
+    numbers the shape [B].
 
     Args:
         q: queries ``[B, Hq, Sq, D]``.
@@ -37,6 +39,50 @@ def kernel_options(q: Tensor, k: Tensor) -> dict[str, Any]:
     return dict(_COPY_ENGINE) if q.shape[3] <= 128 else {}
 
 
+def options_for(
+    q: Tensor,
+    k: Tensor,
+    mask: Structure | None,
+    membership: bool,
+    has_score_mod: bool,
+    block_size: int,
+    gradients: bool,
+) -> dict[str, Any]:
+    """``kernel_options`` for a certain mask of certain blocks, as ``attention`` runs it.
+
+    Args:
+        mask: what is known of the caller's mask; None is the default mask.
+        membership: the ``mask_mod`` looks up which blocks are kept.
+        has_score_mod: there is a ``score_mod``; what it captures is not known.
+        block_size: tiles must divide the blocks.
+        gradients: they are needed, also if neither q nor k requires them.
+    """
+    options = {} if gradients else kernel_options(q, k)
+    if block_size != 128 or not options:
+        return tiles_of(block_size, q.device.type)
+    tables = () if mask is None else mask.tables
+    known = mask is None or mask.clauses is not None
+    if "BACKEND" in options:
+        # Its compiler (torch 2.11) fails on numbers in tensors without a dimension, which unknown functions may hold.
+        if known and not has_score_mod and all(table.value.dim() for table in tables):
+            return options
+        options = dict(_COPY_ENGINE)
+    by_token = any(table.value.dim() > table.per_sequence for table in tables) or membership
+    if known and not has_score_mod and not by_token:
+        options["num_stages"] = 3  # without tables to look up, shared memory has room for one more
+    if q.shape[2] % 128 == 0 and k.shape[2] % 128 == 0:
+        # Said because torch does not see it where lengths are dynamic, and then has every index checked.
+        options["IS_DIVISIBLE"] = True
+    return options
+
+
+def tiles_of(block_size: int, device_type: str) -> dict[str, Any]:
+    """Tiles for blocks of less than 128, for which torch's own choice is too large; the last four: for gradients."""
+    if block_size >= 128 or device_type == "cpu":  # the CPU kernel has no such tiles
+        return {}
+    return dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), block_size)
+
+
 def _hopper_half_precision(q: Tensor) -> bool:
     """Other GPUs have not been measured: what fits one of them may fail to compile on another."""
     half = q.dtype in (torch.float16, torch.bfloat16)
@@ -45,32 +91,3 @@ def _hopper_half_precision(q: Tensor) -> bool:
 
 def _needs_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def fit_to_mask(
-    options: dict[str, Any], block_size: int, device_type: str, has_tables: bool, lengths: tuple[int, int]
-) -> dict[str, Any]:
-    """flexproxy's own options for a certain mask and certain lengths.
-
-    Args:
-        options: of ``kernel_options``.
-        block_size: tiles must divide the blocks.
-        has_tables: the ``mask_mod`` looks up tables, which takes shared memory.
-        lengths: Sq and Skv.
-    """
-    if device_type == "cpu":
-        return options
-    if block_size != 128:
-        return tiles_of(block_size, device_type)
-    if "USE_TMA" in options and not has_tables:
-        options = options | {"num_stages": 3}
-    # Said because torch does not see it where lengths are dynamic, and then has every index checked.
-    divisible = all(length % 128 == 0 for length in lengths)
-    return options | {"IS_DIVISIBLE": True} if divisible and "BACKEND" not in options else options
-
-
-def tiles_of(block_size: int, device_type: str) -> dict[str, Any]:
-    """Tiles for blocks of less than 128, for which torch's own choice is too large; the last four: for gradients."""
-    if block_size >= 128 or device_type == "cpu":  # the CPU kernel has no such tiles
-        return {}
-    return dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), block_size)

@@ -120,7 +120,8 @@ class ForwardMask:
                 f"{getattr(self._function, '__qualname__', self._function)}, which stays on {self.device}; put the "
                 'model on one device, or use attn_implementation="sdpa"'
             )
-        offset = _scalar(self._q_offset, device) - _scalar(self._kv_offset, device)
+        # For each sequence, though it is the same for all: BACKEND="FLASH" reads no tensor of shape [].
+        offset = (_scalar(self._q_offset, device) - _scalar(self._kv_offset, device)).repeat(self._batch)
         if self._padding is not None:
             padding = masks.padding(keys.look_up(self._padding, 0))
             if parts is None:
