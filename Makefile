@@ -10,7 +10,7 @@ ifeq ($(origin CXX),default)
 endif
 export CXX
 
-EXTRAS := dev,cli,transformers,plot
+EXTRAS := dev,cli,transformers,plot,triton
 PROJECT := pyproject.toml constraints.txt
 SOURCES := $(wildcard flexproxy tests benchmarks examples)
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile

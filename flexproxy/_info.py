@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 import flexproxy
+from flexproxy import implementations
 
 # Distribution: what is not to be had without it.
 _PACKAGES = {
     "torch": "everything",
     "einops": "everything",
-    "triton": "compiled attention on a GPU",
+    "triton": "compiled attention, and a fast estimate, on a GPU",
     "flash-attn-4": 'the option BACKEND="FLASH", the fastest on Hopper and newer GPUs',
     "transformers": "flexproxy demo",
     "safetensors": "flexproxy demo",
@@ -56,6 +57,7 @@ def _device(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "name": name,
         "memory_gib": memory,
         "dtype": str(dtype).removeprefix("torch."),
+        "estimate": implementations.automatic(device),
         "kernel_options": dict(flexproxy.kernel_options(q, k)),
     }
 

@@ -209,13 +209,13 @@ def info(
     console.print(table)
 
     shape = ", ".join(f"{name} {size}" for name, size in data["shape"].items())
-    table = Table(title=f"flex_attention options for {shape}")
-    for heading in ("device", "name", "memory", "dtype", "kernel options"):
+    table = Table(title=f"The estimate, and the options of flex_attention for {shape}")
+    for heading in ("device", "name", "memory", "estimate", "dtype", "kernel options"):
         table.add_column(heading)
     for entry in data["devices"]:
         memory = "" if entry["memory_gib"] is None else f"{entry['memory_gib']} GiB"
         options = ", ".join(f"{key}={value}" for key, value in entry["kernel_options"].items()) or "torch's own"
-        table.add_row(entry["device"], entry["name"], memory, entry["dtype"], options)
+        table.add_row(entry["device"], entry["name"], memory, entry["estimate"], entry["dtype"], options)
     console.print(table)
     if len(data["devices"]) == 1:
         console.print("No CUDA device: everything runs on the CPU.")

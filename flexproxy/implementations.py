@@ -59,6 +59,14 @@ def kernel_of(operator: str, x: Tensor) -> Callable[..., Any] | None:
     return _kernels()[operator]
 
 
+def automatic(device: torch.device) -> str:
+    """Which implementation "auto" is on a device, and why it is not the faster one, for people to read."""
+    if device.type != "cuda":
+        return "torch"
+    missing = _missing(device)
+    return "triton" if missing is None else f"torch, because {missing}"
+
+
 @functools.cache
 def _missing(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on a device; None if they can."""
