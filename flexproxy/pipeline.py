@@ -152,7 +152,7 @@ class _Mask(NamedTuple):
 
     mask_mod: MaskMod
     admissible: Admissible
-    offset: Tensor  # int64 [b], the position of query 0 among the keys
+    offset: Tensor  # integers [b], the position of query 0 among the keys
     sampled: SampledMask  # at every stride-th query and key
     probes: Tensor  # int64 [b, h, block_size], the last valid queries, -1 where there are fewer
     probed: SampledMask  # by clauses at every query and key, or by bits at the probes and every key
@@ -217,7 +217,7 @@ def _read_mask(
         sampled, probed = SampledMask(_sampled(clauses, config.stride), None), SampledMask(clauses, None)
     else:
         sampled, probed = SampledMask(None, bits), SampledMask(None, bits_at(mask_mod, probes.clamp(min=0), num_keys))
-    return _Mask(mask_mod, admissible, offset.reshape(-1).to(torch.int64), sampled, probes, probed)
+    return _Mask(mask_mod, admissible, offset.reshape(-1), sampled, probes, probed)
 
 
 def _sampled(clauses: ClauseStack, stride: int) -> ClauseStack:

@@ -27,7 +27,7 @@ def forced_blocks(
     example in a cache with free places behind: then the query stands in one of the last two blocks that it may see.
 
     Args:
-        offset: int64 ``[b]``, the position of query 0 among the keys.
+        offset: integers ``[b]``, the position of query 0 among the keys.
         end: int32 ``[b, p, Nq]``, one more than the last admissible block of each row; 0 where there is none.
     """
     block = torch.arange(num_k_blocks, device=offset.device)
