@@ -16,7 +16,7 @@ SOURCES := $(wildcard flexproxy tests benchmarks examples)
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-oldest test-newest test-gpu bench plots toolchain clean
+.PHONY: help demo test lint format test-oldest test-newest test-gpu bench plots docs toolchain clean
 
 help:
 	@echo "make demo         set up .venv, then prefill a real text with a small trained model, dense and with flexproxy"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-gpu     run the GPU tests with the python3 at hand and the torch that it brings; installs nothing"
 	@echo "make bench        run the benchmarks on this GPU, with the python3 at hand; ARGS=--quick for a short look"
 	@echo "make plots        draw the plots of the benchmarks from benchmarks/results, with the python3 at hand"
+	@echo "make docs         build the documentation into site/; warnings are errors"
 	@echo "make clean        remove the environments and caches"
 
 demo: toolchain .venv/.stamp
@@ -65,6 +66,9 @@ bench:
 plots:
 	$(PYTHON) -m benchmarks.plots
 
+docs: .venv-docs/.stamp
+	.venv-docs/bin/mkdocs build --strict
+
 # What no package can bring: said here, before minutes of installation.
 toolchain:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
@@ -91,6 +95,11 @@ toolchain:
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
 	touch $@
 
+.venv-docs/.stamp: $(PROJECT)
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check "mkdocs-material" "mkdocstrings[python]"
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .venv-docs site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
