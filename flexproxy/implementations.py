@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from importlib.util import find_spec
@@ -47,16 +48,14 @@ def use(name: Name) -> Iterator[None]:
 def kernel_of(operator: str, x: Tensor) -> Callable[..., Any] | None:
     """The Triton kernel's launcher that carries out an operator on the device of ``x``; None for PyTorch."""
     name = _chosen.get()
-    if name == "torch":
+    if name == "torch" or (name == "auto" and not x.is_cuda):
         return None
     missing = _missing(x.device)
-    if missing is not None:
-        if name == "triton":
-            raise RuntimeError(f"implementation: 'triton' was asked for, but {missing}; use 'auto' or 'torch'")
-        return None
-    if name == "auto" and x.device.type != "cuda":
-        return None
-    return _kernels()[operator]
+    if missing is None:
+        return _kernels()[operator]
+    if name == "triton":
+        raise RuntimeError(f"implementation: 'triton' was asked for, but {missing}; use 'auto' or 'torch'")
+    return None
 
 
 def automatic(device: torch.device) -> str:
@@ -73,7 +72,7 @@ def _missing(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed (pip install 'flexproxy[triton]')"
     if device.type != "cuda":
-        interpreted = importlib.import_module("triton").knobs.runtime.interpret
+        interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")  # as triton reads it
         return None if interpreted else f"the tensors are on {device}, and TRITON_INTERPRET is not set"
     if _compat.IS_ROCM:
         return "on AMD GPUs the kernels have not been tried"
