@@ -311,14 +311,14 @@ def test_membership_is_the_block_map(device: str) -> None:
 
 
 def test_membership_refuses_what_32_bits_cannot_address() -> None:
-    """Compiled kernels address the map with 32 bits: 2**31 block pairs are refused, one head fewer is not."""
+    """Compiled kernels address the map with 32 bits: 2**31 block pairs (32 heads, 1M tokens) are the most that fit."""
     with pytest.raises(ValueError) as caught:
-        membership(torch.empty(1, 32, 8192, 8192, dtype=torch.bool, device="meta"), 128)
+        membership(torch.empty(1, 32, 8192, 8193, dtype=torch.bool, device="meta"), 128)
     assert str(caught.value) == (
-        "block_size: expected fewer than 2**31 block pairs in all, got [1, 32, 8192, 8192] = 2147483648 with blocks of "
+        "block_size: expected at most 2**31 block pairs in all, got [1, 32, 8192, 8193] = 2147745792 with blocks of "
         "128; use a larger block_size, or fewer sequences a call"
     )
-    member = membership(torch.empty(1, 31, 8192, 8192, dtype=torch.bool, device="meta"), 128)
+    member = membership(torch.empty(1, 32, 8192, 8192, dtype=torch.bool, device="meta"), 128)
     index = torch.zeros(3, dtype=torch.int64, device="meta")
     assert member(index, index, index, index).shape == (3,)
 
