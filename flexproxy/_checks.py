@@ -246,23 +246,28 @@ def _check_block_mask(block_mask: Any, q: Tensor, k: Tensor, block_size: int) ->
             f"{' x '.join(map(str, block_mask.BLOCK_SIZE))}; make it with BLOCK_SIZE={block_size}, or set "
             "ProxyConfig(block_size=...)"
         )
+    check_fit("block_mask", block_mask, q, k)
+
+
+def check_fit(name: str, block_mask: BlockMask, q: Tensor, k: Tensor) -> None:
+    """Check that a mask, of any block size, is one for q and k."""
     lengths, wanted = seq_lengths_of(block_mask), (q.shape[2], k.shape[2])
     if lengths is None:  # this torch keeps only the numbers of blocks
         rows, columns = block_mask.kv_indices.shape[-2:]
-        lengths = rows * block_size, columns * block_size
-        wanted = -(-wanted[0] // block_size) * block_size, -(-wanted[1] // block_size) * block_size
+        q_size, k_size = block_mask.BLOCK_SIZE
+        lengths = rows * q_size, columns * k_size
+        wanted = -(-wanted[0] // q_size) * q_size, -(-wanted[1] // k_size) * k_size
     if lengths != wanted:
         raise ValueError(
-            f"block_mask: expected a mask for Sq, Skv = {wanted}, got one for {lengths}; make it for these lengths"
+            f"{name}: expected a mask for Sq, Skv = {wanted}, got one for {lengths}; make it for these lengths"
         )
-    for dim, (name, size) in enumerate((("batch", q.shape[0]), ("head", q.shape[1]))):
+    for dim, (what, size) in enumerate((("batch", q.shape[0]), ("head", q.shape[1]))):
         if block_mask.kv_indices.shape[dim] not in (1, size):
             raise ValueError(
-                f"block_mask: expected a {name} dimension of 1 or {size}, got {block_mask.kv_indices.shape[dim]}; "
+                f"{name}: expected a {what} dimension of 1 or {size}, got {block_mask.kv_indices.shape[dim]}; "
                 "the kernels read any other wrongly"
             )
     if block_mask.kv_indices.device != q.device:
         raise ValueError(
-            f"block_mask: expected a mask on {q.device}, as q, got {block_mask.kv_indices.device}; "
-            "move it with .to(device)"
+            f"{name}: expected a mask on {q.device}, as q, got {block_mask.kv_indices.device}; move it with .to(device)"
         )

@@ -106,6 +106,7 @@ def select_for(
         count=count,
         proxy_of=proxy_of,
         _admissible=mask.admissible,
+        _forced=forced_count,
         _mask_mod=mask.mask_mod,
         _block_size=config.block_size,
         _seq_lengths=(q.shape[2], k.shape[2]),
@@ -140,11 +141,16 @@ def dense_block_mask(
     q: Tensor, k: Tensor, mask_mod: MaskMod | None, block_size: int, compute_q_blocks: bool
 ) -> BlockMask:
     """The BlockMask that keeps every admissible block."""
-    mask_mod = _causal_at_end(q, k) if mask_mod is None else mask_mod
-    # No samples are needed: one token of each block is as few as there can be.
-    admissible = _classify(mask_mod, q, k, block_size, block_size, None).admissible
+    mask_mod, admissible = classify(q, k, mask_mod, block_size)
     lengths = q.shape[2], k.shape[2]
     return compile_block_mask(admissible.any, admissible.full, mask_mod, block_size, lengths, compute_q_blocks)
+
+
+def classify(q: Tensor, k: Tensor, mask_mod: MaskMod | None, block_size: int) -> tuple[MaskMod, Admissible]:
+    """The mask, which is causal where none is given, and what it admits."""
+    mask_mod = causal_at_end(q, k) if mask_mod is None else mask_mod
+    # No samples are needed: one token of each block is as few as there can be.
+    return mask_mod, _classify(mask_mod, q, k, block_size, block_size, None).admissible
 
 
 class _Mask(NamedTuple):
@@ -164,7 +170,8 @@ class _Classified(NamedTuple):
     bits: Tensor | None
 
 
-def _causal_at_end(q: Tensor, k: Tensor) -> MaskMod:
+def causal_at_end(q: Tensor, k: Tensor) -> MaskMod:
+    """The mask where none is given: query i sits at position i + Skv - Sq."""
     # The offset is a tensor, so that a new length does not recompile a kernel.
     offset = torch.full((q.shape[0],), k.shape[2] - q.shape[2], dtype=torch.int32, device=q.device)
     return masks.shift(masks.causal, offset)
@@ -203,7 +210,7 @@ def _read_mask(
     if block_mask is not None:
         mask_mod = block_mask.mask_mod
     elif mask_mod is None:
-        mask_mod = _causal_at_end(q, k)
+        mask_mod = causal_at_end(q, k)
     admissible, clauses, bits = _classify(mask_mod, q, k, size, config.stride, groups)
     if block_mask is not None:
         some, full = dense_maps(block_mask, num_q_blocks, num_k_blocks)

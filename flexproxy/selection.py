@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from flexproxy._ops import opaque
 from flexproxy.admissible import Admissible
 from flexproxy.block_mask import Lists, block_lists, of_lists
 from flexproxy.masks import MaskMod
+
+if TYPE_CHECKING:
+    from flexproxy.summary import Summary
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +32,7 @@ class Selection:
     count: Tensor
     proxy_of: Tensor
     _admissible: Admissible = field(repr=False)
+    _forced: Tensor = field(repr=False)  # int32 [b, 1 or Hq], the most forced blocks of a row
     _mask_mod: MaskMod = field(repr=False)
     _block_size: int = field(repr=False)
     _seq_lengths: tuple[int, int] = field(repr=False)
@@ -42,6 +47,15 @@ class Selection:
         kept = self.block_map().sum((-2, -1))
         admissible = self._admissible.any.sum((-2, -1)).expand_as(kept)
         return torch.where(admissible > 0, kept / admissible.clamp(min=1), 1.0).to(torch.float32)
+
+    def summary(self) -> Summary:
+        """Densities, budgets, forced blocks and dense rows of every head, in numbers; ``print`` it for a table.
+
+        It waits for the device: call it to look at a selection, not on the way to a mask.
+        """
+        from flexproxy.summary import summarize
+
+        return summarize(self)
 
     def mask_mod(self) -> MaskMod:
         """Membership alone, ``mask_mod(b, h, q_idx, kv_idx)``, for ``and_masks`` and ``create_block_mask``.

@@ -1,0 +1,106 @@
+"""A selection in numbers: what ``Selection.summary()`` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flexproxy.selection import Selection
+
+PerHead = tuple[tuple[float, ...], ...]
+PerHeadCount = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What every head keeps, in numbers; ``str`` of it is a table. Nested tuples are ``[B][Hq]``.
+
+    Attributes:
+        batch, num_q_heads, num_proxies: B, Hq, P.
+        num_queries, num_keys: Sq, Skv, in tokens.
+        num_q_blocks, num_k_blocks: Nq, Nk.
+        block_size: tokens per block.
+        density: kept blocks / admissible blocks; 1 where no block is admissible.
+        count: blocks that every row keeps, where so many are admissible.
+        budget: the same in tokens, at most Skv.
+        forced: the most forced blocks of a row; they are part of the count.
+        dense_rows: rows of blocks that keep all that is admissible, and at least one block.
+        rows: rows of blocks with an admissible block.
+    """
+
+    batch: int
+    num_q_heads: int
+    num_proxies: int
+    num_queries: int
+    num_keys: int
+    num_q_blocks: int
+    num_k_blocks: int
+    block_size: int
+    density: PerHead
+    count: PerHeadCount
+    budget: PerHeadCount
+    forced: PerHeadCount
+    dense_rows: PerHeadCount
+    rows: PerHeadCount
+
+    def as_dict(self) -> dict[str, Any]:
+        """The summary as plain numbers and lists, for JSON."""
+        return {name: _as_lists(value) for name, value in asdict(self).items()}
+
+    def __str__(self) -> str:
+        sequences = "1 sequence" if self.batch == 1 else f"{self.batch} sequences"
+        proxies = "1 proxy" if self.num_proxies == 1 else f"{self.num_proxies} proxies"
+        lines = [
+            f"Selection: {sequences}, {self.num_q_heads} query heads, {proxies}; {self.num_queries} queries, "
+            f"{self.num_keys} keys; {self.num_q_blocks} x {self.num_k_blocks} blocks of {self.block_size} tokens",
+            f"{'over heads and sequences':<30}{'min':>10}{'mean':>10}{'max':>10}",
+            _row("density (kept / admissible)", self.density, ".3f"),
+            _row("count (blocks a row)", self.count, "d"),
+            _row("budget (tokens a row)", self.budget, "d"),
+            _row("forced (blocks a row, at most)", self.forced, "d"),
+            _row("rows kept dense (of blocks)", self.dense_rows, "d"),
+            _row("rows in all (of blocks)", self.rows, "d"),
+        ]
+        return "\n".join(lines)
+
+
+def summarize(selection: Selection) -> Summary:
+    """The numbers of a selection; reads them back from its device."""
+    kept = selection.block_map()
+    batch, num_q_heads, num_q_blocks, num_k_blocks = kept.shape
+    admissible = selection._admissible.any
+    num_queries, num_keys = selection._seq_lengths
+    some = admissible.any(-1).expand(kept.shape[:3])
+    dense = some & (kept == admissible).all(-1)
+    return Summary(
+        batch=batch,
+        num_q_heads=num_q_heads,
+        num_proxies=selection.rank.shape[1],
+        num_queries=num_queries,
+        num_keys=num_keys,
+        num_q_blocks=num_q_blocks,
+        num_k_blocks=num_k_blocks,
+        block_size=selection._block_size,
+        density=_as_tuples(selection.density().tolist()),
+        count=_as_tuples(selection.count.tolist()),
+        budget=_as_tuples((selection.count * selection._block_size).clamp(max=num_keys).tolist()),
+        forced=_as_tuples(selection._forced.expand(batch, num_q_heads).tolist()),
+        dense_rows=_as_tuples(dense.sum(-1).tolist()),
+        rows=_as_tuples(some.sum(-1).tolist()),
+    )
+
+
+def _row(name: str, values: Sequence[Sequence[float]], form: str) -> str:
+    flat = [value for heads in values for value in heads]
+    mean = f"{sum(flat) / len(flat):.3f}" if form == ".3f" else f"{sum(flat) / len(flat):.1f}"
+    return f"{name:<30}{min(flat):>10{form}}{mean:>10}{max(flat):>10{form}}"
+
+
+def _as_tuples(values: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(tuple(heads) for heads in values)
+
+
+def _as_lists(value: Any) -> Any:
+    return [list(heads) for heads in value] if isinstance(value, tuple) else value
