@@ -119,6 +119,26 @@ def flexprefill_spec(q: Tensor, k: Tensor, gamma: float, tau: float, min_blocks:
     return kept.tril()
 
 
+def prism_spec(q: Tensor, k: Tensor, p: float, high: int, low: int, mistake: bool) -> Tensor:
+    num_blocks = -(-q.shape[0] // SIZE)
+    pooled_q, pooled_k = (torch.stack([block.mean(0) for block in x.split(SIZE)]) for x in (q, k))
+    by_frequency = [i for pair in range(DIM // 2) for i in (pair, pair + DIM // 2)]
+    if mistake:
+        by_frequency = list(range(DIM))  # as if neighbours were turned together
+
+    def rms(x: Tensor) -> float:
+        return math.sqrt(float((x**2).sum(1).mean()) / x.shape[1])
+
+    kept = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
+    for band in (by_frequency[:high], by_frequency[-low:]):
+        band_q, band_k = pooled_q[:, band], pooled_k[:, band]
+        tau = math.sqrt(len(band) / DIM) * (rms(band_q) / rms(pooled_q)) * (rms(band_k) / rms(pooled_k))
+        for i in range(num_blocks):
+            probability = (band_k[: i + 1] @ band_q[i] / (tau * math.sqrt(len(band)))).softmax(0)
+            kept[i, sorted(greedy(probability.tolist(), p, set()) | {0, i})] = True
+    return kept
+
+
 def budget_spec(q: Tensor, k: Tensor, gamma: float, min_blocks: int) -> int:
     """The fewest blocks that hold gamma of the attention of the last queries, and at least some."""
     length, rows = q.shape[0], min(SIZE, q.shape[0])

@@ -14,6 +14,7 @@ from benchmarks.baselines import (
     mean_pooled,
     oracle,
     oracle_per_row,
+    prism,
     sink_recent,
     xattention,
 )
@@ -28,6 +29,7 @@ from tests.baseline_specs import (
     inputs,
     mean_pooled_spec,
     per_row_spec,
+    prism_spec,
     ranked_spec,
     sink_recent_spec,
     xattention_spec,
@@ -72,6 +74,17 @@ def test_flexprefill_equals_its_specification(length: int, gamma: float, tau: fl
 
 
 @pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("p", [0.2, 0.6, 0.9])
+@pytest.mark.parametrize(("high", "low"), [(16, 24), (8, 24), (32, 2)])
+def test_prism_equals_its_specification(length: int, p: float, high: int, low: int) -> None:
+    q, k = inputs(length)
+    q, k = 4 * q, 4 * k  # means of noise are small
+    kept = prism(q, k, p, high, low, block_size=SIZE)
+    for b, h, q_head, k_head in heads_of(q, k):
+        assert torch.equal(kept[b, h], prism_spec(q_head, k_head, p, high, low, mistake=False))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("gamma", "min_blocks"), [(0.4, 0), (0.8, 0), (0.4, 3), (1.0, 0)])
 @pytest.mark.parametrize("ranking", RANKINGS)
 def test_rankings_with_budgets_equal_their_specifications(
@@ -94,7 +107,10 @@ def test_the_oracle_per_row_equals_its_specification(length: int, coverage: floa
 
 
 def test_the_specifications_see_mistakes() -> None:
-    """Diagonals for antidiagonals, blocks that look ahead, a band without its second diagonal: each would be found."""
+    """Each would be found.
+
+    Diagonals for antidiagonals, blocks that look ahead, a band without its second diagonal, bands of other dimensions.
+    """
     q, k = inputs(160)
     b, h, q_head, k_head = next(heads_of(q, k))
     assert not torch.equal(
@@ -106,6 +122,8 @@ def test_the_specifications_see_mistakes() -> None:
     assert not torch.equal(
         flexprefill(q, k, 0.5, 0.0, 0, SIZE)[b, h], flexprefill_spec(q_head, k_head, 0.5, 0.0, 0, mistake=True)
     )
+    kept, wrong = prism(q, k, 0.5, block_size=SIZE)[b, h], prism_spec(q_head, k_head, 0.5, 16, 24, mistake=True)
+    assert not torch.equal(kept, wrong)
 
 
 def test_flexprefill_heads_choose_differently() -> None:

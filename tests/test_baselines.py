@@ -7,18 +7,28 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import flexproxy
 from benchmarks import baselines
-from benchmarks.baselines import METHODS, REFERENCES, blocks, flashprefill, random_blocks, sink_recent, xattention
+from benchmarks.baselines import (
+    METHODS,
+    REFERENCES,
+    blocks,
+    flashprefill,
+    prism,
+    random_blocks,
+    sink_recent,
+    xattention,
+)
 from benchmarks.baselines.oracle import block_mass
 from benchmarks.baselines.xattention import antidiagonal_scores
 from benchmarks.contenders import causal_block_mask
 from flexproxy import ProxyConfig, masks
 from tests.accuracy import assert_accurate
-from tests.baseline_specs import LENGTHS, SIZE, inputs
+from tests.baseline_specs import DIM, LENGTHS, SIZE, inputs
 from tests.lists import full_blocks, partial_blocks
 
 EVERY = METHODS | REFERENCES
@@ -35,6 +45,7 @@ def select(name: str, q: Tensor, k: Tensor, threshold: float, min_budget: int = 
         "XAttention": {"stride": 4},
         "FlexPrefill": {"min_budget": 0},
         "FlashPrefill": {"sink_blocks": 0, "local_blocks": 1, "last_rows": 0},
+        "Prism": {},
     }
     method: Any = EVERY[name].select
     kept: Tensor = method(q, k, threshold, block_size=SIZE, **settings.get(name, {"min_budget": min_budget}))
@@ -113,7 +124,7 @@ def test_a_hot_key_is_found(name: str, token: int) -> None:
 
 def slash(distance: int, length: int = 160) -> tuple[Tensor, Tensor]:
     """Every query looks at the key that is ``distance`` tokens before it, and at no other."""
-    direction = 40 * torch.eye(length + distance)[None, None]
+    direction = F.pad(40 * torch.eye(length + distance), (0, -(length + distance) % 8))[None, None]
     return direction[:, :, :length], direction[:, :, distance:]
 
 
@@ -146,6 +157,44 @@ def test_a_hot_pair_on_an_antidiagonal_is_found() -> None:
         q[0, 0, row, 0] = k[0, 0, column, 0] = 20.0
         kept = xattention(q, k, 0.3, stride=4, block_size=SIZE)
         assert bool(kept[0, 0, row // SIZE, column // SIZE]) == found, (row, column)
+
+
+def rotated(x: Tensor, base: float = 10000.0) -> Tensor:
+    """x ``[B, H, S, D]`` after RoPE, dimension i turned together with i + D / 2."""
+    half = x.shape[3] // 2
+    angle = torch.arange(x.shape[2])[:, None] * base ** (-torch.arange(half) / half)
+    first, second = x[..., :half], x[..., half:]
+    turned = (first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos())
+    return torch.cat(turned, -1)
+
+
+def test_prism_sees_a_position_that_pooling_all_dimensions_does_not() -> None:
+    """Queries look 64 tokens back by the quick dimensions alone; the slow ones carry unrelated content."""
+    generator = torch.Generator().manual_seed(0)
+    content = torch.randn(1, 1, 10, DIM, generator=generator).repeat_interleave(SIZE, 2)
+    quick = torch.arange(DIM) % (DIM // 2) < DIM // 4
+    content = torch.where(quick, 0.0, 3.0 * content)
+    place = rotated(torch.where(quick, 3.0, 0.0).expand(1, 1, 160 + 4 * SIZE, DIM))
+    q, k = content + place[:, :, :160], content.flip(2) + place[:, :, 4 * SIZE :]
+    row = torch.arange(5, 10)  # row 4 would look at the first block, which is always kept
+    seen = prism(q, k, 0.2, low=2, block_size=SIZE)[0, 0, row, row - 4]
+    unseen = prism(q, k, 0.2, high=DIM, low=DIM, block_size=SIZE)[0, 0, row, row - 4]
+    assert bool(seen.all())
+    assert not bool(unseen.any())
+
+
+def test_prism_takes_neighbours_where_rope_does() -> None:
+    q, k = inputs(160)
+    q_neighbours, k_neighbours = (x.unflatten(-1, (2, -1)).mT.flatten(3) for x in (q, k))
+    kept = prism(q, k, 0.6, block_size=SIZE)
+    assert torch.equal(prism(q_neighbours, k_neighbours, 0.6, interleaved=True, block_size=SIZE), kept)
+    assert not torch.equal(prism(q_neighbours, k_neighbours, 0.6, block_size=SIZE), kept)
+
+
+def test_prism_without_energy_in_a_band_keeps_equals_in_order() -> None:
+    q, k = (torch.zeros(1, 1, 160, DIM) for _ in range(2))
+    kept = prism(q, k, 0.5, block_size=SIZE)[0, 0]
+    assert kept[9].tolist() == [True] * 5 + [False] * 4 + [True]
 
 
 def test_smallest_cover() -> None:
@@ -277,3 +326,6 @@ def test_errors(name: str) -> None:
             method(q, wrong, 0.5)
     with pytest.raises(ValueError, match="stride: expected"):
         xattention(q, k, 0.5, stride=7)
+    for high, low in ((15, 24), (16, 0), (16, 34)):
+        with pytest.raises(ValueError, match="expected an even number of dimensions"):
+            prism(q, k, 0.5, high, low)

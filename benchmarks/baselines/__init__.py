@@ -17,6 +17,7 @@ from benchmarks.baselines.flashprefill import flashprefill
 from benchmarks.baselines.flexprefill import flexprefill
 from benchmarks.baselines.mean_pooled import mean_pooled
 from benchmarks.baselines.oracle import oracle, oracle_per_row
+from benchmarks.baselines.prism import prism
 from benchmarks.baselines.random_blocks import random_blocks
 from benchmarks.baselines.sink_recent import sink_recent
 from benchmarks.baselines.xattention import xattention
@@ -31,6 +32,7 @@ __all__ = [
     "mean_pooled",
     "oracle",
     "oracle_per_row",
+    "prism",
     "random_blocks",
     "sink_recent",
     "threshold_for_density",
@@ -50,6 +52,7 @@ METHODS = {
     "XAttention": Method(xattention, True),
     "FlexPrefill": Method(flexprefill, True),
     "FlashPrefill": Method(flashprefill, False),
+    "Prism": Method(prism, True),
 }
 
 REFERENCES = {
