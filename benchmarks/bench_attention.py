@@ -12,8 +12,8 @@ Columns of a row, one for each thing that was timed:
   (``flexproxy.attention``, which is both; where it would stay dense, it is made to be sparse)
 - contender "flexproxy, short"; part "total": ``flexproxy.attention`` of short prompts with the default configuration,
   which should be dense (target_density None), and once with min_budget 512 at a density of 0.2
-- contender "XAttention", "FlexPrefill", "FlashPrefill" (our readings, benchmarks/baselines); part "map" (their choice
-  of blocks), "lists" (to the BlockMask, by flexproxy's code), "sparse" (on flexproxy's kernel)
+- contender "XAttention", "FlexPrefill", "FlashPrefill", "Prism" (our readings, benchmarks/baselines); part "map"
+  (their choice of blocks), "lists" (to the BlockMask, by flexproxy's code), "sparse" (on flexproxy's kernel)
 - kernel: "default" (flexproxy's choice), "triton" (its choice without flash-attn-4, where that is installed), of what
   runs flex_attention; kernel_options: the options for the mask of ``build``, as text
 - target_density, density: kept / admissible blocks, wanted and reached; min_budget (tokens), of flexproxy;

@@ -1,213 +1,61 @@
-"""The peers' selections: against dense specifications in double precision, and by the properties of their papers."""
+"""The selections of benchmarks/baselines by the properties of their papers, and the BlockMask made of them."""
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import flexproxy
 from benchmarks import baselines
-from benchmarks.baselines import METHODS, blocks, flashprefill, flexprefill, xattention
+from benchmarks.baselines import (
+    METHODS,
+    REFERENCES,
+    blocks,
+    flashprefill,
+    prism,
+    random_blocks,
+    sink_recent,
+    xattention,
+)
+from benchmarks.baselines.oracle import block_mass
 from benchmarks.baselines.xattention import antidiagonal_scores
 from benchmarks.contenders import causal_block_mask
 from flexproxy import ProxyConfig, masks
 from tests.accuracy import assert_accurate
+from tests.baseline_specs import DIM, LENGTHS, SIZE, inputs
 from tests.lists import full_blocks, partial_blocks
 
-SIZE, DIM = 16, 32
-LENGTHS = (1, 15, 16, 100, 127, 160)
-NAMES = sorted(METHODS)
+EVERY = METHODS | REFERENCES
+PEERS, NAMES = sorted(METHODS), sorted(EVERY)
+SEEING = [name for name in NAMES if name not in ("random", "sink + recent")]  # which look at queries and keys
 
 
-def select(name: str, q: Tensor, k: Tensor, threshold: float) -> Tensor:
-    """A method with small blocks, and without what its paper keeps regardless of scores where that can be left away."""
+def select(name: str, q: Tensor, k: Tensor, threshold: float, min_budget: int = 0) -> Tensor:
+    """A method with small blocks, and without what its paper keeps regardless of scores where that can be left away.
+
+    min_budget: tokens, of the references only.
+    """
     settings: dict[str, dict[str, Any]] = {
         "XAttention": {"stride": 4},
         "FlexPrefill": {"min_budget": 0},
         "FlashPrefill": {"sink_blocks": 0, "local_blocks": 1, "last_rows": 0},
+        "Prism": {},
     }
-    method: Any = METHODS[name].select
-    kept: Tensor = method(q, k, threshold, block_size=SIZE, **settings[name])
+    method: Any = EVERY[name].select
+    kept: Tensor = method(q, k, threshold, block_size=SIZE, **settings.get(name, {"min_budget": min_budget}))
     return kept
-
-
-def inputs(length: int, seed: int = 0, batch: int = 2, heads: int = 4, kv_heads: int = 2) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1000 * seed + length)
-    q = torch.randn(batch, heads, length, DIM, generator=generator)
-    return 2 * q, 2 * torch.randn(batch, kv_heads, length, DIM, generator=generator)
 
 
 def looser(name: str) -> list[float]:
     """Thresholds, each of which keeps at least what the one before keeps; the last keeps everything."""
     thresholds = [0.05, 0.3, 0.6, 0.9, 0.99, 1.0]
-    return thresholds if METHODS[name].increasing else [1 - x for x in thresholds]
-
-
-# Specifications: one head, double precision, loops. ``mistake`` plants an error that the comparison must see.
-
-
-def heads_of(q: Tensor, k: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            yield b, h, q[b, h].double(), k[b, h * k.shape[1] // q.shape[1]].double()
-
-
-def greedy(mass: list[float], fraction: float, forced: set[int]) -> set[int]:
-    """The fewest entries that hold a fraction of the mass; forced ones first, equals by index."""
-    if fraction >= 1:
-        return set(range(len(mass)))
-    order = sorted(range(len(mass)), key=lambda j: (j not in forced, -mass[j], j))
-    kept, total = set(forced), sum(mass)
-    for n, j in enumerate(order):
-        if sum(mass[i] for i in order[:n]) < fraction * total:
-            kept.add(j)
-    return kept
-
-
-def xattention_spec(q: Tensor, k: Tensor, threshold: float, stride: int, mistake: bool) -> Tensor:
-    length = q.shape[0]
-    windows, num_blocks, cell = -(-length // stride), -(-length // SIZE), SIZE // stride
-    score = torch.full((windows, windows), -math.inf, dtype=torch.float64)
-    for i in range(windows):
-        for j in range(i + 1):
-            total = 0.0
-            for t in range(stride):
-                row, column = i * stride + (t if mistake else stride - 1 - t), j * stride + t
-                if row < length and column < length:
-                    total += float(q[row] @ k[column])
-            score[i, j] = total / (math.sqrt(DIM) * stride)
-    probability = score.softmax(-1)
-    kept = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
-    for i in range(num_blocks):
-        rows = probability[i * cell : (i + 1) * cell]
-        mass = [float(rows[:, j * cell : (j + 1) * cell].sum()) for j in range(num_blocks)]
-        kept[i, sorted(greedy(mass, threshold, {0, i}))] = True
-    return kept.tril()
-
-
-def flashprefill_spec(q: Tensor, k: Tensor, alpha: float, sink: int, local: int, last: int, mistake: bool) -> Tensor:
-    length = q.shape[0]
-    num_blocks = -(-length // SIZE)
-    mean = [k[j * SIZE : (j + 1) * SIZE].mean(0) for j in range(num_blocks)]
-    kept = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
-    for i in range(num_blocks):
-        score = [0.0] * num_blocks
-        for position in range(i * SIZE, min((i + 1) * SIZE, length)):
-            for j in range(num_blocks):
-                if (j + (0 if mistake else 1)) * SIZE - 1 <= position:
-                    score[j] += math.exp(float(q[position] @ mean[j]) / math.sqrt(DIM))
-        score = [x / (sum(score) or 1.0) for x in score]  # equation 2
-        for j in range(i + 1):
-            always = j < sink or i - j < local or i >= num_blocks - last
-            kept[i, j] = always or score[j] >= alpha * max(score)
-    return kept
-
-
-def flexprefill_spec(q: Tensor, k: Tensor, gamma: float, tau: float, min_blocks: int, mistake: bool) -> Tensor:
-    length = q.shape[0]
-    num_blocks, rows = -(-length // SIZE), min(SIZE, length)
-    columns, bands = [0.0] * num_blocks, [0.0] * num_blocks
-    for position in range(length - rows, length):
-        probability = (k[: position + 1] @ q[position] / math.sqrt(DIM)).softmax(0)
-        for key in range(position + 1):
-            columns[key // SIZE] += float(probability[key]) / rows
-            bands[(position - key) // SIZE] += float(probability[key]) / rows
-    mean_q = [q[i * SIZE : (i + 1) * SIZE].mean(0) for i in range(num_blocks)]
-    mean_k = torch.stack([k[j * SIZE : (j + 1) * SIZE].mean(0) for j in range(num_blocks)])
-    estimate = (mean_k @ q[-rows:].mean(0) / math.sqrt(DIM)).softmax(0).tolist()
-    divergence = sum(
-        0.5 * x * math.log(x / ((x + y) / 2)) + 0.5 * (y * math.log(y / ((x + y) / 2)) if y else 0.0)
-        for x, y in zip(estimate, columns, strict=True)
-    )
-    query_aware = math.sqrt(max(divergence, 0.0)) < tau
-
-    def lines(mass: list[float]) -> set[int]:
-        lifted = [math.inf if j == 0 else mass[j] for j in range(num_blocks)]
-        heaviest = sorted(range(num_blocks), key=lambda j: (-lifted[j], j))[:min_blocks]
-        return greedy(mass, 0.0 if query_aware else gamma, {0}) | set(heaviest)
-
-    vertical, band = lines(columns), lines(bands)
-    kept = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
-    for position in range(length):
-        for key in range(position + 1):
-            distance = (position - key) // SIZE if not mistake else position // SIZE - key // SIZE
-            kept[position // SIZE, key // SIZE] |= key // SIZE in vertical or distance in band
-    if query_aware:
-        pairs = [(i, j) for i in range(num_blocks) for j in range(num_blocks)]
-        mass = []
-        for i in range(num_blocks):
-            row = (mean_k[: i + 1] @ mean_q[i] / math.sqrt(DIM)).softmax(0).tolist()
-            mass += row + [0.0] * (num_blocks - i - 1)
-        forced = {n for n, (i, j) in enumerate(pairs) if j in (0, i)}
-        for n in greedy(mass, gamma, forced):
-            kept[pairs[n]] = True
-    return kept.tril()
-
-
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.8, 0.95])
-def test_xattention_equals_its_specification(length: int, threshold: float) -> None:
-    q, k = inputs(length)
-    kept = xattention(q, k, threshold, stride=4, block_size=SIZE)
-    for b, h, q_head, k_head in heads_of(q, k):
-        assert torch.equal(kept[b, h], xattention_spec(q_head, k_head, threshold, 4, mistake=False))
-
-
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize(
-    ("alpha", "always"), [(0.12, (2, 4, 2)), (0.12, (0, 1, 0)), (0.5, (1, 2, 1)), (0.9, (0, 1, 0))]
-)
-def test_flashprefill_equals_its_specification(length: int, alpha: float, always: tuple[int, int, int]) -> None:
-    q, k = inputs(length)
-    kept = flashprefill(q, k, alpha, *always, block_size=SIZE)
-    for b, h, q_head, k_head in heads_of(q, k):
-        assert torch.equal(kept[b, h], flashprefill_spec(q_head, k_head, alpha, *always, mistake=False))
-
-
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("gamma", [0.3, 0.9])
-@pytest.mark.parametrize(("tau", "min_blocks"), [(0.0, 0), (0.0, 2), (0.2, 0), (0.2, 2), (2.0, 1)])
-def test_flexprefill_equals_its_specification(length: int, gamma: float, tau: float, min_blocks: int) -> None:
-    q, k = inputs(length)
-    kept = flexprefill(q, k, gamma, tau, min_blocks * SIZE, block_size=SIZE)
-    for b, h, q_head, k_head in heads_of(q, k):
-        assert torch.equal(kept[b, h], flexprefill_spec(q_head, k_head, gamma, tau, min_blocks, mistake=False))
-
-
-def test_the_specifications_see_mistakes() -> None:
-    """Diagonals for antidiagonals, blocks that look ahead, a band without its second diagonal: each would be found."""
-    q, k = inputs(160)
-    b, h, q_head, k_head = next(heads_of(q, k))
-    assert not torch.equal(
-        xattention(q, k, 0.5, stride=4, block_size=SIZE)[b, h], xattention_spec(q_head, k_head, 0.5, 4, mistake=True)
-    )
-    assert not torch.equal(
-        flashprefill(q, k, 0.5, 0, 1, 0, SIZE)[b, h], flashprefill_spec(q_head, k_head, 0.5, 0, 1, 0, mistake=True)
-    )
-    assert not torch.equal(
-        flexprefill(q, k, 0.5, 0.0, 0, SIZE)[b, h], flexprefill_spec(q_head, k_head, 0.5, 0.0, 0, mistake=True)
-    )
-
-
-def test_flexprefill_heads_choose_differently() -> None:
-    """At a tau of the specification's cases some heads are query-aware and some are not."""
-    q, k = inputs(160)
-    none, some, every = (flexprefill(q, k, 0.7, tau, 0, block_size=SIZE) for tau in (0.0, 0.2, 2.0))
-    as_none, as_every = (some == none).all((-1, -2)), (some == every).all((-1, -2))
-    assert bool((as_none | as_every).all())
-    assert bool(as_none.any())
-    assert bool(as_every.any())
-    assert not torch.equal(none, every)
-
-
-# Properties
+    return thresholds if EVERY[name].increasing else [1 - x for x in thresholds]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -243,7 +91,7 @@ def test_grouped_heads_are_repeated_heads(name: str) -> None:
     assert not torch.equal(select(name, q, k, threshold), select(name, q, k.repeat(1, 2, 1, 1), threshold))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "random"])
 def test_sequences_and_heads_are_independent(name: str) -> None:
     q, k = inputs(127, batch=3)
     threshold = looser(name)[2]
@@ -252,38 +100,39 @@ def test_sequences_and_heads_are_independent(name: str) -> None:
     assert torch.equal(select(name, q[1:2, 2:], k[1:2, 1:], threshold), kept[1:2, 2:])
 
 
-@pytest.mark.parametrize("name", ["XAttention", "FlashPrefill"])
+@pytest.mark.parametrize("name", ["XAttention", "FlashPrefill", "oracle", "oracle, per row"])
 def test_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = inputs(160)
     threshold = looser(name)[2]
     whole = select(name, q, k, threshold)
     for elements in (1, 5000, 20000):  # a row of blocks at a time, some, and a last chunk that is smaller
-        monkeypatch.setitem(METHODS[name].select.__globals__, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setitem(EVERY[name].select.__globals__, "CHUNK_ELEMENTS", elements)
         assert torch.equal(select(name, q, k, threshold), whole)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SEEING)
 @pytest.mark.parametrize("token", [37, 50])
 def test_a_hot_key_is_found(name: str, token: int) -> None:
     """One key that all queries look at: its column of blocks is kept in every row, and little else is."""
     q, k = (0.1 * x for x in inputs(160))
     q[..., 0], k[:, :, token, 0] = 30.0, 30.0
-    kept = select(name, q, k, 0.95 if name == "FlexPrefill" else 0.5)  # its gamma is a share of all rows together
+    threshold = 0.95 if name == "FlexPrefill" else 0.5  # its gamma is a share of all rows together
+    kept = select(name, q, k, threshold, min_budget=2 * SIZE)
     assert bool(kept[:, :, token // SIZE :, token // SIZE].all())
     assert baselines.density(kept) < 0.65
 
 
 def slash(distance: int, length: int = 160) -> tuple[Tensor, Tensor]:
     """Every query looks at the key that is ``distance`` tokens before it, and at no other."""
-    direction = 40 * torch.eye(length + distance)[None, None]
+    direction = F.pad(40 * torch.eye(length + distance), (0, -(length + distance) % 8))[None, None]
     return direction[:, :, :length], direction[:, :, distance:]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SEEING)
 @pytest.mark.parametrize("distance", [33, 53])
 def test_a_hot_slash_is_found(name: str, distance: int) -> None:
     q, k = slash(distance)
-    kept = select(name, q, k, 0.5)[0, 0]
+    kept = select(name, q, k, 0.5, min_budget=2 * SIZE)[0, 0]
     for position in range(distance + SIZE, 160 - SIZE):
         row, column = position // SIZE, (position - distance) // SIZE
         # One of the two blocks that the slash crosses in this row may hold too little of it for a share of the row.
@@ -310,6 +159,44 @@ def test_a_hot_pair_on_an_antidiagonal_is_found() -> None:
         assert bool(kept[0, 0, row // SIZE, column // SIZE]) == found, (row, column)
 
 
+def rotated(x: Tensor, base: float = 10000.0) -> Tensor:
+    """x ``[B, H, S, D]`` after RoPE, dimension i turned together with i + D / 2."""
+    half = x.shape[3] // 2
+    angle = torch.arange(x.shape[2])[:, None] * base ** (-torch.arange(half) / half)
+    first, second = x[..., :half], x[..., half:]
+    turned = (first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos())
+    return torch.cat(turned, -1)
+
+
+def test_prism_sees_a_position_that_pooling_all_dimensions_does_not() -> None:
+    """Queries look 64 tokens back by the quick dimensions alone; the slow ones carry unrelated content."""
+    generator = torch.Generator().manual_seed(0)
+    content = torch.randn(1, 1, 10, DIM, generator=generator).repeat_interleave(SIZE, 2)
+    quick = torch.arange(DIM) % (DIM // 2) < DIM // 4
+    content = torch.where(quick, 0.0, 3.0 * content)
+    place = rotated(torch.where(quick, 3.0, 0.0).expand(1, 1, 160 + 4 * SIZE, DIM))
+    q, k = content + place[:, :, :160], content.flip(2) + place[:, :, 4 * SIZE :]
+    row = torch.arange(5, 10)  # row 4 would look at the first block, which is always kept
+    seen = prism(q, k, 0.2, low=2, block_size=SIZE)[0, 0, row, row - 4]
+    unseen = prism(q, k, 0.2, high=DIM, low=DIM, block_size=SIZE)[0, 0, row, row - 4]
+    assert bool(seen.all())
+    assert not bool(unseen.any())
+
+
+def test_prism_takes_neighbours_where_rope_does() -> None:
+    q, k = inputs(160)
+    q_neighbours, k_neighbours = (x.unflatten(-1, (2, -1)).mT.flatten(3) for x in (q, k))
+    kept = prism(q, k, 0.6, block_size=SIZE)
+    assert torch.equal(prism(q_neighbours, k_neighbours, 0.6, interleaved=True, block_size=SIZE), kept)
+    assert not torch.equal(prism(q_neighbours, k_neighbours, 0.6, block_size=SIZE), kept)
+
+
+def test_prism_without_energy_in_a_band_keeps_equals_in_order() -> None:
+    q, k = (torch.zeros(1, 1, 160, DIM) for _ in range(2))
+    kept = prism(q, k, 0.5, block_size=SIZE)[0, 0]
+    assert kept[9].tolist() == [True] * 5 + [False] * 4 + [True]
+
+
 def test_smallest_cover() -> None:
     mass = torch.tensor([0.1, 0.4, 0.2, 0.2, 0.1])
     none = torch.zeros(5, dtype=torch.bool)
@@ -331,7 +218,7 @@ def test_smallest_cover() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_threshold_for_density(name: str) -> None:
     q, k = inputs(640, batch=1)
-    increasing = METHODS[name].increasing
+    increasing = EVERY[name].increasing
     threshold, reached = baselines.threshold_for_density(lambda x: select(name, q, k, x), 0.5, increasing)
     assert reached == baselines.density(select(name, q, k, threshold))
     assert reached == pytest.approx(0.5, abs=0.03)
@@ -342,6 +229,58 @@ def test_an_unreachable_density_gives_the_nearest() -> None:
     q, k = inputs(160)
     _, reached = baselines.threshold_for_density(lambda x: flashprefill(q, k, x, block_size=SIZE), 0.01, False)
     assert reached == baselines.density(flashprefill(q, k, 1.0, block_size=SIZE))
+
+
+BUDGETED = [name for name in sorted(REFERENCES) if name != "oracle, per row"]
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+@pytest.mark.parametrize("target", [{"gamma": 0.8}, {"gamma": 0.8, "min_budget": 3 * SIZE}, {"density": 0.4}])
+def test_references_keep_as_much_as_flexproxy(name: str, target: dict[str, float]) -> None:
+    """Every row of every head has as many blocks as in flexproxy's own selection; only which ones differs."""
+    q, k = inputs(300)
+    settings: dict[str, Any] = {"min_budget": 0, "block_size": SIZE} | target
+    ours = flexproxy.select(q, k, config=ProxyConfig(**settings)).block_map()
+    method: Any = REFERENCES[name].select
+    kept = method(q, k, **settings)
+    assert torch.equal(kept.sum(-1), ours.sum(-1))
+    assert not torch.equal(kept, ours)
+
+
+def test_the_oracle_holds_the_most_attention() -> None:
+    """At equal budgets no other ranking holds more in any row, and most hold less."""
+    q, k = inputs(300)
+    mass = block_mass(q, k, SIZE)
+    assert torch.allclose(mass.sum(-1), torch.tensor([16.0] * 18 + [12.0]))  # probabilities of a query sum to 1
+    held = {name: (mass * select(name, q, k, 0.6)).sum(-1) for name in BUDGETED}
+    for name in set(BUDGETED) - {"oracle"}:
+        assert bool((held[name] <= held["oracle"] + 1e-4).all())
+        assert held[name].sum() < 0.95 * held["oracle"].sum()
+    per_row = select("oracle, per row", q, k, 0.6)
+    assert bool(((mass * per_row).sum(-1) >= 0.6 * mass.sum(-1) - 1e-4).all())
+
+
+def test_random_blocks_are_seeded() -> None:
+    """The draw depends on the seed and on nothing else; heads and rows have their own."""
+    q, k = inputs(300)
+    settings: dict[str, Any] = {"density": 0.4, "min_budget": 0, "block_size": SIZE}
+    kept = random_blocks(q, k, **settings)
+    assert torch.equal(random_blocks(q, k, **settings), kept)
+    assert not torch.equal(random_blocks(q, k, **settings, seed=1), kept)
+    same_budgets: dict[str, Any] = {"gamma": 0.01, "min_budget": 6 * SIZE, "block_size": SIZE}
+    kept = random_blocks(q, k, **same_budgets)
+    assert torch.equal(random_blocks(k.repeat(1, 2, 1, 1), q[:, :2], **same_budgets), kept)
+    assert not torch.equal(kept[:, 0], kept[:, 1])
+
+
+def test_sink_and_recent_blocks() -> None:
+    """The first block and a band: as long as the budget, whatever the queries and keys are."""
+    q, k = inputs(160)
+    kept = sink_recent(q, k, gamma=0.01, min_budget=3 * SIZE, block_size=SIZE)
+    block = torch.arange(10)
+    distance = block[:, None] - block
+    expected = (distance >= 0) & ((block == 0) | (distance < 2) | (block[:, None] < 3))
+    assert torch.equal(kept, expected.expand_as(kept))
 
 
 # The BlockMask
@@ -358,7 +297,7 @@ def test_block_mask_of_everything_is_that_of_flexproxy(length: int) -> None:
     assert mask.shape == expected.shape
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PEERS)
 def test_attention_under_the_block_mask(name: str) -> None:
     """Eager flex_attention with it is dense attention over the tokens of the kept blocks."""
     q, k = inputs(300, batch=1)
@@ -381,9 +320,12 @@ def test_causal_block_mask_is_that_of_torch() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_errors(name: str) -> None:
     q, k = inputs(64)
-    method = METHODS[name].select
+    method = EVERY[name].select
     for wrong in (k[:, :, :32], k[:1], k[..., :16], k[0], k.repeat(1, 2, 1, 1)[:, :3]):
         with pytest.raises(ValueError, match="k: expected"):
             method(q, wrong, 0.5)
     with pytest.raises(ValueError, match="stride: expected"):
         xattention(q, k, 0.5, stride=7)
+    for high, low in ((15, 24), (16, 0), (16, 34)):
+        with pytest.raises(ValueError, match="expected an even number of dimensions"):
+            prism(q, k, 0.5, high, low)

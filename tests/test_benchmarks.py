@@ -205,6 +205,7 @@ def test_cases_cover_what_is_asked() -> None:
         ("XAttention", 131072, 0.1),
         ("FlexPrefill", 131072, 0.1),
         ("FlashPrefill", 131072, 0.1),
+        ("Prism", 131072, 0.1),
         ("dense", 262144, None),
         ("sparse", 262144, 0.03),
         ("sparse", 262144, 0.1),

@@ -1,7 +1,8 @@
-"""Peers' ways to choose blocks, read from their papers, for comparison on flexproxy's own sparse kernel.
+"""Other ways to choose blocks, for comparison on flexproxy's own sparse kernel.
 
 Each is a function of q ``[B, Hq, S, D]``, k ``[B, Hkv, S, D]`` and a threshold to a map of kept blocks, bool
-``[B, Hq, N, N]``: causal, blocks of 128, any length.
+``[B, Hq, N, N]``: causal, blocks of 128, any length. ``METHODS`` are peers, read from their papers, that are timed.
+``REFERENCES`` are rankings that tell how good a map is, with flexproxy's budgets; the oracle costs dense attention.
 """
 
 from __future__ import annotations
@@ -14,14 +15,26 @@ from torch import Tensor
 from benchmarks.baselines.blocks import density, threshold_for_density, to_block_mask
 from benchmarks.baselines.flashprefill import flashprefill
 from benchmarks.baselines.flexprefill import flexprefill
+from benchmarks.baselines.mean_pooled import mean_pooled
+from benchmarks.baselines.oracle import oracle, oracle_per_row
+from benchmarks.baselines.prism import prism
+from benchmarks.baselines.random_blocks import random_blocks
+from benchmarks.baselines.sink_recent import sink_recent
 from benchmarks.baselines.xattention import xattention
 
 __all__ = [
     "METHODS",
+    "REFERENCES",
     "Method",
     "density",
     "flashprefill",
     "flexprefill",
+    "mean_pooled",
+    "oracle",
+    "oracle_per_row",
+    "prism",
+    "random_blocks",
+    "sink_recent",
     "threshold_for_density",
     "to_block_mask",
     "xattention",
@@ -39,4 +52,13 @@ METHODS = {
     "XAttention": Method(xattention, True),
     "FlexPrefill": Method(flexprefill, True),
     "FlashPrefill": Method(flashprefill, False),
+    "Prism": Method(prism, True),
+}
+
+REFERENCES = {
+    "oracle": Method(oracle, True),
+    "oracle, per row": Method(oracle_per_row, True),
+    "mean-pooled": Method(mean_pooled, True),
+    "sink + recent": Method(sink_recent, True),
+    "random": Method(random_blocks, True),
 }
