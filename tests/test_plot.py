@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +187,9 @@ def test_mistakes_are_named() -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             draw()
+
+
+def test_without_matplotlib_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r'matplotlib is not installed.*pip install "flexproxy\[plot\]"'):
+        plot.density(torch.ones(2, 2))
