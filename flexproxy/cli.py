@@ -92,11 +92,10 @@ def demo(
     """Prefill a real text with a small trained model, dense and with flexproxy, and compare."""
     _require("transformers", "transformers", "safetensors")
     _require("plot", "matplotlib")
-    from flexproxy import ProxyConfig, _demo_inputs
+    from flexproxy import ProxyConfig, _demo_inputs, plot
     from flexproxy import demo as demo_module
-    from flexproxy._picture import draw_block_map, picture_problem
 
-    problem = picture_problem(picture, overwrite=force)
+    problem = plot.save_problem(picture, force)
     if problem is not None:
         raise _fail(f"--picture {picture}: {problem}")
     try:
@@ -118,15 +117,11 @@ def demo(
             result = demo_module.run(
                 needle_model, data, config, num_needles=needles, seed=seed, layer=layer, progress=progress
             )
-        nq, nk = result.block_map.shape[1:]
-        draw_block_map(
-            picture,
-            result.block_map,
-            result.block_map.new_ones(nq, nk).tril(),
-            result.density[result.layer],
+        title = (
             f"Blocks that the heads of layer {result.layer} keep: {length} tokens, blocks of {config.block_size}, "
-            f"gamma {gamma:g}",
+            f"gamma {gamma:g}"
         )
+        plot.save(plot.block_map(result.selection, title=title), picture, force)
     except _demo_inputs.DemoError as error:
         raise _fail(error) from error
     except OSError as error:

@@ -56,8 +56,8 @@ class DemoResult:
         first_seconds: the first prefill with flexproxy, in which its kernels are compiled.
         mean_density: kept blocks / admissible blocks, mean over layers and heads.
         density: the same of every layer and head, ``[layers][Hq]``.
-        layer: index of the layer that ``block_map`` belongs to.
-        block_map: bool ``[Hq, Nq, Nk]``, the blocks that each head of that layer keeps; not part of the JSON form.
+        layer: index of the layer that ``selection`` belongs to.
+        selection: the blocks that each head of that layer keeps; not part of the JSON form.
     """
 
     tokens: int
@@ -72,11 +72,11 @@ class DemoResult:
     mean_density: float
     density: tuple[tuple[float, ...], ...]
     layer: int
-    block_map: Tensor = field(repr=False, compare=False)
+    selection: flexproxy.Selection = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The result as plain dicts, lists and numbers."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "block_map"}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "selection"}
         nested = {name: asdict(plain[name]) for name in ("config", "dense", "sparse")}
         return plain | nested | {"density": [list(heads) for heads in self.density]}
 
@@ -200,11 +200,11 @@ def run(
         raise DemoError(str(error)) from error
     batch = NeedleBatch(*(tensor.to(model.device) for tensor in planted))
     density: list[tuple[float, ...]] = []
-    block_maps: list[Tensor] = []
+    selections: list[flexproxy.Selection] = []
 
     def observe(selection: flexproxy.Selection) -> None:  # layer after layer
         density.append(tuple(selection.density()[0].tolist()))
-        block_maps.append(selection.block_map()[0].cpu())
+        selections.append(selection)
 
     attention = _Attention(config)
     AttentionInterface.register(_NAME, attention)
@@ -236,5 +236,5 @@ def run(
         mean_density=sum(map(sum, density)) / sum(map(len, density)),
         density=tuple(density),
         layer=layer,
-        block_map=block_maps[layer],
+        selection=selections[layer],
     )

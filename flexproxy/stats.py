@@ -39,7 +39,7 @@ def density(q: Tensor, k: Tensor, mask: Selection | BlockMask, *, mask_mod: Mask
     _check(q, k, mask, mask_mod)
     if isinstance(mask, Selection):
         return mask.density()
-    kept, admissible = kept_blocks(mask), admissible_blocks(q, k, mask, mask_mod)
+    kept, admissible = kept_and_full_blocks(mask)[0], admissible_blocks(q, k, mask, mask_mod)
     number = (kept & admissible).sum((-2, -1))
     share = number / admissible.sum((-2, -1)).clamp(min=1)
     return torch.where(admissible.any(-1).any(-1), share, 1.0).float().expand(q.shape[:2]).contiguous()
@@ -142,17 +142,13 @@ def block_size_of(mask: Selection | BlockMask) -> tuple[int, int]:
     return q_size, k_size
 
 
-def kept_blocks(mask: Selection | BlockMask) -> Tensor:
-    """Blocks that a mask keeps: bool ``[b, h, Nq, Nk]``, where b and h may be 1 for a BlockMask."""
+def kept_and_full_blocks(mask: Selection | BlockMask) -> tuple[Tensor, Tensor]:
+    """Blocks that a mask keeps, and those that it keeps in full: bool ``[b, h, Nq, Nk]``, b and h may be 1."""
     if isinstance(mask, Selection):
-        return mask.block_map()
-    return dense_maps(mask, *numbers_of_blocks(mask))[0]
-
-
-def numbers_of_blocks(block_mask: BlockMask) -> tuple[int, int]:
-    """Nq and Nk of a BlockMask: its lists may have more rows, and fewer or more columns."""
-    (num_queries, num_keys), (q_size, k_size) = block_mask.shape[-2:], block_mask.BLOCK_SIZE
-    return -(-num_queries // q_size), -(-num_keys // k_size)
+        kept = mask.block_map()
+        return kept, kept & mask._admissible.full
+    (num_queries, num_keys), (q_size, k_size) = mask.shape[-2:], mask.BLOCK_SIZE
+    return dense_maps(mask, -(-num_queries // q_size), -(-num_keys // k_size))
 
 
 def admissible_blocks(q: Tensor, k: Tensor, mask: Selection | BlockMask, mask_mod: MaskMod | None) -> Tensor:
@@ -200,11 +196,10 @@ def _pairs(q: Tensor, k: Tensor, mask: Selection | BlockMask, mask_mod: MaskMod 
         return _Pairs(function, sizes, blocks, block_size_of(mask))
 
     if isinstance(mask, Selection):
-        admissible, kept = mask._admissible, mask.block_map()
-        blocks = kept, kept & admissible.full
-        return pairs(mask._mask_mod, (admissible.any, admissible.full)), pairs(mask._mask_mod, blocks)
+        admissible = mask._admissible.any, mask._admissible.full
+        return pairs(mask._mask_mod, admissible), pairs(mask._mask_mod, kept_and_full_blocks(mask))
     dense = causal_at_end(q, k) if mask_mod is None else mask_mod
-    return pairs(dense, None), pairs(mask.mask_mod, dense_maps(mask, *numbers_of_blocks(mask)))
+    return pairs(dense, None), pairs(mask.mask_mod, kept_and_full_blocks(mask))
 
 
 def _probabilities(

@@ -52,7 +52,8 @@ def test_result_describes_the_run(result: DemoResult) -> None:
     assert (result.tokens, result.queries) == (LENGTH, NEEDLES)
     assert (result.device, result.dtype, result.config) == ("CPU", "float32", CONFIG)
     assert [len(heads) for heads in result.density] == [HEADS] * LAYERS
-    assert result.block_map.shape == (HEADS, 4, 4)
+    (block_map,) = result.selection.block_map()
+    assert block_map.shape == (HEADS, 4, 4)
     assert min(result.dense.seconds, result.sparse.seconds, result.first_seconds) > 0
     for prefill in (result.dense, result.sparse):
         assert 0 <= prefill.exact_answers <= NEEDLES
@@ -61,9 +62,10 @@ def test_result_describes_the_run(result: DemoResult) -> None:
 
 def test_density_is_kept_over_admissible(result: DemoResult) -> None:
     causal = torch.ones(4, 4, dtype=torch.bool).tril()
-    assert not (result.block_map & ~causal).any()
-    assert result.block_map.diagonal(dim1=1, dim2=2).all()
-    expected = result.block_map.sum((1, 2)) / causal.sum()
+    (block_map,) = result.selection.block_map()
+    assert not (block_map & ~causal).any()
+    assert block_map.diagonal(dim1=1, dim2=2).all()
+    expected = block_map.sum((1, 2)) / causal.sum()
     torch.testing.assert_close(torch.tensor(result.density[result.layer]), expected)
     everything = torch.tensor(result.density)
     assert result.mean_density == pytest.approx(float(everything.mean()))
@@ -161,7 +163,7 @@ def test_the_model_is_left_as_it_was(result: DemoResult, model: Any, monkeypatch
 def test_json_holds_everything_but_the_map(result: DemoResult) -> None:
     data = result.to_json()
     assert json.loads(json.dumps(data)) == data
-    assert "block_map" not in data
+    assert "selection" not in data
     assert data["dense"]["bits_per_byte"] == result.dense.bits_per_byte
     assert data["config"]["min_budget"] == CONFIG.min_budget
     assert torch.equal(torch.tensor(data["density"]), torch.tensor(result.density))

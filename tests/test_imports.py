@@ -276,7 +276,7 @@ def test_nothing_waits_for_the_device(module: str) -> None:
 
 def test_no_assert_for_what_a_user_passes() -> None:
     """Checks of arguments survive ``python -O``."""
-    for module in ("_checks", "config", "masks", "attention", "pipeline", "block_mask"):
+    for module in ("_checks", "config", "masks", "attention", "pipeline", "block_mask", "stats", "summary", "plot"):
         assert not [node for node in ast.walk(tree_of(module)) if isinstance(node, ast.Assert)], module
 
 

@@ -1,0 +1,312 @@
+"""Pictures of what a mask keeps: of a Selection, of any BlockMask, of the densities of a model.
+
+Each function returns a matplotlib Figure, on white whatever surrounds it; ``save`` writes it. Needs matplotlib, which
+is imported when it is first used. Like ``flexproxy.stats``, these functions wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexproxy.selection import Selection
+from flexproxy.stats import block_mass, block_size_of, check_index, kept_and_full_blocks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["block_map", "density", "ranking", "save"]
+
+# Told apart by their lightness alone, so also in print and by colour-blind readers.
+LIGHT, MIDDLE, DARK = "#e8e8e8", "#f0b44c", "#1f3b73"
+SELECTION_CLASSES = {"not admissible": LIGHT, "admissible, dropped": MIDDLE, "kept": DARK}
+BLOCK_MASK_CLASSES = {"not listed": LIGHT, "partial": MIDDLE, "full": DARK}
+
+
+def block_map(
+    mask: Selection | BlockMask, *, heads: Sequence[int] | None = None, batch: int = 0, title: str | None = None
+) -> Figure:
+    """One small map of blocks for every head.
+
+    Of a Selection it shows the blocks that are kept, dropped and not admissible, with the density of each head; of a
+    BlockMask those that are full, partial and not listed, for it does not say what was admissible.
+
+    Args:
+        mask: a Selection of ``flexproxy.select``, or any BlockMask.
+        heads: which query heads; None is all of them. A BlockMask with one list for all heads has head 0 alone.
+        batch: which sequence.
+        title: line above the maps; None describes the mask.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, and what to do.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    classes, names, notes = _classes_of(mask, heads, batch)
+    chosen = list(range(classes.shape[0])) if heads is None else list(heads)
+    if title is None:
+        title = f"Blocks that each head {'keeps' if isinstance(mask, Selection) else 'lists'}, sequence {batch}"
+    columns = min(len(chosen), 4 if len(chosen) <= 8 else 8)
+    rows = math.ceil(len(chosen) / columns)
+    q_size, k_size = block_size_of(mask)
+    with _style():
+        from matplotlib.colors import ListedColormap
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+
+        inches = 2.6 if len(chosen) <= 8 else 1.9
+        figure = Figure(figsize=(max(inches * columns + 1.0, 6.0), (inches + 0.25) * rows + 1.6), layout="constrained")
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axis in axes.flat[len(chosen) :]:
+            axis.set_axis_off()
+        for axis, head in zip(axes.flat, chosen, strict=False):
+            _draw_blocks(axis, classes[head], cmap=ListedColormap(list(names.values())), vmin=0, vmax=2)
+            axis.set_title(f"head {head}: {notes[head]}", fontsize=9)
+        for axis in axes.flat[max(0, len(chosen) - columns) : len(chosen)]:  # the lowest of each column
+            axis.set_xlabel(_block_label("key", k_size), fontsize=8)
+            axis.tick_params(labelbottom=True)
+        for axis in axes[:, 0]:
+            axis.set_ylabel(_block_label("query", q_size), fontsize=8)
+        figure.suptitle(title)
+        patches = [Patch(facecolor=colour, edgecolor="#808080", label=name) for name, colour in names.items()]
+        figure.legend(handles=patches[::-1], loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def density(
+    densities: Tensor | Sequence[Selection] | Mapping[int, Selection], *, batch: int = 0, title: str | None = None
+) -> Figure:
+    """A heat map of kept / admissible blocks, a row for every layer and a column for every head.
+
+    Args:
+        densities: one Selection for each layer, in a sequence or by the layer's index as ``record_selections`` notes
+            them; or a tensor ``[layers, Hq]``.
+        batch: which sequence of the selections.
+        title: line above the map; None describes it.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, and what to do.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    layers, values = _layers(densities, batch)
+    num_layers, num_heads = values.shape
+    if title is None:
+        found = values[~values.isnan()]
+        span = f"mean {found.mean():.3f}, from {found.min():.3f} to {found.max():.3f}" if found.numel() else "no layers"
+        title = f"Density of every layer and head: {span}"
+    with _style():
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        size = (min(max(0.28 * num_heads + 2.4, 6.5), 14.0), min(max(0.28 * num_layers + 1.6, 3.0), 13.0))
+        figure = Figure(figsize=size, layout="constrained")
+        axis = figure.subplots()
+        image = axis.imshow(values.numpy(), cmap="viridis", vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
+        axis.set_xlabel("query head")
+        axis.set_ylabel("layer")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        step = math.ceil(num_layers / 40)
+        axis.set_yticks(range(0, num_layers, step), [str(layer) for layer in layers[::step]])
+        figure.colorbar(image, aspect=40, label="kept blocks / admissible blocks")
+        figure.suptitle(title)
+    return figure
+
+
+def ranking(
+    selection: Selection,
+    q: Tensor,
+    k: Tensor,
+    *,
+    head: int = 0,
+    batch: int = 0,
+    scale: float | None = None,
+    title: str | None = None,
+) -> Figure:
+    """The ranking of blocks beside the attention mass that they truly hold, for one head.
+
+    From left to right: the rank that the head's proxy gives every block; the probability that dense attention of this
+    head gives it, the mean over the row's queries (``flexproxy.stats.block_mass``, which reads all pairs of tokens);
+    and the mass that the first n blocks of a row hold, the mean over rows: ranked, and in the best order there is.
+
+    Args:
+        selection, q, k, scale: the selection, and what it was made from.
+        head: the query head.
+        batch: the sequence.
+        title: line above; None describes the picture.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, and what to do.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    mass = block_mass(q, k, selection, head=head, batch=batch, scale=scale).cpu()
+    rank = selection.rank[batch, int(selection.proxy_of[head])].cpu()
+    admissible = selection._admissible.any.expand(*selection.count.shape, -1, -1)[batch, head].cpu()
+    count = int(selection.count[batch, head])
+    ranked, best = _mean_coverage(rank, mass, admissible)
+    blocks = torch.arange(1, len(ranked) + 1)
+    with _style():
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(15.0, 5.2), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
+        ranks = rank.float().masked_fill(~admissible, torch.nan)
+        image = _draw_blocks(left, ranks, cmap="viridis_r")
+        figure.colorbar(image, ax=left, label="rank in its row (0 is kept first)", location="bottom")
+        left.set_title(f"ranking of proxy {int(selection.proxy_of[head])}")
+        masses = mass.masked_fill(~admissible, torch.nan).clamp(min=1e-6)
+        image = _draw_blocks(middle, masses, cmap="viridis", norm=LogNorm(1e-6, 1.0))
+        figure.colorbar(image, ax=middle, label="probability, mean over the row's queries", location="bottom")
+        middle.set_title("mass of dense attention")
+        for axis in (left, middle):
+            axis.set_xlabel(_block_label("key", selection._block_size))
+            axis.set_ylabel(_block_label("query", selection._block_size))
+        right.plot(blocks, best, color=DARK, label="best order there is")
+        right.plot(blocks, ranked, color=MIDDLE, label="as ranked")
+        right.axvline(count, color="#505050", linestyle="--", label=f"kept: {count} blocks a row")
+        right.set_xlabel(f"first n blocks of a row ({selection._block_size} tokens each)")
+        right.set_ylabel("mass that they hold, mean over rows")
+        right.set_ylim(0.0, 1.02)
+        right.set_title("mass held by the first blocks")
+        right.grid(color="#dddddd")
+        right.legend(loc="lower right")
+        figure.suptitle(title or f"Ranking and true mass of head {head}, sequence {batch}")
+    return figure
+
+
+def save(figure: Figure, path: str | Path, force: bool = False) -> None:
+    """Write a figure whole or not at all; the suffix of the path is the format.
+
+    Args:
+        force: replace the file if it exists.
+
+    Raises:
+        ValueError: nothing can be written there; the message says why.
+        OSError: writing failed; what was there before still is.
+    """
+    path = Path(path)
+    problem = save_problem(path, force)
+    if problem is not None:
+        raise ValueError(f"path: expected a file to write, got {path}: {problem}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with _style():
+            figure.savefig(unfinished, format=path.suffix.lstrip(".").lower(), dpi=130, facecolor="white")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def save_problem(path: Path, force: bool) -> str | None:
+    """Why no picture can be written to ``path``, in a few words; None if it can."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    formats = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in formats:
+        return f"no picture format ends in {path.suffix!r}; use .png, .svg or .pdf"
+    if path.is_dir():
+        return "is a folder; name a file"
+    if not path.parent.is_dir():
+        return f"the folder {path.parent} does not exist"
+    if not os.access(path.parent, os.W_OK):
+        return f"the folder {path.parent} cannot be written to"
+    if os.path.lexists(path) and not force:
+        return "exists already; name another file, or replace it with force=True (--force)"
+    return None
+
+
+# What is drawn
+
+
+def _classes_of(mask: Any, heads: Any, batch: int) -> tuple[Tensor, dict[str, str], list[str]]:
+    """Class of every block, int8 ``[h, Nq, Nk]``; the classes with their colours; a note for every head."""
+    if not isinstance(mask, (Selection, BlockMask)):
+        raise TypeError(
+            f"mask: expected a Selection or a BlockMask, got {type(mask).__name__}; pass flexproxy.select(q, k) or a "
+            "mask of create_block_mask"
+        )
+    kept, full = kept_and_full_blocks(mask)
+    check_index("batch", batch, kept.shape[0])
+    if heads is not None and not heads:
+        raise ValueError("heads: expected indices of heads, got none; None draws all heads")
+    for head in heads or ():
+        check_index("heads", head, kept.shape[1])
+    if isinstance(mask, Selection):
+        upper, lower = kept[batch], mask._admissible.any.expand_as(kept)[batch]
+        names, notes = SELECTION_CLASSES, [f"density {value:.3f}" for value in mask.density()[batch].tolist()]
+    else:
+        upper, lower = full[batch], kept[batch]
+        names, notes = BLOCK_MASK_CLASSES, [f"{number} blocks" for number in lower.sum((-2, -1)).tolist()]
+    return (lower.to(torch.int8) + (upper & lower).to(torch.int8)).cpu(), names, notes
+
+
+def _layers(densities: Any, batch: int) -> tuple[list[int], Tensor]:
+    """Indices of the layers, and fp32 ``[layers, Hq]``, not-a-number where a layer has fewer heads than others."""
+    if isinstance(densities, Tensor):
+        if densities.dim() != 2 or 0 in densities.shape:
+            raise ValueError(
+                f"densities: expected a tensor [layers, Hq], got shape {list(densities.shape)}; take one sequence of "
+                "Selection.density() for each layer"
+            )
+        return list(range(densities.shape[0])), densities.detach().float().cpu()
+    by_layer = dict(densities) if isinstance(densities, Mapping) else dict(enumerate(densities))
+    if not by_layer or not all(isinstance(selection, Selection) for selection in by_layer.values()):
+        raise TypeError(
+            "densities: expected a Selection for each layer, or a tensor [layers, Hq], got "
+            f"{sorted({type(x).__name__ for x in by_layer.values()}) or 'none'}; use record_selections, or select"
+        )
+    rows = []
+    for _, selection in sorted(by_layer.items()):
+        check_index("batch", batch, selection.count.shape[0])
+        rows.append(selection.density()[batch].cpu())
+    width = max(len(row) for row in rows)
+    padded = [torch.nn.functional.pad(row, (0, width - len(row)), value=torch.nan) for row in rows]
+    return sorted(by_layer), torch.stack(padded)
+
+
+def _mean_coverage(rank: Tensor, mass: Tensor, admissible: Tensor) -> tuple[Tensor, Tensor]:
+    """Mass of the first n + 1 blocks of a row, by rank and by mass, the mean over rows with any: ``[Nk]`` each."""
+    rows = admissible.any(-1)
+    mass = mass[rows]
+    ranked = mass.gather(-1, rank[rows].to(torch.int64).argsort(-1))
+    return tuple(x.cumsum(-1).mean(0) for x in (ranked, mass.sort(-1, descending=True).values))  # type: ignore[return-value]
+
+
+# How it is drawn
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """matplotlib's own style inside, whatever the user's is: dark on white, so it reads on any page."""
+    try:
+        from matplotlib import style
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'{error.name} is not installed, which flexproxy.plot needs: pip install "flexproxy[plot]"', name=error.name
+        ) from error
+    with style.context("default"):
+        yield
+
+
+def _draw_blocks(axis: Axes, values: Tensor, **colours: Any) -> Any:
+    """A map ``[Nq, Nk]``. With more blocks than pixels, a pixel is the mean of the colours of its blocks."""
+    from matplotlib.ticker import MaxNLocator
+
+    image = axis.imshow(
+        values.numpy(), interpolation="antialiased", interpolation_stage="rgba", aspect="auto", **colours
+    )
+    for part in (axis.xaxis, axis.yaxis):
+        part.set_major_locator(MaxNLocator(nbins=4, integer=True, steps=[1, 2, 4, 5, 10]))
+    return image
+
+
+def _block_label(what: str, size: int) -> str:
+    return f"{what} block ({size} tokens each)"

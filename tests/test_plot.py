@@ -1,0 +1,195 @@
+"""The pictures: the data that they draw, their labels, and that a file is written whole or not at all."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import and_masks, create_block_mask
+
+import flexproxy
+from flexproxy import ProxyConfig, Selection, masks, plot, stats
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+def drawn(axis: Any) -> Tensor:
+    (image,) = axis.images
+    return torch.tensor(image.get_array().filled(torch.nan).tolist())
+
+
+def line_points(line: Any) -> Tensor:
+    return torch.tensor(line.get_xydata().tolist())
+
+
+def selection_of(heads: int, num_queries: int = 250, num_keys: int = 250) -> tuple[Selection, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(heads)
+    q = 2 * torch.randn(2, heads, num_queries, 16, generator=generator)
+    k = 2 * torch.randn(2, 1, num_keys, 16, generator=generator)
+    config = ProxyConfig(block_size=16, min_budget=32, gamma=0.4)
+    real = torch.ones(2, num_keys, dtype=torch.int64)
+    real[1, :70] = 0
+    mask_mod = masks.shift(masks.causal, num_keys - num_queries)
+    mask_mod = and_masks(mask_mod, masks.padding(real))
+    return flexproxy.select(q, k, mask_mod=mask_mod, config=config), q, k
+
+
+@pytest.mark.parametrize("heads", [1, 3, 8, 17, 64])
+def test_block_map_of_a_selection(heads: int) -> None:
+    """Every head's map, class by class: 2 kept, 1 admissible and dropped, 0 not admissible."""
+    selection, _, _ = selection_of(heads)
+    kept, density = selection.block_map()[1], selection.density()[1]
+    figure = plot.block_map(selection, batch=1)
+    axes = [axis for axis in figure.axes if axis.images]
+    assert len(axes) == heads
+    admissible = selection._admissible.any[1, 0]
+    for head, axis in enumerate(axes):
+        assert torch.equal(drawn(axis), (2 * kept[head] + (admissible & ~kept[head])).float())
+        assert axis.get_title() == f"head {head}: density {density[head]:.3f}"
+    assert [axis.get_xlabel() for axis in axes][-1] == "key block (16 tokens each)"
+    assert axes[0].get_ylabel() == "query block (16 tokens each)"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "kept",
+        "admissible, dropped",
+        "not admissible",
+    ]
+    assert "sequence 1" in figure.get_suptitle()
+
+
+def test_block_map_of_some_heads_of_another_mask() -> None:
+    """A BlockMask that flexproxy did not make: 2 full, 1 partial, 0 not listed."""
+    window = torch.tensor([20, 200, 60, 130])
+    mask = create_block_mask(
+        lambda b, h, q, kv: (q >= kv) & (q - kv < window[h]), None, 4, 512, 512, device="cpu", BLOCK_SIZE=128
+    )
+    assert mask.full_kv_num_blocks is not None
+    figure = plot.block_map(mask, heads=[3, 0], title="mine")
+    axes = [axis for axis in figure.axes if axis.images]
+    assert [axis.get_title().partition(":")[0] for axis in axes] == ["head 3", "head 0"]
+    assert figure.get_suptitle() == "mine"
+    distance = torch.arange(512)[:, None] - torch.arange(512)
+    for head, axis in zip((3, 0), axes, strict=True):
+        allowed = (distance >= 0) & (distance < window[head])
+        by_block = allowed.unflatten(1, (4, 128)).unflatten(0, (4, 128))
+        want = by_block.any(3).any(1).int() + by_block.all(3).all(1).int()
+        assert torch.equal(drawn(axis), want.float())
+        assert axis.get_title().endswith(f": {int((want > 0).sum())} blocks")
+
+
+def test_density_shows_layers_and_heads() -> None:
+    selections = {7: selection_of(4)[0], 2: selection_of(4, 100)[0]}
+    figure = plot.density(selections, batch=1)
+    axis = figure.axes[0]
+    want = torch.stack([selections[2].density()[1], selections[7].density()[1]])
+    assert torch.equal(drawn(axis), want)
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["2", "7"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("query head", "layer")
+    assert figure.axes[1].get_ylabel() == "kept blocks / admissible blocks"
+    assert f"mean {want.mean():.3f}" in figure.get_suptitle()
+    assert torch.equal(drawn(plot.density(want).axes[0]), want)
+    assert torch.equal(drawn(plot.density([selections[2], selections[7]], batch=1).axes[0]), want)
+
+
+def test_ranking_beside_the_true_mass() -> None:
+    selection, q, k = selection_of(3, 100, 250)
+    figure = plot.ranking(selection, q, k, head=2, batch=1)
+    left, middle, right = figure.axes[:3]
+    admissible = selection._admissible.any[1, 0]
+    rank = selection.rank[1, 0].float().masked_fill(~admissible, torch.nan)
+    torch.testing.assert_close(drawn(left), rank, equal_nan=True)
+    mass = stats.block_mass(q, k, selection, head=2, batch=1)
+    shown = mass.masked_fill(~admissible, torch.nan).clamp(min=1e-6)
+    torch.testing.assert_close(drawn(middle), shown, equal_nan=True)
+
+    rows = admissible.any(-1)
+    lines = {line.get_label(): line_points(line) for line in right.lines}
+    count = int(selection.count[1, 2])
+    assert float(lines.pop(f"kept: {count} blocks a row")[0, 0]) == count
+    ranked, best = (lines[name][:, 1] for name in ("as ranked", "best order there is"))
+    for n in range(mass.shape[1]):
+        first = selection.rank[1, 0] <= n
+        assert float(ranked[n]) == pytest.approx(float((mass * first).sum(-1)[rows].mean()), abs=1e-5)
+        assert float(best[n]) == pytest.approx(float(mass.topk(n + 1).values.sum(-1)[rows].mean()), abs=1e-5)
+    assert bool((ranked <= best + 1e-6).all())
+    assert float(ranked[0]) < float(best[0])
+
+
+@pytest.mark.parametrize("surroundings", ["default", "dark_background"])
+def test_pictures_are_dark_on_white(surroundings: str, tmp_path: Path) -> None:
+    from matplotlib import colors, style
+    from matplotlib.image import imread
+
+    with style.context(surroundings):
+        figure = plot.block_map(selection_of(2)[0])
+        plot.save(figure, tmp_path / "map.png")
+        assert colors.to_hex(figure.axes[0].title.get_color()) == "#000000"
+    corner = torch.tensor(imread(tmp_path / "map.png").tolist())[0, 0]
+    assert corner.tolist() == [1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("existing", [None, b"precious"])
+def test_a_failure_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bytes | None
+) -> None:
+    from matplotlib.figure import Figure
+
+    def half(self: Figure, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    target = tmp_path / "map.png"
+    if existing is not None:
+        target.write_bytes(existing)
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(OSError, match="No space left"):
+        plot.save(Figure(), target, force=True)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == ([existing] if existing else [])
+
+
+def test_what_is_wrong_with_a_path(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    (tmp_path / "old.png").touch()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    assert plot.save_problem(tmp_path / "new.png", force=False) is None
+    assert plot.save_problem(tmp_path / "new.PDF", force=False) is None
+    assert plot.save_problem(tmp_path / "old.png", force=True) is None
+    for name, force, problem in (
+        ("old.png", False, "exists already"),
+        ("dangling.png", False, "exists already"),
+        ("folder.png", True, "is a folder"),
+        ("new.txt", False, "no picture format ends in '.txt'"),
+        ("new", False, "no picture format ends in ''"),
+        ("nowhere/new.png", False, f"the folder {tmp_path / 'nowhere'} does not exist"),
+    ):
+        assert str(plot.save_problem(tmp_path / name, force)).startswith(problem), name
+    with pytest.raises(ValueError, match="exists already"):
+        plot.save(Figure(), tmp_path / "old.png")
+    assert (tmp_path / "old.png").read_bytes() == b""
+
+
+def test_mistakes_are_named() -> None:
+    selection, q, k = selection_of(2)
+    draw: Any
+    for draw, message in (
+        (lambda: plot.block_map(masks.causal), "mask: expected a Selection or a BlockMask, got function"),  # type: ignore[arg-type]
+        (lambda: plot.block_map(selection, heads=[2]), "heads: expected an index from 0 to 1, got 2"),
+        (lambda: plot.block_map(selection, heads=[]), "heads: expected indices of heads, got none"),
+        (lambda: plot.block_map(selection, batch=2), "batch: expected an index from 0 to 1, got 2"),
+        (lambda: plot.density(torch.ones(3)), r"densities: expected a tensor \[layers, Hq\]"),
+        (lambda: plot.density([]), "densities: expected a Selection for each layer"),
+        (lambda: plot.ranking(selection, q, k, head=9), "head: expected an index from 0 to 1, got 9"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            draw()
+
+
+def test_without_matplotlib_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r'matplotlib is not installed.*pip install "flexproxy\[plot\]"'):
+        plot.density(torch.ones(2, 2))
