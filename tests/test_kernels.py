@@ -1,4 +1,4 @@
-"""The Triton kernels beyond the specification: what they leave unwritten, read or write beyond, and how they split work.
+"""The Triton kernels beyond the specification: what they leave unwritten, what they touch, how they split the work.
 
 That they select as the specification does is tested where all implementations are, in test_selection.
 """
@@ -234,9 +234,9 @@ def mask_on(name: str, device: str) -> MaskMod | None:
 MASKS = ("default", "window or prefix", "closure")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("value", "dtype"), [(math.nan, torch.float32), (math.inf, torch.float16)])
 @pytest.mark.parametrize("name", MASKS)
-def test_what_is_not_finite_counts_as_in_pytorch(name: str, dtype: torch.dtype, device: str) -> None:
+def test_what_is_not_finite_counts_as_in_pytorch(name: str, value: float, dtype: torch.dtype, device: str) -> None:
     """Not-a-number and infinities in q or k, at one place, along a token, or everywhere: same ranks, counts, lists."""
     case = plain_case(device, dtype, mask_on(name, device))
     places: tuple[tuple[bool, tuple[Any, ...]], ...] = (
@@ -246,12 +246,11 @@ def test_what_is_not_finite_counts_as_in_pytorch(name: str, dtype: torch.dtype, 
         (False, (0, slice(None), 34)),
         (True, (0,)),
     )
-    for value in (math.nan, math.inf):
-        for in_q, place in places:
-            q, k = case.q.clone(), case.k.clone()
-            (q if in_q else k)[place] = value
-            broken = dataclasses.replace(case, q=q, k=k)
-            assert_as_pytorch(broken, f"{value} at {place}")
+    for in_q, place in places:
+        q, k = case.q.clone(), case.k.clone()
+        (q if in_q else k)[place] = value
+        broken = dataclasses.replace(case, q=q, k=k)
+        assert_as_pytorch(broken, f"{value} at {place}")
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -286,17 +285,23 @@ def test_ranks_of_rows_too_long_for_one_program(device: str, monkeypatch: pytest
         scores[torch.rand(scores.shape, generator=generator) < 0.1] = value
     admissible = torch.rand(2, 1, 5, 90, generator=generator) < 0.8
     scores, admissible = scores.to(device), admissible.to(device)
-    summary = flexproxy.admissible.summarize_rows(admissible, admissible)  # type: ignore[attr-defined]
+    summary = flexproxy.admissible.summarize_rows(admissible, admissible)
     offset = torch.tensor([85 * 16, 3 * 16 - 5], device=device)
     arguments = scores, admissible, summary, offset, 75, 16, 1, 2
     with implementations.use("torch"):
-        want = flexproxy.ranking.rank_blocks(*arguments)  # type: ignore[attr-defined]
+        want = flexproxy.ranking.rank_blocks(*arguments)
     assert torch.equal(kernels.rank_blocks(*arguments), want)
-    monkeypatch.setattr(importlib.import_module("flexproxy.kernels.rank"), "MAX_SORTED", 32)
-    sorts = []
-    monkeypatch.setattr(Tensor, "argsort", lambda x, _sort=Tensor.argsort, **k: (sorts.append(1), _sort(x, **k))[1])
+    monkeypatch.setattr(kernels.rank, "MAX_SORTED", 32)
+    launched: list[Any] = []
+    launch = kernels.rank.launch
+
+    def noted(kernel: Any, *rest: Any) -> None:
+        launched.append(kernel)
+        launch(kernel, *rest)
+
+    monkeypatch.setattr(kernels.rank, "launch", noted)
     assert torch.equal(kernels.rank_blocks(*arguments), want)
-    assert sorts, "not the way of long rows"
+    assert launched == [kernels.rank._keys_kernel], "not the way of long rows"
 
 
 def test_scores_do_not_depend_on_the_workspace(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
