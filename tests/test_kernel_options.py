@@ -34,7 +34,7 @@ class OnGpu(Tensor):
     """A tensor that says it is on a GPU, and has a shape only."""
 
     is_cuda = True
-    device = torch.device("cuda", 0)  # type: ignore[assignment]
+    device = torch.device("cuda", 0)
 
     @staticmethod
     def __new__(cls, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Any:
