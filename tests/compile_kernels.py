@@ -1,12 +1,14 @@
 """Compile every Triton kernel for GPUs that are not here: python -m tests.compile_kernels 90 80
 
+Of one dtype and head dimension alone: python -m tests.compile_kernels 90 --only float16 64
+
 Launchers run on CPU tensors; each launch is replaced by a compilation of the kernel for its arguments, so the results
 mean nothing. The interpreter accepts much that the compiler does not.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from typing import Any
 
 import torch
@@ -87,7 +89,9 @@ def calls(dtype: torch.dtype, head_dim: int) -> None:
     flexproxy.kernels.block_lists(torch.zeros(1, 1, 3, 4, dtype=torch.bool), torch.zeros(1, 1, 3, 4, dtype=torch.bool))  # type: ignore[attr-defined]
 
 
-def main(capabilities: list[int]) -> None:
+def main(capabilities: list[int], only: list[str] | None = None) -> None:
+    dtypes = (torch.bfloat16, torch.float32) if only is None else (getattr(torch, only[0]),)
+    head_dims = (64, 80, 128, 256) if only is None else (int(only[1]),)
     launch._DIRECT = False
     for capability in capabilities:
         block_logits.has_copy_engine = lambda device, capability=capability: capability >= 90  # type: ignore[misc]
@@ -100,11 +104,15 @@ def main(capabilities: list[int]) -> None:
         JITFunction.run = run
         implementations._missing = lambda device: None  # type: ignore[assignment]
         with implementations.use("triton"):
-            for dtype in (torch.bfloat16, torch.float32):
-                for head_dim in (64, 80, 128, 256):
+            for dtype in dtypes:
+                for head_dim in head_dims:
                     calls(dtype, head_dim)
     print(len(compiled), "kernels compiled")
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("capabilities", type=int, nargs="+")
+    parser.add_argument("--only", nargs=2, metavar=("DTYPE", "HEAD_DIM"))
+    arguments = parser.parse_args()
+    main(arguments.capabilities, arguments.only)

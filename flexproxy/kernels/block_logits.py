@@ -131,6 +131,8 @@ def _step(
             lo, hi, q_label, k_label, bits, clause_row, bits_row, row_ok, key, key < num_keys,
             clause_stride, label_stride, label_stride_k, label_at, key_step, NUM_CLAUSES, HAS_LABELS,
         )  # fmt: skip
+        # A maximum drops what is not a number: among -inf, such a block would seem one that is not seen.
+        logits = tl.where(logits == logits, logits, float("inf"))
         logits = tl.where(ok, logits, float("-inf"))
     row_max = tl.max(logits, 1) * scale
     # A floor instead of -inf, for rows that see nothing: -inf - -inf is not a number.

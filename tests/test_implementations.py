@@ -1,0 +1,151 @@
+"""Which implementation carries out the operators: by name, by itself, and never another in silence."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import flexproxy
+from flexproxy import ProxyConfig, _compat, implementations
+from flexproxy.implementations import kernel_of, use
+
+CPU = torch.empty(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_cached() -> Iterator[None]:
+    """What can run is looked up anew in each test, and after it."""
+    for cached in (implementations._missing, implementations._kernels):
+        cached.cache_clear()
+    yield
+    for cached in (implementations._missing, implementations._kernels):
+        cached.cache_clear()
+
+
+class Machine:
+    """A machine with Triton, its interpreter on or off, and one GPU or none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, triton: bool = True, interpreted: bool = False) -> None:
+        knobs = SimpleNamespace(runtime=SimpleNamespace(interpret=interpreted))
+        modules = {"triton": SimpleNamespace(knobs=knobs), "flexproxy.kernels": SimpleNamespace(OPERATORS={"op": self})}
+        monkeypatch.setattr(implementations, "find_spec", lambda name: object() if triton else None)
+        monkeypatch.setattr(implementations, "importlib", SimpleNamespace(import_module=modules.__getitem__))
+        monkeypatch.setattr(_compat, "IS_ROCM", False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+def on_gpu() -> Any:
+    return SimpleNamespace(device=torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("name", ["Triton", "cuda", "", None, 1])
+def test_unknown_names(name: Any) -> None:
+    with pytest.raises(ValueError, match=r"name: expected one of \['auto', 'torch', 'triton'\], got .*; 'auto' picks"):
+        use(name).__enter__()
+    assert implementations._chosen.get() == "auto"
+
+
+def test_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch on a CPU, also where the interpreter could run; Triton on a GPU."""
+    machine: Any = Machine(monkeypatch, interpreted=True)
+    assert kernel_of("op", CPU) is None
+    assert kernel_of("op", on_gpu()) is machine
+    with use("torch"):
+        assert kernel_of("op", on_gpu()) is None
+    with use("triton"):
+        assert kernel_of("op", CPU) is machine
+
+
+MISSING = {
+    "no triton": ({"triton": False}, CPU, r"triton is not installed \(pip install 'flexproxy\[triton\]'\)"),
+    "no interpreter": ({}, CPU, "the tensors are on cpu, and TRITON_INTERPRET is not set"),
+    "old GPU": ({}, on_gpu(), r"cuda:0 has a compute capability below 8\.0"),
+    "AMD GPU": ({}, on_gpu(), "on AMD GPUs the kernels have not been tried"),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_what_cannot_run_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for, Triton runs or raises an error with the remedy; not asked for, PyTorch runs."""
+    machine, x, message = MISSING[name]
+    Machine(monkeypatch, **machine)
+    if name == "old GPU":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    if name == "AMD GPU":
+        monkeypatch.setattr(_compat, "IS_ROCM", True)
+    assert kernel_of("op", x) is None
+    with use("torch"):
+        assert kernel_of("op", x) is None
+    with (
+        use("triton"),
+        pytest.raises(RuntimeError, match=f"^implementation: 'triton' was asked for, but {message}; use"),
+    ):
+        kernel_of("op", x)
+
+
+def test_an_operator_raises_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error comes from ``build`` as it is."""
+    Machine(monkeypatch)
+    q = torch.randn(1, 2, 300, 16)
+    with use("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET is not set"):
+        flexproxy.build(q, q)
+    assert flexproxy.build(q, q).kv_indices.shape == (1, 2, 3, 3)
+
+
+def test_the_choice_ends_with_its_block() -> None:
+    chosen = implementations._chosen
+    with use("triton"):
+        with use("torch"):
+            with use("auto"):
+                assert chosen.get() == "auto"
+            assert chosen.get() == "torch"
+        assert chosen.get() == "triton"
+        with pytest.raises(KeyError), use("torch"):
+            raise KeyError
+        assert chosen.get() == "triton"
+        with pytest.raises(ValueError), use("nothing"):  # type: ignore[arg-type]
+            pass
+        assert chosen.get() == "triton"
+    assert chosen.get() == "auto"
+
+
+def test_threads_do_not_see_the_choice() -> None:
+    seen: list[str] = []
+    both = threading.Barrier(2)
+
+    def other() -> None:
+        seen.append(implementations._chosen.get())
+        with use("triton"):
+            both.wait(10)  # both have chosen
+            both.wait(10)
+
+    thread = threading.Thread(target=other)
+    with use("torch"):
+        thread.start()
+        both.wait(10)
+        seen.append(implementations._chosen.get())
+        both.wait(10)
+        thread.join(10)
+    assert seen == ["auto", "torch"]
+
+
+def test_autocast_changes_nothing(implementation: str) -> None:
+    """Scores in 16 bits would select other blocks: autocast is off inside of the operators, and on again behind."""
+    generator = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(1, heads, 100, 16, generator=generator).to(implementation) for heads in (2, 1))
+    k = 1 + k / 1000  # blocks that differ by little
+    config = ProxyConfig(block_size=16, min_budget=0, gamma=0.7, stride=1)
+    plain = flexproxy.select(q, k, config=config)
+    with torch.autocast(implementation, dtype=torch.bfloat16):
+        assert (q @ q.mT).dtype == torch.bfloat16, "autocast is not on"
+        cast = flexproxy.select(q, k, config=config)
+        assert (q @ q.mT).dtype == torch.bfloat16
+    assert torch.equal(cast.rank, plain.rank)
+    assert torch.equal(cast.count, plain.count)
+    rounded = flexproxy.select(q.bfloat16().float(), k.bfloat16().float(), config=config)
+    assert not torch.equal(rounded.rank, plain.rank), "the case does not tell 16 bits from 32"

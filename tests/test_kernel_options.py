@@ -1,0 +1,341 @@
+"""What is chosen without looking at values: kernel options, dense or sparse, and whether a mask fits in memory."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexproxy import ProxyConfig, _checks, masks
+from flexproxy._checks import check_memory
+from flexproxy.masks import MaskMod
+from tests.accuracy import cpu_kernel_exists
+
+# Not by attribute: flexproxy.attention and flexproxy.kernel_options are the functions.
+attention: Any = importlib.import_module("flexproxy.attention")
+options: Any = importlib.import_module("flexproxy.kernel_options")
+# As they are, before the fixture of conftest changes them.
+BUILD_FLOPS, SPARSE_COST = attention.BUILD_FLOPS, attention.SPARSE_COST
+
+COPY_ENGINE = {"USE_TMA": True, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+FLASH = {"BACKEND": "FLASH"}
+
+
+class OnGpu(Tensor):
+    """A tensor that says it is on a GPU, and has a shape only."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+    @staticmethod
+    def __new__(cls, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+        return torch.empty(1, dtype=dtype).expand(shape).as_subclass(cls)
+
+
+def pair(length: int = 1024, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    return OnGpu(2, 8, length, dim, dtype=dtype), OnGpu(2, 2, length, dim, dtype=dtype)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, (9, 0), flash=False)
+
+
+@pytest.fixture
+def hopper_with_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, (9, 0), flash=True)
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], flash: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(options._compat, "flash_backend_exists", lambda: flash)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_options_of_a_gpu(capability: tuple[int, int], flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what was measured: Hopper, 16 bits, inference."""
+    gpu(monkeypatch, capability, flash)
+    for dtype, dim, length in itertools.product(
+        (torch.float16, torch.bfloat16, torch.float32), (64, 80, 96, 128, 256), (127, 128)
+    ):
+        want: dict[str, Any] = {}
+        if capability == (9, 0) and dtype != torch.float32 and length >= 128 and dim <= 128:
+            want = FLASH if flash and dim in (64, 96, 128) else COPY_ENGINE
+        assert options.kernel_options(*pair(length, dim, dtype)) == want, (dtype, dim, length)
+
+
+@pytest.mark.usefixtures("hopper_with_flash")
+def test_torch_chooses_where_gradients_are_needed() -> None:
+    q, k = pair()
+    for x in (q, k):
+        x.requires_grad_()
+        assert options.kernel_options(q, k) == {}
+        with torch.no_grad():
+            assert options.kernel_options(q, k) == FLASH
+        x.requires_grad_(False)
+    assert options.options_for(q, k, None, False, False, 128, gradients=True) == {}
+    assert options.options_for(q, k, None, False, False, 64, gradients=True)["BLOCK_M"] == 64
+
+
+@pytest.mark.usefixtures("hopper")
+def test_options_are_the_callers() -> None:
+    """A change of them changes no later call."""
+    options.kernel_options(*pair())["num_stages"] = 7
+    assert options.kernel_options(*pair()) == COPY_ENGINE
+    options.options_for(*pair(), None, False, False, 128, gradients=False)["BLOCK_M"] = 7
+    assert options.kernel_options(*pair()) == COPY_ENGINE
+
+
+def test_nothing_on_a_cpu() -> None:
+    q = torch.zeros(1, 2, 256, 64, dtype=torch.bfloat16)
+    assert options.kernel_options(q, q) == {}
+    for block_size in (16, 64, 128, 256):
+        assert options.options_for(q, q, None, False, False, block_size, gradients=False) == {}
+
+
+def unknown(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    return q >= kv
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+# Masks by what their functions look up: no tables, a number a sequence, a value a token, a tensor without a dimension.
+NO_TABLES: dict[str, MaskMod | None] = {"default": None, "causal": masks.causal, "window": masks.sliding_window(9)}
+PER_SEQUENCE: dict[str, MaskMod | None] = {
+    "shift": masks.shift(masks.causal, ids(2)),
+    "prefix": masks.prefix_lm(ids(2)),
+}
+BY_TOKEN: dict[str, MaskMod | None] = {
+    "documents": masks.document(ids(1024)),
+    "documents of each": masks.document(ids(2, 1024)),
+    "padding": masks.padding(ids(2, 1024)),
+}
+NUMBER: dict[str, MaskMod | None] = {"shift by []": masks.shift(masks.causal, torch.tensor(3))}
+
+
+def chosen(mask_mod: MaskMod | None, length: int = 1024, **changes: Any) -> Any:
+    structure = None if mask_mod is None else masks.structure_of(mask_mod)
+    given = {"membership": False, "has_score_mod": False, "block_size": 128, "gradients": False} | changes
+    return options.options_for(*pair(length), structure, **given)
+
+
+@pytest.mark.usefixtures("hopper_with_flash")
+def test_flash_where_its_compiler_can_read_the_mask() -> None:
+    for name, mask_mod in (NO_TABLES | PER_SEQUENCE | BY_TOKEN).items():
+        assert chosen(mask_mod) == FLASH, name
+        assert chosen(mask_mod, membership=True) == FLASH, name
+    for name, mask_mod in (NUMBER | {"unknown": unknown}).items():
+        assert chosen(mask_mod) == chosen(mask_mod) | COPY_ENGINE | {"num_stages": chosen(mask_mod)["num_stages"]}
+        assert "BACKEND" not in chosen(mask_mod), name
+    assert "BACKEND" not in chosen(None, has_score_mod=True)
+    assert "BACKEND" not in chosen(None, block_size=256)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_stages_by_what_a_mask_looks_up() -> None:
+    """Three where shared memory has room, two where the mask reads a value of each token, or nobody knows."""
+    for name, mask_mod in (NO_TABLES | PER_SEQUENCE | NUMBER).items():
+        assert chosen(mask_mod)["num_stages"] == 3, name
+        assert chosen(mask_mod, membership=True)["num_stages"] == 2, name
+        assert chosen(mask_mod, has_score_mod=True)["num_stages"] == 2, name
+    for name, mask_mod in (BY_TOKEN | {"unknown": unknown}).items():
+        assert chosen(mask_mod)["num_stages"] == 2, name
+
+
+@pytest.mark.usefixtures("hopper")
+def test_divisible_only_where_both_lengths_are() -> None:
+    assert chosen(None, 1024)["IS_DIVISIBLE"] is True
+    assert "IS_DIVISIBLE" not in chosen(None, 1000)
+    q, k = OnGpu(2, 8, 128, 128), OnGpu(2, 2, 1000, 128)
+    assert "IS_DIVISIBLE" not in options.options_for(q, k, None, False, False, 128, gradients=False)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("block_size", [16, 32, 64, 256, 1024])
+def test_tiles_divide_the_blocks(block_size: int) -> None:
+    """For blocks of less than 128, also those of the backward pass; the copy engine's are for blocks of 128."""
+    got = chosen(None, block_size=block_size)
+    assert set(got.values()) == ({block_size} if block_size < 128 else set())
+    assert len(got) == (6 if block_size < 128 else 0)
+
+
+# ------------------------------------------------------------------------------------------------ dense or sparse
+
+
+@pytest.fixture
+def true_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The costs as they are: the fixture of conftest makes them 0."""
+    assert attention.BUILD_FLOPS == attention.SPARSE_COST == 0
+    monkeypatch.setattr(attention, "BUILD_FLOPS", BUILD_FLOPS)
+    monkeypatch.setattr(attention, "SPARSE_COST", SPARSE_COST)
+
+
+def shape(num_queries: int, num_keys: int, heads: int = 32, batch: int = 1, cuda: bool = True) -> tuple[Any, Any]:
+    q = SimpleNamespace(shape=(batch, heads, num_queries, 128), is_cuda=cuda)
+    return q, SimpleNamespace(shape=(batch, 8, num_keys, 128), is_cuda=cuda)
+
+
+LENGTHS = [2**n for n in range(12, 18)]
+
+
+@pytest.mark.usefixtures("true_costs")
+def test_dense_pays_for_short_and_sparse_for_long() -> None:
+    """With the paper's settings and 32 heads: dense at 4K, sparse from some length on, and at 128K."""
+    dense = [attention.dense_pays(*shape(n, n), ProxyConfig()) for n in LENGTHS]
+    assert dense[0] is True
+    assert dense[-1] is False
+    assert dense == sorted(dense, reverse=True), "back to dense at a greater length"
+
+
+@pytest.mark.usefixtures("true_costs")
+@pytest.mark.parametrize("length", LENGTHS)
+def test_dense_pays_the_more_the_more_is_kept(length: int) -> None:
+    """Monotone in the density and in min_budget: what is dense stays dense where more is kept."""
+    by_density = [
+        attention.dense_pays(*shape(length, length), ProxyConfig(density=d / 20, min_budget=0)) for d in range(1, 21)
+    ]
+    assert by_density == sorted(by_density)
+    assert by_density[-1] is True
+    by_budget = [attention.dense_pays(*shape(length, length), ProxyConfig(min_budget=n)) for n in (0, *LENGTHS)]
+    assert by_budget == sorted(by_budget)
+    assert by_budget[-1] is True
+    with_more_work = [attention.dense_pays(*shape(length, length, batch=b), ProxyConfig()) for b in (1, 2, 8, 64)]
+    assert with_more_work == sorted(with_more_work, reverse=True)
+
+
+@pytest.mark.usefixtures("true_costs")
+def test_dense_pays_by_the_formula() -> None:
+    """At the edge: the work saved is just that of a build, or not."""
+    config = ProxyConfig(min_budget=0, density=0.5)
+    flops = 4 * 32 * 128 * 2**14 * 2**14 / 2 * (1 - SPARSE_COST * 0.5)
+    for factor, dense in ((1.01, True), (0.99, False)):
+        attention.BUILD_FLOPS = flops * factor  # undone with the fixture's change
+        assert attention.dense_pays(*shape(2**14, 2**14), config) is dense
+    # A chunk of queries at the end of long keys does nearly the work of a rectangle.
+    attention.BUILD_FLOPS = 4 * 32 * 128 * 2**10 * 2**17 * (1 - 2**10 / 2**18) * (1 - SPARSE_COST * 0.5) * 0.99
+    assert attention.dense_pays(*shape(2**10, 2**17), config) is False
+
+
+@pytest.mark.usefixtures("true_costs")
+def test_on_a_cpu_only_lengths_and_settings_count() -> None:
+    sparse = ProxyConfig(min_budget=0)
+    for length in (128, 256, 4096):
+        assert attention.dense_pays(*shape(length, length, cuda=False), sparse) is False
+        assert attention.dense_pays(*shape(length, length, cuda=False), ProxyConfig(gamma=1.0, min_budget=0)) is True
+        assert attention.dense_pays(*shape(length, length, cuda=False), ProxyConfig(min_budget=4096)) is True
+    assert attention.dense_pays(*shape(127, 2**17, cuda=False), sparse) is True
+    assert attention.dense_pays(*shape(1, 2**17), sparse) is True
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def free_memory(monkeypatch: pytest.MonkeyPatch, free: float, cached: float = 0.0) -> list[str]:
+    asked: list[str] = []
+
+    def mem_get_info(device: Any) -> tuple[int, int]:
+        asked.append(str(device))
+        return int(free * 2**30), 80 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int((1 + cached) * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return asked
+
+
+def long(length: int) -> tuple[Any, Any]:
+    return OnGpu(1, 32, length, 128), OnGpu(1, 8, length, 128)
+
+
+def test_memory_that_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1M tokens and 32 heads: 18 GiB of lists and map; the message names a block size that would fit."""
+    q, k = long(2**20)
+    need = 32 * (2**20 / 128) ** 2 * 9 / 2**30
+    assert math.isclose(need, 18)
+    for free, remedy in (
+        (10.0, "use block_size=256"),
+        (2.0, "use block_size=512"),
+        (0.9, "use block_size=1024"),
+        (0.1, "use a larger block_size than 128"),
+    ):
+        free_memory(monkeypatch, free)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            check_memory(q, k, ProxyConfig(), False)
+        message = str(caught.value)
+        assert message.startswith("q, k: expected the BlockMask to fit in the memory that is free, ")
+        assert f"{free:.1f} GiB of cuda:0" in message
+        assert "Hq = 32, Sq = 1048576, Skv = 1048576, which need 18.2 GiB with blocks of 128" in message
+        assert f"; {remedy}, or give fewer sequences" in message
+        if "=" in remedy:  # and it does
+            check_memory(q, k, ProxyConfig(block_size=int(remedy.partition("=")[2])), False)
+
+
+def test_memory_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch has cached counts as free; gradients need two more lists."""
+    q, k = long(2**20)
+    asked = free_memory(monkeypatch, 10.0, cached=9.0)
+    check_memory(q, k, ProxyConfig(), False)
+    assert asked == ["cuda:0"]
+    with pytest.raises(torch.OutOfMemoryError, match=r"34\.2 GiB"):
+        check_memory(q, k, ProxyConfig(), True)
+
+
+def test_small_masks_ask_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = free_memory(monkeypatch, 0.0)
+    check_memory(*long(2**17), ProxyConfig(), False)  # 0.3 GiB
+    meta = torch.empty(1, device="meta")
+    check_memory(meta.expand(1, 32, 2**20, 128), meta.expand(1, 8, 2**20, 128), ProxyConfig(), False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    check_memory(*long(2**20), ProxyConfig(), False)
+    assert asked == []
+    assert _checks.MEMORY_WORTH_ASKING == 2**30
+
+
+# ------------------------------------------------------------------------------------------------ not compiled
+
+NOT_COMPILED = """
+import torch, flexproxy
+from flexproxy import ProxyConfig
+from tests.accuracy import allowed_pairs, assert_accurate
+generator = torch.Generator().manual_seed(0)
+q, k, v = (torch.randn(1, heads, 300, 32, generator=generator) for heads in (4, 2, 2))
+config = ProxyConfig(block_size=32, min_budget=0, gamma=0.5)
+with torch.no_grad(), WITH:
+    out = flexproxy.attention(q, k, v, config=config)
+selection = flexproxy.select(q, k, config=config)
+assert float(selection.density().max()) < 0.9
+kept = allowed_pairs(selection, flexproxy.masks.causal, 300, 300, 32)
+assert_accurate(out, q, k, v, kept)
+try:
+    assert_accurate(out, q, k, v, torch.ones(300, 300).tril().bool().expand(1, 4, -1, -1))
+except AssertionError:
+    print("sparse")
+"""
+
+
+@pytest.mark.parametrize("how", ["TORCHDYNAMO_DISABLE", "force_eager"])
+def test_what_is_not_compiled_is_sparse_all_the_same(how: str) -> None:
+    """Eager ``flex_attention`` does not look at lists: where compilation is off, membership is in the function."""
+    if not cpu_kernel_exists() or not hasattr(torch.compiler, "set_stance"):
+        pytest.skip("torch 2.6 and later")
+    way = "torch.compiler.set_stance('force_eager')" if how == "force_eager" else "torch.no_grad()"
+    environment = os.environ | ({how: "1"} if how.isupper() else {})
+    done = subprocess.run(
+        [sys.executable, "-c", NOT_COMPILED.replace("WITH", way)],
+        capture_output=True, text=True, check=False, timeout=120, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["sparse"]

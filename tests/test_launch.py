@@ -1,0 +1,216 @@
+"""The direct way to start a kernel again: taken for what was compiled, and for nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton: Any = pytest.importorskip("triton")
+launching: Any = importlib.import_module("flexproxy.kernels.launch")
+JITFunction: Any = importlib.import_module("triton.runtime.jit").JITFunction
+
+
+class Compiled:
+    """What a launch returns; notes the direct ones."""
+
+    def __init__(self, log: list[Any]) -> None:
+        self.function, self.packed_metadata, self.log = object(), object(), log
+
+    def run(self, *arguments: Any) -> None:
+        self.log.append(("direct", self, arguments))
+
+
+class Kernel(JITFunction):  # type: ignore[misc]
+    """A kernel that is not compiled; notes the ordinary launches."""
+
+    def __init__(self, log: list[Any]) -> None:
+        self.log = log
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __getitem__(self, grid: Any) -> Any:
+        def ordinary(*arguments: Any, **options: Any) -> Compiled:
+            self.log.append(("ordinary", grid, arguments, options))
+            return Compiled(self.log)
+
+        return ordinary
+
+
+class Gpu:
+    def __init__(self) -> None:
+        self.device = 0
+
+    def stream(self, device: int) -> tuple[str, int]:
+        return "stream of", device
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    gpu = Gpu()
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=gpu.stream))
+    monkeypatch.setattr(launching, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: gpu.device)
+    monkeypatch.setattr(launching, "_kept", {})
+    monkeypatch.setattr(launching, "_DIRECT", True)
+    return gpu
+
+
+def aligned(number: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.zeros(number + 16, dtype=dtype)
+    start = (-x.data_ptr() % 16) // x.element_size()
+    return x[start : start + number]
+
+
+def descriptor(dtype: torch.dtype = torch.float16, block: tuple[int, ...] = (1, 64)) -> Any:
+    return SimpleNamespace(base=torch.zeros(4, dtype=dtype), block_shape=list(block))
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    return {
+        "grid": (7, 2, 1),
+        "pointers": (aligned(8), None, descriptor()),
+        "numbers": (5, 0.5),
+        "constants": (64, True),
+        "warps": 8,
+        "stages": 2,
+    } | changes
+
+
+def test_the_second_launch_is_direct(gpu: Gpu) -> None:
+    """With other tensors and another grid too, and all arguments in their order."""
+    log: list[Any] = []
+    kernel = Kernel(log)
+    first = arguments()
+    launching.launch(kernel, **first)
+    numbers_and_constants = (5, 0.5, 64, True)
+    assert log == [
+        ("ordinary", (7, 2, 1), (*first["pointers"], *numbers_and_constants), {"num_warps": 8, "num_stages": 2})
+    ]
+    second = arguments(grid=(3, 1, 4))
+    launching.launch(kernel, **second)
+    kind, compiled, given = log[1]
+    assert kind == "direct"
+    assert given[:3] == (3, 1, 4)
+    assert given[3] == ("stream of", 0)
+    assert given[4] is compiled.function
+    assert given[5] is compiled.packed_metadata
+    assert given[6:9] == (None, None, None)
+    assert all(x is y for x, y in zip(given[9:12], second["pointers"], strict=True))
+    assert given[12:] == numbers_and_constants
+
+
+CHANGES: dict[str, Any] = {
+    "dtype": lambda: {"pointers": (aligned(8, torch.int32), None, descriptor())},
+    "alignment": lambda: {"pointers": (aligned(8)[1:], None, descriptor())},
+    "a tensor for None": lambda: {"pointers": (aligned(8), aligned(8), descriptor())},
+    "a tensor for a descriptor": lambda: {"pointers": (aligned(8), None, aligned(8, torch.float16))},
+    "dtype of a descriptor": lambda: {"pointers": (aligned(8), None, descriptor(torch.bfloat16))},
+    "block of a descriptor": lambda: {"pointers": (aligned(8), None, descriptor(block=(1, 32)))},
+    "number": lambda: {"numbers": (6, 0.5)},
+    "float": lambda: {"numbers": (5, 0.25)},
+    "constant": lambda: {"constants": (64, False)},
+    "warps": lambda: {"warps": 4},
+    "stages": lambda: {"stages": 3},
+}
+
+
+@pytest.mark.parametrize("name", [*CHANGES, "device", "kernel"])
+def test_what_differs_is_launched_anew(name: str, gpu: Gpu) -> None:
+    """And then kept beside the first: both are direct the next time."""
+    log: list[Any] = []
+    kernels = [Kernel(log), Kernel(log)]
+
+    def once(changed: bool) -> str:
+        gpu.device = 1 if changed and name == "device" else 0
+        kernel = kernels[1 if changed and name == "kernel" else 0]
+        changes = CHANGES[name]() if changed and name in CHANGES else {}
+        launching.launch(kernel, **arguments(**changes))
+        return str(log[-1][0])
+
+    assert [once(False), once(True), once(True), once(False)] == ["ordinary", "ordinary", "direct", "direct"]
+    if name == "device":
+        assert log[2][2][3] == ("stream of", 1)
+    assert log[2][1] is not log[3][1], "one compiled kernel for both"
+
+
+def test_no_more_is_kept_than_the_cap(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "MAX_KEPT", 4)
+    log: list[Any] = []
+    kernel = Kernel(log)
+    for number in range(11):
+        launching.launch(kernel, **arguments(numbers=(number, 0.5)))
+        assert len(launching._kept) <= 4
+        launching.launch(kernel, **arguments(numbers=(number, 0.5)))
+    assert [entry[0] for entry in log] == ["ordinary", "direct"] * 11
+
+
+def test_interpreted_kernels_take_the_ordinary_way(gpu: Gpu) -> None:
+    log: list[Any] = []
+
+    class Interpreted:
+        __getitem__ = Kernel.__getitem__
+
+        def __init__(self) -> None:
+            self.log = log
+
+    interpreted = Interpreted()
+    for _ in range(2):
+        launching.launch(interpreted, **arguments())
+    assert [entry[0] for entry in log] == ["ordinary", "ordinary"]
+    assert not launching._kept
+
+
+@pytest.mark.parametrize(
+    ("version", "direct"),
+    [("3.3.1", False), ("3.4.0", True), ("3.6.0+git1234", True), ("3.8.0", True), ("3.9.0", False), ("4.0.0", False)],
+)
+def test_unknown_versions_take_the_ordinary_way(version: str, direct: bool, gpu: Gpu) -> None:
+    """Of the version, before any launch: ``CompiledKernel.run`` may take other arguments there."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(triton, "__version__", version)
+        spec = importlib.util.spec_from_file_location("launch_of_another_version", launching.__file__)
+        assert spec is not None
+        assert spec.loader is not None
+        module: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    assert module._DIRECT is direct
+    if direct:
+        return
+    log: list[Any] = []
+    kernel = Kernel(log)
+    for _ in range(2):
+        module.launch(kernel, **arguments())
+    assert [entry[0] for entry in log] == ["ordinary", "ordinary"]
+    assert not module._kept
+
+
+def test_run_takes_what_it_is_given() -> None:
+    """The launcher of this Triton is called with nine arguments before the kernel's own, as a direct launch does."""
+    if not launching._DIRECT:
+        pytest.skip("this Triton is launched the ordinary way")
+    text = inspect.getsource(JITFunction.run)
+    call = text[text.index("kernel.run(") :].partition("*bound_args.values())")[0]
+    given = [argument.strip() for argument in call.removeprefix("kernel.run(").split(",")]
+    assert given[:6] == ["grid_0", "grid_1", "grid_2", "stream", "kernel.function", "kernel.packed_metadata"]
+    assert len(given) == 10
+    assert given[9] == ""
+
+
+def test_strides_and_powers() -> None:
+    x = torch.zeros(3, 1, 4, 5)
+    assert launching.strides(x, 3) == (20, 0, 5)
+    assert launching.strides(x.expand(3, 6, 4, 5), 2) == (20, 0)
+    assert launching.strides(None, 2) == (0, 0)
+    powers = [launching.power_of_2(n, 4, 32) for n in (0, 1, 4, 5, 8, 31, 32, 33)]
+    assert powers == [4, 4, 4, 8, 8, 32, 32, 32]
