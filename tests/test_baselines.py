@@ -21,12 +21,9 @@ from benchmarks.baselines import (
     flashprefill_v2,
     mean_correction,
     prism,
-    random_blocks,
-    sink_recent,
     xattention,
 )
 from benchmarks.baselines.flashprefill import pooled_scores
-from benchmarks.baselines.oracle import block_mass
 from benchmarks.baselines.xattention import antidiagonal_scores
 from benchmarks.contenders import causal_block_mask
 from flexproxy import ProxyConfig, masks
@@ -274,58 +271,6 @@ def test_an_unreachable_density_gives_the_nearest() -> None:
     q, k = inputs(160)
     _, reached = baselines.threshold_for_density(lambda x: flashprefill(q, k, x, block_size=SIZE), 0.01, False)
     assert reached == baselines.density(flashprefill(q, k, 1.0, block_size=SIZE))
-
-
-BUDGETED = ["mean-pooled", "oracle", "random", "sink + recent"]
-
-
-@pytest.mark.parametrize("name", BUDGETED)
-@pytest.mark.parametrize("target", [{"gamma": 0.8}, {"gamma": 0.8, "min_budget": 3 * SIZE}, {"density": 0.4}])
-def test_rankings_keep_as_much_as_flexproxy(name: str, target: dict[str, float]) -> None:
-    """Every row of every head has as many blocks as in flexproxy's own selection; only which ones differs."""
-    q, k = inputs(300)
-    settings: dict[str, Any] = {"min_budget": 0, "block_size": SIZE} | target
-    ours = flexproxy.select(q, k, config=ProxyConfig(**settings)).block_map()
-    method: Any = UNTIMED[name].select
-    kept = method(q, k, **settings)
-    assert torch.equal(kept.sum(-1), ours.sum(-1))
-    assert not torch.equal(kept, ours)
-
-
-def test_the_oracle_holds_the_most_attention() -> None:
-    """At equal budgets no other ranking holds more in any row, and most hold less."""
-    q, k = inputs(300)
-    mass = block_mass(q, k, SIZE)
-    assert torch.allclose(mass.sum(-1), torch.tensor([16.0] * 18 + [12.0]))  # probabilities of a query sum to 1
-    held = {name: (mass * select(name, q, k, 0.6)).sum(-1) for name in BUDGETED}
-    for name in set(BUDGETED) - {"oracle"}:
-        assert bool((held[name] <= held["oracle"] + 1e-4).all())
-        assert held[name].sum() < 0.95 * held["oracle"].sum()
-    per_row = select("oracle, per row", q, k, 0.6)
-    assert bool(((mass * per_row).sum(-1) >= 0.6 * mass.sum(-1) - 1e-4).all())
-
-
-def test_random_blocks_are_seeded() -> None:
-    """The draw depends on the seed and on nothing else; heads and rows have their own."""
-    q, k = inputs(300)
-    settings: dict[str, Any] = {"density": 0.4, "min_budget": 0, "block_size": SIZE}
-    kept = random_blocks(q, k, **settings)
-    assert torch.equal(random_blocks(q, k, **settings), kept)
-    assert not torch.equal(random_blocks(q, k, **settings, seed=1), kept)
-    same_budgets: dict[str, Any] = {"gamma": 0.01, "min_budget": 6 * SIZE, "block_size": SIZE}
-    kept = random_blocks(q, k, **same_budgets)
-    assert torch.equal(random_blocks(k.repeat(1, 2, 1, 1), q[:, :2], **same_budgets), kept)
-    assert not torch.equal(kept[:, 0], kept[:, 1])
-
-
-def test_sink_and_recent_blocks() -> None:
-    """The first block and a band: as long as the budget, whatever the queries and keys are."""
-    q, k = inputs(160)
-    kept = sink_recent(q, k, gamma=0.01, min_budget=3 * SIZE, block_size=SIZE)
-    block = torch.arange(10)
-    distance = block[:, None] - block
-    expected = (distance >= 0) & ((block == 0) | (distance < 2) | (block[:, None] < 3))
-    assert torch.equal(kept, expected.expand_as(kept))
 
 
 # The BlockMask

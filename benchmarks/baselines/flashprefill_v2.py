@@ -16,6 +16,7 @@ Different from the public code: its tiles have 128 packed rows, that is 128 / G 
 blocks has ``block_size`` positions of all G heads, since this is what one row of the mask covers: coarser by G. Its
 "last blocks" are such tiles. There a ragged last block is not scored, here it is, by the mean of the keys that it has.
 Its class scores key blocks of 64 tokens unless told otherwise; the example of its README has 128, as here.
+Its example of a server leaves the first 4 layers dense, which is a matter of who calls this.
 """
 
 from __future__ import annotations
