@@ -78,6 +78,38 @@ def flashprefill_spec(q: Tensor, k: Tensor, alpha: float, sink: int, local: int,
     return kept
 
 
+def flashprefill_v2_spec(q: Tensor, k: Tensor, alpha: float, mistake: bool) -> Tensor:
+    """q ``[G, S, D]``, the heads of a group; nothing but the diagonal is kept regardless of scores."""
+    num_blocks = -(-q.shape[1] // SIZE)
+    mean = torch.stack([block.mean(0) for block in k.split(SIZE)])
+    kept = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
+    for i in range(num_blocks):
+        queries = q[:, i * SIZE : (i + 1) * SIZE].flatten(0, 1)
+        score = (queries @ mean[: i if mistake else i + 1].T / math.sqrt(DIM)).exp().sum(0)
+        kept[i, : len(score)] = score >= alpha * score.max() if len(score) else True
+        kept[i, i] = True
+    return kept
+
+
+def mean_correction_spec(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, mistake: bool) -> Tensor:
+    out = torch.zeros_like(q)
+    for position in range(q.shape[0]):
+        row = position // SIZE
+        weight, value = [], []
+        for j in range(row + 1):
+            tokens = slice(j * SIZE, min((j + 1) * SIZE, position + 1))
+            if kept[row, j]:
+                weight += (k[tokens] @ q[position] / math.sqrt(DIM)).exp().tolist()
+                value += list(v[tokens])
+            else:
+                mean = float(k[tokens].mean(0) @ q[position]) / math.sqrt(DIM)
+                weight.append((1 if mistake else SIZE) * math.exp(mean))
+                value.append(v[tokens].mean(0))
+        share = torch.tensor(weight, dtype=torch.float64)
+        out[position] = share / share.sum() @ torch.stack(value)
+    return out
+
+
 def flexprefill_spec(q: Tensor, k: Tensor, gamma: float, tau: float, min_blocks: int, mistake: bool) -> Tensor:
     length = q.shape[0]
     num_blocks, rows = -(-length // SIZE), min(SIZE, length)

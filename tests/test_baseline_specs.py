@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from benchmarks.baselines import (
     flashprefill,
+    flashprefill_v2,
     flexprefill,
+    mean_correction,
     mean_pooled,
     oracle,
     oracle_per_row,
@@ -19,14 +22,17 @@ from benchmarks.baselines import (
     xattention,
 )
 from tests.baseline_specs import (
+    DIM,
     LENGTHS,
     SIZE,
     block_mass_spec,
     budget_spec,
     flashprefill_spec,
+    flashprefill_v2_spec,
     flexprefill_spec,
     heads_of,
     inputs,
+    mean_correction_spec,
     mean_pooled_spec,
     per_row_spec,
     prism_spec,
@@ -61,6 +67,35 @@ def test_flashprefill_equals_its_specification(length: int, alpha: float, always
     kept = flashprefill(q, k, alpha, *always, block_size=SIZE)
     for b, h, q_head, k_head in heads_of(q, k):
         assert torch.equal(kept[b, h], flashprefill_spec(q_head, k_head, alpha, *always, mistake=False))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("alpha", [0.05, 0.3, 0.8])
+def test_flashprefill_v2_equals_its_specification(length: int, alpha: float) -> None:
+    q, k = inputs(length)
+    kept = flashprefill_v2(q, k, alpha, 0, 1, 0, block_size=SIZE)
+    for b, group in itertools.product(range(2), range(2)):
+        heads = slice(2 * group, 2 * group + 2)
+        expected = flashprefill_v2_spec(q[b, heads].double(), k[b, group].double(), alpha, mistake=False)
+        assert torch.equal(kept[b, heads], expected.expand(2, -1, -1))
+
+
+def test_mean_correction_equals_its_specification() -> None:
+    """And not what it would be with a block counted as one token."""
+    q, k = inputs(100)
+    _, v = inputs(100, seed=1)
+    kept = flashprefill_v2(q, k, 0.5, 0, 1, 0, block_size=SIZE)
+    tokens = kept.repeat_interleave(SIZE, 2).repeat_interleave(SIZE, 3)[..., :100, :100].tril()
+    logits = (q @ k.repeat_interleave(2, 1).mT / DIM**0.5).masked_fill(~tokens, -torch.inf)
+    out = logits.softmax(-1) @ v.repeat_interleave(2, 1)
+    corrected = mean_correction(q, k, v, out, logits.logsumexp(-1), kept, SIZE).double()
+    for b, h, q_head, k_head in heads_of(q, k):
+        expected, wrong = (
+            mean_correction_spec(q_head, k_head, v[b, h // 2].double(), kept[b, h], mistake)
+            for mistake in (False, True)
+        )
+        assert torch.allclose(corrected[b, h], expected, atol=1e-5)
+        assert not torch.allclose(corrected[b, h], wrong, atol=1e-3)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -122,6 +157,9 @@ def test_the_specifications_see_mistakes() -> None:
     assert not torch.equal(
         flexprefill(q, k, 0.5, 0.0, 0, SIZE)[b, h], flexprefill_spec(q_head, k_head, 0.5, 0.0, 0, mistake=True)
     )
+    kept = flashprefill_v2(q, k, 0.8, 0, 1, 0, SIZE)[b, h]
+    assert not torch.equal(kept, flashprefill_v2_spec(q[b, :2].double(), k_head, 0.8, mistake=True))
+    assert not torch.equal(kept, flashprefill_v2_spec(q_head[None], k_head, 0.8, mistake=False))  # of one head alone
     kept, wrong = prism(q, k, 0.5, block_size=SIZE)[b, h], prism_spec(q_head, k_head, 0.5, 16, 24, mistake=True)
     assert not torch.equal(kept, wrong)
 
@@ -137,7 +175,7 @@ def test_flexprefill_heads_choose_differently() -> None:
     assert not torch.equal(none, every)
 
 
-def test_the_specifications_of_references_see_mistakes() -> None:
+def test_the_specifications_of_rankings_see_mistakes() -> None:
     """The maximum for the sum or the mean, a window without the first block, a diagonal on top of what is counted."""
     q, k = inputs(160)
     b, h, q_head, k_head = next(heads_of(q, k))

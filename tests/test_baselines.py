@@ -15,15 +15,15 @@ import flexproxy
 from benchmarks import baselines
 from benchmarks.baselines import (
     METHODS,
-    REFERENCES,
+    UNTIMED,
     blocks,
     flashprefill,
+    flashprefill_v2,
+    mean_correction,
     prism,
-    random_blocks,
-    sink_recent,
     xattention,
 )
-from benchmarks.baselines.oracle import block_mass
+from benchmarks.baselines.flashprefill import pooled_scores
 from benchmarks.baselines.xattention import antidiagonal_scores
 from benchmarks.contenders import causal_block_mask
 from flexproxy import ProxyConfig, masks
@@ -31,7 +31,7 @@ from tests.accuracy import assert_accurate
 from tests.baseline_specs import DIM, LENGTHS, SIZE, inputs
 from tests.lists import full_blocks, partial_blocks
 
-EVERY = METHODS | REFERENCES
+EVERY = METHODS | UNTIMED
 PEERS, NAMES = sorted(METHODS), sorted(EVERY)
 SEEING = [name for name in NAMES if name not in ("random", "sink + recent")]  # which look at queries and keys
 
@@ -39,12 +39,14 @@ SEEING = [name for name in NAMES if name not in ("random", "sink + recent")]  # 
 def select(name: str, q: Tensor, k: Tensor, threshold: float, min_budget: int = 0) -> Tensor:
     """A method with small blocks, and without what its paper keeps regardless of scores where that can be left away.
 
-    min_budget: tokens, of the references only.
+    min_budget: tokens, of methods with flexproxy's budgets only.
     """
+    scores_alone = {"sink_blocks": 0, "local_blocks": 1, "last_rows": 0}
     settings: dict[str, dict[str, Any]] = {
         "XAttention": {"stride": 4},
         "FlexPrefill": {"min_budget": 0},
-        "FlashPrefill": {"sink_blocks": 0, "local_blocks": 1, "last_rows": 0},
+        "FlashPrefill": scores_alone,
+        "FlashPrefill V2": scores_alone,
         "Prism": {},
     }
     method: Any = EVERY[name].select
@@ -83,7 +85,7 @@ def test_monotone_in_its_threshold(name: str) -> None:
     assert baselines.density(maps[-1]) == 1.0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "FlashPrefill V2"])
 def test_grouped_heads_are_repeated_heads(name: str) -> None:
     q, k = inputs(127)
     threshold = looser(name)[2]
@@ -100,13 +102,14 @@ def test_sequences_and_heads_are_independent(name: str) -> None:
     assert torch.equal(select(name, q[1:2, 2:], k[1:2, 1:], threshold), kept[1:2, 2:])
 
 
-@pytest.mark.parametrize("name", ["XAttention", "FlashPrefill", "oracle", "oracle, per row"])
+@pytest.mark.parametrize("name", ["XAttention", "FlashPrefill", "FlashPrefill V2", "oracle", "oracle, per row"])
 def test_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = inputs(160)
     threshold = looser(name)[2]
     whole = select(name, q, k, threshold)
     for elements in (1, 5000, 20000):  # a row of blocks at a time, some, and a last chunk that is smaller
-        monkeypatch.setitem(EVERY[name].select.__globals__, "CHUNK_ELEMENTS", elements)
+        for function in (EVERY[name].select, pooled_scores):
+            monkeypatch.setitem(function.__globals__, "CHUNK_ELEMENTS", elements)
         assert torch.equal(select(name, q, k, threshold), whole)
 
 
@@ -224,63 +227,50 @@ def test_threshold_for_density(name: str) -> None:
     assert reached == pytest.approx(0.5, abs=0.03)
 
 
+def test_flashprefill_v2_selects_per_key_head() -> None:
+    """One selection for a group, from the scores of all its heads, as if these were more queries of one head."""
+    q, k = inputs(160)
+    settings: dict[str, Any] = {"sink_blocks": 0, "local_blocks": 1, "last_rows": 0, "block_size": SIZE}
+    kept = flashprefill_v2(q, k, 0.5, **settings)
+    assert torch.equal(kept[:, 0::2], kept[:, 1::2])
+    assert not torch.equal(kept[:, 0], kept[:, 2])
+    same = q[:, 0::2].repeat_interleave(2, 1)
+    one_head = flashprefill_v2(q[:, 0::2], k, 0.5, **settings)
+    assert torch.equal(flashprefill_v2(same, k, 0.5, **settings)[:, 0::2], one_head)
+    assert not torch.equal(kept[:, 0::2], one_head)
+
+
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and LSE over the causal tokens of the kept blocks."""
+    tokens = block_map.repeat_interleave(SIZE, 2).repeat_interleave(SIZE, 3)[..., : q.shape[2], : q.shape[2]].tril()
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    logits = (q @ k.mT / DIM**0.5).masked_fill(~tokens, -torch.inf)
+    return logits.softmax(-1) @ v, logits.logsumexp(-1)
+
+
+@pytest.mark.parametrize("length", [100, 160])
+def test_mean_correction_is_exact_for_equal_keys_and_values(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a block's keys are equal, and so its values, its mean is all that there is to know of it."""
+    q, k = inputs(length)
+    _, v = inputs(length, seed=1)
+    k, v = (x[:, :, ::SIZE].repeat_interleave(SIZE, 2)[:, :, :length] for x in (k, v))
+    dense, _ = sparse_attention(q, k, v, select("random", q, k, 1.0))
+    kept = select("random", q, k, 0.5)
+    out, lse = sparse_attention(q, k, v, kept)
+    assert (out - dense).abs().max() > 0.1
+    for elements in (2**27, 1, 20000):
+        monkeypatch.setitem(mean_correction.__globals__, "CHUNK_ELEMENTS", elements)
+        corrected = mean_correction(q, k, v, out, lse, kept, SIZE)
+        assert torch.allclose(corrected, dense, atol=1e-5)
+    everything = select("random", q, k, 1.0)
+    assert torch.equal(mean_correction(q, k, v, dense, lse, everything, SIZE), dense)
+
+
 def test_an_unreachable_density_gives_the_nearest() -> None:
     """What is always kept stands in the way of a small density."""
     q, k = inputs(160)
     _, reached = baselines.threshold_for_density(lambda x: flashprefill(q, k, x, block_size=SIZE), 0.01, False)
     assert reached == baselines.density(flashprefill(q, k, 1.0, block_size=SIZE))
-
-
-BUDGETED = [name for name in sorted(REFERENCES) if name != "oracle, per row"]
-
-
-@pytest.mark.parametrize("name", BUDGETED)
-@pytest.mark.parametrize("target", [{"gamma": 0.8}, {"gamma": 0.8, "min_budget": 3 * SIZE}, {"density": 0.4}])
-def test_references_keep_as_much_as_flexproxy(name: str, target: dict[str, float]) -> None:
-    """Every row of every head has as many blocks as in flexproxy's own selection; only which ones differs."""
-    q, k = inputs(300)
-    settings: dict[str, Any] = {"min_budget": 0, "block_size": SIZE} | target
-    ours = flexproxy.select(q, k, config=ProxyConfig(**settings)).block_map()
-    method: Any = REFERENCES[name].select
-    kept = method(q, k, **settings)
-    assert torch.equal(kept.sum(-1), ours.sum(-1))
-    assert not torch.equal(kept, ours)
-
-
-def test_the_oracle_holds_the_most_attention() -> None:
-    """At equal budgets no other ranking holds more in any row, and most hold less."""
-    q, k = inputs(300)
-    mass = block_mass(q, k, SIZE)
-    assert torch.allclose(mass.sum(-1), torch.tensor([16.0] * 18 + [12.0]))  # probabilities of a query sum to 1
-    held = {name: (mass * select(name, q, k, 0.6)).sum(-1) for name in BUDGETED}
-    for name in set(BUDGETED) - {"oracle"}:
-        assert bool((held[name] <= held["oracle"] + 1e-4).all())
-        assert held[name].sum() < 0.95 * held["oracle"].sum()
-    per_row = select("oracle, per row", q, k, 0.6)
-    assert bool(((mass * per_row).sum(-1) >= 0.6 * mass.sum(-1) - 1e-4).all())
-
-
-def test_random_blocks_are_seeded() -> None:
-    """The draw depends on the seed and on nothing else; heads and rows have their own."""
-    q, k = inputs(300)
-    settings: dict[str, Any] = {"density": 0.4, "min_budget": 0, "block_size": SIZE}
-    kept = random_blocks(q, k, **settings)
-    assert torch.equal(random_blocks(q, k, **settings), kept)
-    assert not torch.equal(random_blocks(q, k, **settings, seed=1), kept)
-    same_budgets: dict[str, Any] = {"gamma": 0.01, "min_budget": 6 * SIZE, "block_size": SIZE}
-    kept = random_blocks(q, k, **same_budgets)
-    assert torch.equal(random_blocks(k.repeat(1, 2, 1, 1), q[:, :2], **same_budgets), kept)
-    assert not torch.equal(kept[:, 0], kept[:, 1])
-
-
-def test_sink_and_recent_blocks() -> None:
-    """The first block and a band: as long as the budget, whatever the queries and keys are."""
-    q, k = inputs(160)
-    kept = sink_recent(q, k, gamma=0.01, min_budget=3 * SIZE, block_size=SIZE)
-    block = torch.arange(10)
-    distance = block[:, None] - block
-    expected = (distance >= 0) & ((block == 0) | (distance < 2) | (block[:, None] < 3))
-    assert torch.equal(kept, expected.expand_as(kept))
 
 
 # The BlockMask

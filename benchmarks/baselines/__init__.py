@@ -2,7 +2,8 @@
 
 Each is a function of q ``[B, Hq, S, D]``, k ``[B, Hkv, S, D]`` and a threshold to a map of kept blocks, bool
 ``[B, Hq, N, N]``: causal, blocks of 128, any length. ``METHODS`` are peers, read from their papers, that are timed.
-``REFERENCES`` are rankings that tell how good a map is, with flexproxy's budgets; the oracle costs dense attention.
+``UNTIMED`` are compared in quality alone: rankings with flexproxy's budgets, of which the oracle costs dense attention,
+and FlashPrefill V2, whose kernel does more than a BlockMask says (``mean_correction``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.baselines.blocks import density, threshold_for_density, to_block_mask
 from benchmarks.baselines.flashprefill import flashprefill
+from benchmarks.baselines.flashprefill_v2 import flashprefill_v2, mean_correction
 from benchmarks.baselines.flexprefill import flexprefill
 from benchmarks.baselines.mean_pooled import mean_pooled
 from benchmarks.baselines.oracle import oracle, oracle_per_row
@@ -24,11 +26,13 @@ from benchmarks.baselines.xattention import xattention
 
 __all__ = [
     "METHODS",
-    "REFERENCES",
+    "UNTIMED",
     "Method",
     "density",
     "flashprefill",
+    "flashprefill_v2",
     "flexprefill",
+    "mean_correction",
     "mean_pooled",
     "oracle",
     "oracle_per_row",
@@ -55,7 +59,8 @@ METHODS = {
     "Prism": Method(prism, True),
 }
 
-REFERENCES = {
+UNTIMED = {
+    "FlashPrefill V2": Method(flashprefill_v2, False),
     "oracle": Method(oracle, True),
     "oracle, per row": Method(oracle_per_row, True),
     "mean-pooled": Method(mean_pooled, True),

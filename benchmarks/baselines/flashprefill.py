@@ -11,9 +11,8 @@ public code of the first paper (qhfan/FlashPrefill): a query scores the blocks t
 blocks, 4 recent ones and 2 last rows; alpha 0.12, its value for Qwen3 (the default of the function itself is 0.7).
 
 Different from that code: there the padding rows of a ragged last block add ``exp(0)`` to the scores, here they add
-nothing; there the pooled keys are summed in the inputs' dtype. The second paper's code (qhfan/FlashPrefillv2) scores
-the block that a query stands in as well, and packs the heads of a group into one selection; its mean correction
-changes the attention, not the selection, and is left out.
+nothing; there the pooled keys are summed in the inputs' dtype. The second paper's selection and its mean correction are
+in ``flashprefill_v2``.
 """
 
 from __future__ import annotations
@@ -58,40 +57,55 @@ def flashprefill(
         ValueError: shapes do not fit.
     """
     check_prompt(q, k)
-    scores = pooled_scores(q, k, block_size)
+    length = q.shape[2]
+    keys = pool_blocks(k, block_size)
+    num_blocks = keys.shape[2]
+    queries = F.pad(q, (0, 0, 0, num_blocks * block_size - length))
+    position = torch.arange(num_blocks * block_size, device=q.device)
+    last_key = torch.arange(1, num_blocks + 1, device=q.device) * block_size - 1
+    scores = pooled_scores(queries, keys, position.masked_fill(position >= length, -1), last_key)
+    return near_the_maximum(scores, alpha, sink_blocks, local_blocks, last_rows)
+
+
+def near_the_maximum(scores: Tensor, alpha: float, sink_blocks: int, local_blocks: int, last_rows: int) -> Tensor:
+    """Causal blocks with ``alpha`` of their row's largest score, and those always kept: bool, as ``scores``."""
     num_blocks = scores.shape[-1]
-    block = torch.arange(num_blocks, device=q.device)
+    block = torch.arange(num_blocks, device=scores.device)
     distance = block[:, None] - block
     always = (block < sink_blocks) | (distance < local_blocks) | (block[:, None] >= num_blocks - last_rows)
     reaches = scores >= alpha * scores.amax(-1, keepdim=True)
     return (reaches | always) & (distance >= 0)
 
 
-def pooled_scores(q: Tensor, k: Tensor, block_size: int) -> Tensor:
-    """Sum of ``exp(q . mean key)`` over the queries of a row, relative to its maximum: ``[B, Hq, N, N]``."""
-    batch, heads, length, head_dim = q.shape
-    num_blocks = -(-length // block_size)
-    keys = pool_blocks(k, block_size)
-    queries = F.pad(q, (0, 0, 0, num_blocks * block_size - length))
+def pooled_scores(queries: Tensor, keys: Tensor, position: Tensor, visible_from: Tensor) -> Tensor:
+    """Sum of ``exp(q . mean key)`` over the queries of a row, relative to its maximum: ``[B, H, N, N]``.
+
+    Args:
+        queries: ``[B, H, N m, D]``, m of every row of blocks.
+        keys: mean keys ``[B, H or a divisor of it, N, D]``.
+        position: ``[N m]``, place of each query in the prompt; -1 for padding, which sees nothing.
+        visible_from: ``[N]``, the first position from which a query scores the block.
+    """
+    batch, heads, _, head_dim = queries.shape
+    num_blocks = keys.shape[2]
+    per_row = queries.shape[2] // num_blocks
     scale = 1 / math.sqrt(head_dim)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.zeros(batch, heads, num_blocks, num_blocks, dtype=dtype, device=q.device)
-    step = max(1, CHUNK_ELEMENTS // (batch * heads * num_blocks * block_size))
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    scores = torch.zeros(batch, heads, num_blocks, num_blocks, dtype=dtype, device=queries.device)
+    step = max(1, CHUNK_ELEMENTS // (batch * heads * num_blocks * per_row))
     for start in range(0, num_blocks, step):
         end = min(start + step, num_blocks)
-        logits = grouped_logits(queries[:, :, start * block_size : end * block_size], keys[:, :, :end])
-        position = torch.arange(start * block_size, end * block_size, device=q.device)
-        position = position.masked_fill(position >= length, -1)  # padding sees nothing
-        last_key = torch.arange(1, end + 1, device=q.device) * block_size - 1
-        scores[:, :, start:end, :end] = _row_scores(logits, position, last_key, block_size, scale)
+        rows = slice(start * per_row, end * per_row)
+        logits = grouped_logits(queries[:, :, rows], keys[:, :, :end])
+        scores[:, :, start:end, :end] = _row_scores(logits, position[rows], visible_from[:end], per_row, scale)
     return scores
 
 
 @compiled_on_gpu
-def _row_scores(logits: Tensor, position: Tensor, last_key: Tensor, block_size: int, scale: float) -> Tensor:
-    """Equation 1, with the row's maximum instead of the block's: ``[B, Hq, rows, N]``, 0 for blocks that none sees."""
-    scores = (widen(logits) * scale).masked_fill(last_key > position[:, None], -torch.inf)
-    scores = scores.unflatten(2, (-1, block_size))
+def _row_scores(logits: Tensor, position: Tensor, visible_from: Tensor, per_row: int, scale: float) -> Tensor:
+    """Equation 1, with the row's maximum instead of the block's: ``[B, H, rows, N]``, 0 for blocks that none sees."""
+    scores = (widen(logits) * scale).masked_fill(visible_from > position[:, None], -torch.inf)
+    scores = scores.unflatten(2, (-1, per_row))
     peak = scores.amax((3, 4), keepdim=True)
     energy: Tensor = (scores - peak.masked_fill(peak == -torch.inf, 0.0)).exp().sum(3)
     return energy
