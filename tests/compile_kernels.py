@@ -107,7 +107,7 @@ def main(capabilities: list[int], only: list[str] | None = None) -> None:
             for dtype in dtypes:
                 for head_dim in head_dims:
                     calls(dtype, head_dim)
-    print(len(compiled), "kernels compiled")
+    print(len(compiled), "kernels compiled, at most", max(compiled.values()), "bytes of shared memory")
 
 
 if __name__ == "__main__":

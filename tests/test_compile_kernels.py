@@ -31,9 +31,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_kernel_compiles() -> None:
     done = run("-m", "tests.compile_kernels", "90", "--only", "bfloat16", "64")
     assert done.returncode == 0, done.stderr[-3000:]
-    number, *rest = done.stdout.split()
-    assert rest == ["kernels", "compiled"]
-    assert int(number) > 30
+    number, shared = (int(word) for word in done.stdout.split() if word.isdigit())
+    assert number > 30
+    assert shared <= 99 * 1024  # what a program has on the smallest GPUs of capability 8.0 and later
 
 
 PLANTED = """

@@ -31,8 +31,8 @@ class Machine:
     """A machine with Triton, its interpreter on or off, and one GPU or none."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, triton: bool = True, interpreted: bool = False) -> None:
-        knobs = SimpleNamespace(runtime=SimpleNamespace(interpret=interpreted))
-        modules = {"triton": SimpleNamespace(knobs=knobs), "flexproxy.kernels": SimpleNamespace(OPERATORS={"op": self})}
+        monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
+        modules = {"flexproxy.kernels": SimpleNamespace(OPERATORS={"op": self})}  # triton itself is not imported
         monkeypatch.setattr(implementations, "find_spec", lambda name: object() if triton else None)
         monkeypatch.setattr(implementations, "importlib", SimpleNamespace(import_module=modules.__getitem__))
         monkeypatch.setattr(_compat, "IS_ROCM", False)
@@ -40,7 +40,7 @@ class Machine:
 
 
 def on_gpu() -> Any:
-    return SimpleNamespace(device=torch.device("cuda", 0))
+    return SimpleNamespace(device=torch.device("cuda", 0), is_cuda=True)
 
 
 @pytest.mark.parametrize("name", ["Triton", "cuda", "", None, 1])
