@@ -11,11 +11,9 @@ import argparse
 import gc
 import json
 import math
-import os
 import platform
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor
 
 import flexproxy
+from flexproxy._files import replacing
 
 RESULTS = Path(__file__).parent / "results"
 MIN_REPEATS, MAX_REPEATS = 3, 30
@@ -160,14 +159,8 @@ def environment() -> dict[str, Any]:
 def write_json(path: Path, data: Any) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
-            json.dump(data, file, indent=1, allow_nan=False)
-            file.write("\n")
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def positive_int(text: str) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from benchmarks.baselines import METHODS
 from benchmarks.contenders import SHAPE
 from benchmarks.harness import RESULTS, Row, fraction, positive_int
 from benchmarks.stages import STAGES
+from flexproxy._files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -268,12 +268,8 @@ PLOTS: dict[str, tuple[str, Callable[[Row, argparse.Namespace], Figure]]] = {
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=150)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexproxy import ProxyConfig
+from flexproxy._files import replacing
 from flexproxy.integrations.transformers import configuration, configure, record_selections
 from flexproxy.needle import VOCAB_SIZE
 
@@ -180,9 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
     if first:
         show(result, console)
         if args.json is not None:
-            unfinished = args.json.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(result, indent=1) + "\n")
-            unfinished.replace(args.json)
+            with replacing(args.json) as unfinished:
+                unfinished.write_text(json.dumps(result, indent=1) + "\n")
     if distributed:
         torch.distributed.destroy_process_group()
 

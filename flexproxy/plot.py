@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexproxy._files import replacing
 from flexproxy.selection import Selection
 from flexproxy.stats import block_mass, block_size_of, check_index, kept_and_full_blocks
 
@@ -196,13 +197,8 @@ def save(figure: Figure, path: str | Path, force: bool = False) -> None:
     problem = save_problem(path, force)
     if problem is not None:
         raise ValueError(f"path: expected a file to write, got {path}: {problem}")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with _style():
-            figure.savefig(unfinished, format=path.suffix.lstrip(".").lower(), dpi=130, facecolor="white")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as unfinished, _style():
+        figure.savefig(unfinished, format=path.suffix.lstrip(".").lower(), dpi=130, facecolor="white")
 
 
 def save_problem(path: Path, force: bool) -> str | None:

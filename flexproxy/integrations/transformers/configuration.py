@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flexproxy import ProxyConfig
+from flexproxy._files import replacing
 from flexproxy.proxy import head_groups
 
 Settings: TypeAlias = "ProxyConfig | Mapping[int, ProxyConfig] | str | os.PathLike[str]"
@@ -89,10 +89,8 @@ def save_configuration(model: PreTrainedModel, path: str | os.PathLike[str]) -> 
     """
     layers = {str(index): _changes(config) for index, config in configuration(model).items()}
     text = json.dumps({"flexproxy": 1, "model": _shape(model), "layers": layers}, indent=1) + "\n"
-    path = Path(path)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(text)
 
 
 def config_of(module: nn.Module) -> ProxyConfig:
