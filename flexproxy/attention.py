@@ -14,7 +14,6 @@ from flexproxy._checks import (
     check_attention_options,
     check_config,
     check_masks,
-    check_memory,
     check_queries_and_keys,
     check_scale,
     check_values,
@@ -95,7 +94,8 @@ def attention(
     num_queries, num_keys = q.shape[2], k.shape[2]
     gqa = q.shape[1] != k.shape[1]
     # A score_mod may capture a parameter that requires gradients, where q, k and v do not.
-    gradients = v.requires_grad or score_mod is not None
+    requires = score_mod is not None or any(x.requires_grad for x in (q, k, v))
+    gradients = torch.is_grad_enabled() and requires
     if not torch.is_grad_enabled():  # the CPU kernel refuses tensors that could require gradients
         q, k, v = q.detach(), k.detach(), v.detach()
 
@@ -105,21 +105,18 @@ def attention(
             with _compat.fastest_sdpa(q):
                 return F.scaled_dot_product_attention(q, k, v, is_causal=num_queries > 1, scale=scale, enable_gqa=gqa)
         if block_mask is None:
-            needs_gradients = torch.is_grad_enabled() and (gradients or q.requires_grad or k.requires_grad)
-            block_mask = dense_block_mask(q, k, mask_mod, config.block_size, needs_gradients)
+            block_mask = dense_block_mask(q, k, mask_mod, config.block_size, gradients)
         selection = None
     else:
-        check_memory(q, k, config, gradients)
-        selection = select_for(q, k, mask_mod, block_mask, config, scale, gradients)
+        selection = select_for(q, k, mask_mod, block_mask, config, scale, gradients, lists=True)
 
     if kernel_options is not None:
         options = tiles_of(config.block_size, q.device.type) | kernel_options
     else:
         given = mask_mod if block_mask is None else block_mask.mask_mod
         structure = None if given is None else masks.structure_of(given)
-        needs_gradients = gradients and torch.is_grad_enabled()
         traced = torch.compiler.is_compiling()  # there the mask is that of build, see _run
-        options = options_for(q, k, structure, traced, score_mod is not None, config.block_size, needs_gradients)
+        options = options_for(q, k, structure, traced, score_mod is not None, config.block_size, gradients)
     arguments: dict[str, Any] = {"score_mod": score_mod, "scale": scale, "enable_gqa": gqa, "kernel_options": options}
     if return_lse:
         arguments |= _compat.lse_arguments()

@@ -60,7 +60,7 @@ def select(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
     """
-    return select_for(q, k, mask_mod, block_mask, config, scale, gradients=False)
+    return select_for(q, k, mask_mod, block_mask, config, scale, gradients=False, lists=False)
 
 
 def select_for(
@@ -71,14 +71,22 @@ def select_for(
     config: ProxyConfig | None,
     scale: float | None,
     gradients: bool,
+    lists: bool,
 ) -> Selection:
-    """``select``, whose BlockMask has the lists for gradients also if v requires them, or something else."""
+    """``select``, for a BlockMask.
+
+    Args:
+        gradients: the BlockMask has the lists for them also if neither q nor k requires them.
+        lists: the BlockMask will be made; where it would not fit in memory, say so now.
+    """
     config = check_config(config)
     check_queries_and_keys(q, k)
     check_masks(mask_mod, block_mask, q, k, config.block_size)
     scale = check_scale(scale, q.shape[3])
     groups, k_groups = head_groups(config.num_proxies, config.groups, q.shape[1], k.shape[1])
     needs_gradients = torch.is_grad_enabled() and (gradients or q.requires_grad or k.requires_grad)
+    if lists:
+        check_memory(q, k, config, needs_gradients)
     q, k = q.detach(), k.detach()
 
     mask = _read_mask(mask_mod, block_mask, q, k, config, groups)
@@ -93,12 +101,12 @@ def select_for(
     scores = block_scores(
         q_proxy, k_proxy, *mask.sampled.tensors(), admissible, rows, cell, config.stride, scale, workspace
     )
-    forced = mask.offset, q.shape[2], config.block_size, config.sink_blocks, config.local_blocks
+    forced = mask.offset, q.shape[2], config.block_size, config.sink_blocks, config.local_blocks  # see forced_blocks
     rank = rank_blocks(scores, admissible, rows, *forced)
 
     # 2. Dynamic budgets: one count for every head, from the last queries of its sequence.
     proxy_of = proxy_of_heads(groups, q.device)
-    forced_count = forced_counts(mask.admissible.any, rows, mask.offset, proxy_of, *forced[1:])
+    forced_count = forced_counts(mask.admissible.any, rows, proxy_of, *forced)
     count = _count_blocks(q, k, mask, rows, forced_count, config, scale)
 
     return Selection(
@@ -131,10 +139,7 @@ def build(
         BlockMask ``[B, Hq, Sq, Skv]``: every head's kept blocks, within them the mask that was given. It has the lists
         that gradients need if q or k requires them.
     """
-    config = check_config(config)
-    check_queries_and_keys(q, k)
-    check_memory(q, k, config, torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
-    return select(q, k, mask_mod=mask_mod, block_mask=block_mask, config=config, scale=scale).block_mask()
+    return select_for(q, k, mask_mod, block_mask, config, scale, gradients=False, lists=True).block_mask()
 
 
 def dense_block_mask(

@@ -90,8 +90,8 @@ def rank_blocks(
 def _forced_counts_fake(
     admissible: Tensor,
     summary: Tensor,
-    offset: Tensor,
     proxy_of: Tensor,
+    offset: Tensor,
     num_queries: int,
     block_size: int,
     sink_blocks: int,
@@ -103,15 +103,15 @@ def _forced_counts_fake(
 
 
 @opaque(
-    "(Tensor admissible, Tensor summary, Tensor offset, Tensor proxy_of, SymInt num_queries, int block_size,"
+    "(Tensor admissible, Tensor summary, Tensor proxy_of, Tensor offset, SymInt num_queries, int block_size,"
     " int sink_blocks, int local_blocks) -> Tensor",
     _forced_counts_fake,
 )
 def forced_counts(
     admissible: Tensor,
     summary: Tensor,
-    offset: Tensor,
     proxy_of: Tensor,
+    offset: Tensor,
     num_queries: int,
     block_size: int,
     sink_blocks: int,

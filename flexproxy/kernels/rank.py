@@ -168,8 +168,8 @@ def _forced_kernel(
 def forced_counts(
     admissible: Tensor,
     summary: Tensor,
-    offset: Tensor,
     proxy_of: Tensor,
+    offset: Tensor,
     num_queries: int,
     block_size: int,
     sink_blocks: int,
