@@ -14,13 +14,11 @@ kept; if it fails, nothing is timed.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +28,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
 import flexproxy
-from benchmarks.contenders import config_for, flex
+from benchmarks.contenders import config_for, flex, sparse_where_short
 from benchmarks.harness import (
     Row,
     attempt,
@@ -126,8 +124,7 @@ def check_correctness(model: Any, length: int = 4096) -> None:
     mask, scale = causal_mask(length, padding), q.shape[-1] ** -0.5
     configure(model, ProxyConfig(density=0.2, min_budget=length // 8))
     # A prompt short enough for the exact result would be dense.
-    sparse = mock.patch.multiple(sys.modules["flexproxy.attention"], BUILD_FLOPS=0.0, SPARSE_COST=0.0)
-    with sparse, record_selections(model) as record:
+    with sparse_where_short(), record_selections(model) as record:
         out = attention_forward(model.model.layers[0].self_attn, q, k, v, mask, scaling=scale)[0].transpose(1, 2)
     member = create_mask(record[0].mask_mod(), 2, q.shape[1], length, length, device=DEVICE)
     allowed = member & create_mask(mask.mask_mod, 2, 1, length, length, device=DEVICE)

@@ -264,7 +264,6 @@ def block_logits(
     row_index: Tensor | None,
     summary: Tensor | None,
     rows: slice,
-    num_keys: int,
     cell: int,
     key_step: int,
     scale: float,
@@ -278,12 +277,13 @@ def block_logits(
         mask: lo, hi, q_label, k_label, bits of a SampledMask; with ``row_index`` the clauses are those of all queries.
         row_index: int64 ``[b, h, rows]``, the rows' places in q, -1 for none.
         summary: int32 ``[b, h, blocks, 5]`` of ``summarize_rows``, for rows that lie in blocks of ``cell``.
-        rows: which of the rows. num_keys: the first keys, beyond which none of these rows may see.
+        rows: which of the rows.
         cell: keys per block. key_step: tokens from one key to the next. scale: of the logits.
         sums: log-sum-exps of the blocks instead of their largest logits.
     """
     lo, hi, q_label, k_label, bits = mask
     batch, heads, _, head_dim = q.shape
+    num_keys = k.shape[2]
     block_d = power_of_2(head_dim, 16, 256)
     column = min(cell, tile.keys)
     num_columns = -(-num_keys // column)

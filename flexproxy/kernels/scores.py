@@ -84,7 +84,7 @@ def block_scores(
         stop = min(start + blocks_per_part, num_q_blocks)
         rows = slice(start * cell, min(stop * cell, num_rows))
         values, partial = block_logits(
-            q, k, (lo, hi, q_label, k_label, bits), None, summary, rows, k.shape[2], cell, stride, scale, False, tile
+            q, k, (lo, hi, q_label, k_label, bits), None, summary, rows, cell, stride, scale, False, tile
         )
         launch(
             _scores_kernel,
