@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Literal, overload
 
 import torch
@@ -132,21 +133,27 @@ def _run(
     block_mask: BlockMask | None,
     arguments: dict[str, Any],
 ) -> Any:
-    """``flex_attention``, compiled. block_mask: used where there is no selection."""
+    """``flex_attention`` with the mask that suits how it runs. block_mask: used where there is no selection."""
+    if selection is None:
+        return run_flex(q, k, v, block_mask, arguments)
     if torch.compiler.is_compiling():
-        block_mask = block_mask if selection is None else selection.block_mask()
-        return flex_attention(q, k, v, block_mask=block_mask, **arguments)
-    listed = block_mask
-    if selection is not None:
-        # FLASH forgets the lists where a mask_mod is trivial, which only ours are known not to be.
-        known = masks.structure_of(selection._mask_mod).clauses is not None
-        trusted = known or arguments["kernel_options"].get("BACKEND") != "FLASH"
-        listed = selection.listed_block_mask() if trusted else selection.block_mask()
+        return run_flex(q, k, v, selection.block_mask(), arguments)
+    # FLASH forgets the lists where a mask_mod is trivial, which only ours are known not to be.
+    known = masks.structure_of(selection._mask_mod).clauses is not None
+    if not known and arguments["kernel_options"].get("BACKEND") == "FLASH":
+        return run_flex(q, k, v, selection.block_mask(), arguments)
     try:
-        return _compat.run_compiled(q.device.type, q, k, v, block_mask=listed, **arguments)
+        return _compat.run_compiled(q.device.type, q, k, v, block_mask=selection.listed_block_mask(), **arguments)
     except _compat.NotCompiledError:  # eager flex_attention sees the function alone, and not the lists
-        block_mask = block_mask if selection is None else selection.block_mask()
-        return flex_attention(q, k, v, block_mask=block_mask, **arguments)
+        return flex_attention(q, k, v, block_mask=selection.block_mask(), **arguments)
+
+
+def run_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, arguments: dict[str, Any]) -> Any:
+    """``flex_attention``, compiled: by the trace around it, or else here; eager where compilation is switched off."""
+    if not torch.compiler.is_compiling():
+        with contextlib.suppress(_compat.NotCompiledError):
+            return _compat.run_compiled(q.device.type, q, k, v, block_mask=block_mask, **arguments)
+    return flex_attention(q, k, v, block_mask=block_mask, **arguments)
 
 
 # Work of dense attention, in floating-point operations, that a GPU does while the host starts the kernels of a build.

@@ -18,6 +18,8 @@ from torch import Tensor
 
 import flexproxy
 from flexproxy._demo_inputs import DemoError
+from flexproxy.attention import run_flex
+from flexproxy.kernel_options import tiles_of
 from flexproxy.needle import NeedleBatch, exact_answers, plant
 
 if TYPE_CHECKING:
@@ -93,7 +95,11 @@ class _Attention:
     ) -> tuple[Tensor, None]:
         if self.observe is not None:
             self.observe(flexproxy.select(query, key, config=self.config, scale=scaling))
-        out = flexproxy.attention(query, key, value, config=self.config, scale=scaling)
+        # Not flexproxy.attention, which on a GPU stays dense for a text as short as the demo's.
+        block_mask = flexproxy.build(query, key, config=self.config, scale=scaling)
+        options = tiles_of(self.config.block_size, query.device.type)
+        arguments = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1], "kernel_options": options}
+        out = run_flex(query, key, value, block_mask, arguments)
         return out.transpose(1, 2), None  # [B, Sq, Hq, D]
 
 

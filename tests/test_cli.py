@@ -204,6 +204,6 @@ def test_a_bug_is_not_hidden_as_a_mistake(small: list[str], monkeypatch: pytest.
     def broken(*_: Any, **__: Any) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(flexproxy, "attention", broken)
+    monkeypatch.setattr(flexproxy, "build", broken)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(small)

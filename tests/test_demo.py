@@ -153,7 +153,7 @@ def test_the_model_is_left_as_it_was(result: DemoResult, model: Any, monkeypatch
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(flexproxy, "attention", interrupted)
+    monkeypatch.setattr(flexproxy, "build", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(model)
     assert model.config._attn_implementation == "sdpa"
