@@ -245,11 +245,34 @@ def needs_flash() -> None:
         pytest.skip(f"BACKEND=FLASH does not run here: {error}")
 
 
+@pytest.mark.parametrize("backend", ["FLASH", "TRITON"])
+def test_3_flash_gets_membership_where_a_mask_may_be_trivial(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``attention`` leaves membership to the lists, save where FLASH may drop them: under a function not its own."""
+    given: list[BlockMask] = []
+
+    def run(device_type: str, q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, **options: Any) -> Tensor:
+        given.append(block_mask)
+        return q
+
+    monkeypatch.setattr("flexproxy._compat.run_compiled", run)
+    qkv = inputs("cpu")
+    for mask_mod in (noop_mask, masks.full):
+        flexproxy.attention(*qkv, mask_mod=mask_mod, config=CONFIG, kernel_options={"BACKEND": backend})
+    kept = flexproxy.select(*qkv[:2], mask_mod=masks.full, config=CONFIG).block_map()
+    assert not kept.all()
+    index = torch.zeros((), dtype=torch.int64)
+    dropped = (~kept).nonzero()[0]
+    b, h, row, column = (index + int(at) for at in dropped)
+    allowed = [bool(mask.mask_mod(b, h, row * BLOCK, column * BLOCK)) for mask in given]
+    assert allowed == [backend == "TRITON", True]
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("needs_flash")
-def test_3_flash_reads_our_lists() -> None:
+@pytest.mark.parametrize("mask_mod", [masks.full, noop_mask])
+def test_3_flash_reads_our_lists(mask_mod: MaskMod) -> None:
     qkv, selection = flash_case()
-    out = flexproxy.attention(*qkv, mask_mod=masks.full, config=CONFIG, kernel_options={"BACKEND": "FLASH"})
+    out = flexproxy.attention(*qkv, mask_mod=mask_mod, config=CONFIG, kernel_options={"BACKEND": "FLASH"})
     assert isinstance(out, Tensor)
     assert_accurate(out, *qkv, allowed_pairs(selection, masks.full, 1024, 1024, BLOCK))
 
