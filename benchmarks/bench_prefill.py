@@ -1,6 +1,6 @@
 """Time to first token of a Llama in transformers, by sdpa and by flexproxy, on one GPU.
 
-    python -m benchmarks.bench_prefill      # 32K to 256K tokens: some six minutes on an H200
+    python -m benchmarks.bench_prefill      # 32K to 256K tokens
 
 The shape of Llama-3.1-8B by its real class, random weights made on the device, bf16, batch 1, logits of the last token
 and the cache for decoding: the model as users run it, once with ``attn_implementation="sdpa"``, where the kernel is
@@ -51,7 +51,7 @@ from flexproxy.integrations.transformers.masks import forward_mask
 LENGTHS, DENSITIES = [32768, 65536, 131072, 262144], [0.31, 0.20, 0.16, 0.10]
 SDPA = {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA FlashAttention-2": SDPBackend.FLASH_ATTENTION}
 SLOW, ONCE = 65536, 131072  # longer prompts are not warmed up dense, and still longer ones run once
-LONGEST_OF_FLASH = 131072  # 256K take it more than a minute
+LONGEST_OF_FLASH = 131072  # longer ones take it long
 DEVICE, DTYPE = "cuda", torch.bfloat16
 
 

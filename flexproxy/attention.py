@@ -156,9 +156,10 @@ def run_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, argu
     return flex_attention(q, k, v, block_mask=block_mask, **arguments)
 
 
-# Work of dense attention, in floating-point operations, that a GPU does while the host starts the kernels of a build.
+# Work of dense attention, in floating-point operations, that a GPU does while the host starts the kernels of a build:
+# that of 8K tokens, where cuDNN takes as long (benchmarks/results/build.json).
 BUILD_FLOPS = 6e11
-# What a kept block costs beside one of dense attention.
+# What a kept block costs beside one of dense attention: flex_attention is slower than cuDNN. An estimate.
 SPARSE_COST = 1.3
 
 

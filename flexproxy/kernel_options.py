@@ -11,7 +11,7 @@ from flexproxy import _compat
 from flexproxy._checks import check_queries_and_keys
 from flexproxy.masks import Structure
 
-# Measured on an H200 at 128K tokens and 10 % of the blocks: `python -m benchmarks.bench_tiles` measures them.
+# `python -m benchmarks.bench_tiles` measures these beside others.
 _COPY_ENGINE = {"USE_TMA": True, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
 
 

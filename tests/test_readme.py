@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,21 @@ def test_code_for_transformers_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     exec(compile(blocks[0], "README.md", "exec"), names)
     assert names["tokens"].shape == (1, 4100)
     assert {config.gamma for config in configuration(names["model"]).values()} == {0.9}
+
+
+def test_figures_of_build() -> None:
+    """The table of times is that of the committed result."""
+    rows = json.loads((ROOT / "benchmarks/results/build.json").read_text())["rows"]
+    found = {row["length"]: row for row in rows if row["num_proxies"] == 1}
+    table = re.findall(r"^\| (\d+)([KM]) \| ([\d.]+) \| *([\d.]*) *\| *([\d.]*)(?: %)? *\|$", README, re.MULTILINE)
+    assert len(table) == 5
+    for number, unit, build, dense, share in table:
+        row = found[int(number) * {"K": 2**10, "M": 2**20}[unit]]
+        decimals = [len(text.partition(".")[2]) for text in (build, dense, share)]
+        shares = None if row["share_of_dense"] is None else 100 * row["share_of_dense"]
+        values = [row["median_ms"], row["dense_ms"], shares]
+        wanted = ["" if x is None else f"{x:.{d}f}" for x, d in zip(values, decimals, strict=True)]
+        assert [build, dense, share] == wanted, number
 
 
 def test_links_lead_somewhere() -> None:

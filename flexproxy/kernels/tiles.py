@@ -1,4 +1,4 @@
-"""Shapes of the work of one program, by dtype and head dimension. Chosen by measurement, see benchmarks/results."""
+"""Shapes of the work of one program, by dtype and head dimension. ``benchmarks.bench_tiles`` measures them."""
 
 from __future__ import annotations
 
