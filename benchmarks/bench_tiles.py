@@ -59,7 +59,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def tile_rows(part: str, q: Tensor, k: Tensor, budget_ms: float) -> list[Row]:
-    """The operator alone, on what ``select`` gives it, with each tile: in a whole build a tile would be lost in noise."""
+    """The operator alone, on what ``select`` gives it, with each tile: in a whole build, noise would hide a tile."""
     from flexproxy import kernels, pipeline
     from flexproxy.kernels import masses, scores, tiles
     from flexproxy.kernels.block_logits import Tile
