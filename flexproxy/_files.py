@@ -18,3 +18,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_problem(path: Path, force: bool) -> str | None:
+    """Why nothing can be written to ``path``, in a few words; None if it can."""
+    if path.is_dir():
+        return "is a folder; name a file"
+    if not path.parent.is_dir():
+        return f"the folder {path.parent} does not exist"
+    if not os.access(path.parent, os.W_OK):
+        return f"the folder {path.parent} cannot be written to"
+    if os.path.lexists(path) and not force:
+        return "exists already; name another file, or replace it with force=True (--force)"
+    return None

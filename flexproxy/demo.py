@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flexproxy
-from flexproxy._demo_inputs import DemoError
+from flexproxy._inputs import InputError
 from flexproxy.attention import run_flex
 from flexproxy.kernel_options import tiles_of
 from flexproxy.needle import NeedleBatch, exact_answers, plant
@@ -160,13 +160,13 @@ def _check(model: LlamaForCausalLM, config: flexproxy.ProxyConfig, layer: int | 
     shape: Any = model.config
     head_dim = shape.head_dim or shape.hidden_size // shape.num_attention_heads
     if layer is not None and not 0 <= layer < shape.num_hidden_layers:
-        raise DemoError(f"--layer: the model has layers 0 to {shape.num_hidden_layers - 1}, got {layer}")
+        raise InputError(f"--layer: the model has layers 0 to {shape.num_hidden_layers - 1}, got {layer}")
     q = torch.zeros(1, shape.num_attention_heads, config.block_size, head_dim)
     k = torch.zeros(1, shape.num_key_value_heads, config.block_size, head_dim)
     try:
         flexproxy.select(q, k, config=config)
     except ValueError as error:
-        raise DemoError(str(error)) from error
+        raise InputError(str(error)) from error
 
 
 @torch.no_grad()
@@ -195,7 +195,7 @@ def run(
         progress: called at the begin of every prefill and after every layer.
 
     Raises:
-        DemoError: the config does not fit the model, or the text has no room for the needles.
+        InputError: the config does not fit the model, or the text has no room for the needles.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -203,7 +203,7 @@ def run(
     try:
         planted = plant(text, num_needles, torch.Generator().manual_seed(seed))
     except ValueError as error:
-        raise DemoError(str(error)) from error
+        raise InputError(str(error)) from error
     batch = NeedleBatch(*(tensor.to(model.device) for tensor in planted))
     density: list[tuple[float, ...]] = []
     selections: list[flexproxy.Selection] = []

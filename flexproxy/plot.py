@@ -7,7 +7,6 @@ is imported when it is first used. Like ``flexproxy.stats``, these functions wai
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexproxy._files import replacing
+from flexproxy._files import replacing, write_problem
 from flexproxy.selection import Selection
 from flexproxy.stats import block_mass, block_size_of, check_index, kept_and_full_blocks
 
@@ -208,15 +207,7 @@ def save_problem(path: Path, force: bool) -> str | None:
     formats = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in formats:
         return f"no picture format ends in {path.suffix!r}; use .png, .svg or .pdf"
-    if path.is_dir():
-        return "is a folder; name a file"
-    if not path.parent.is_dir():
-        return f"the folder {path.parent} does not exist"
-    if not os.access(path.parent, os.W_OK):
-        return f"the folder {path.parent} cannot be written to"
-    if os.path.lexists(path) and not force:
-        return "exists already; name another file, or replace it with force=True (--force)"
-    return None
+    return write_problem(path, force)
 
 
 # What is drawn
