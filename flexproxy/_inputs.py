@@ -105,7 +105,7 @@ def load_decoder(name: str, device: torch.device, attention: str) -> PreTrainedM
         device: where to; float32 on a CPU, on a GPU the model's own 16 bits, or bfloat16.
         attention: the ``attn_implementation``.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
     local = Path(name).exists()
     loading: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
@@ -113,8 +113,8 @@ def load_decoder(name: str, device: torch.device, attention: str) -> PreTrainedM
     with _quiet_transformers():
         try:
             config: Any = AutoConfig.from_pretrained(name, **loading)
-            # 4.5x calls it torch_dtype, and knows it by no other name.
-            argument = "dtype" if hasattr(config, "dtype") else "torch_dtype"
+            # What transformers before 4.56 calls torch_dtype.
+            argument = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
             own = getattr(config, argument)
             half = own if own in (torch.float16, torch.bfloat16) else torch.bfloat16
             loading |= {argument: half if device.type == "cuda" else torch.float32}
