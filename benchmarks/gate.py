@@ -26,7 +26,8 @@ def check_selection(num_proxies: int) -> None:
     config = ProxyConfig(num_proxies=num_proxies, gamma=0.5, min_budget=256)
     groups, k_groups = head_groups(num_proxies, None, q.shape[1], k.shape[1])
     case = Case(q, k, v, config, "default", None, [0])
-    expected = expect(case, pool_heads(q, groups, config.stride), pool_heads(k, k_groups, config.stride))
+    q_stride, k_stride = config.strides
+    expected = expect(case, pool_heads(q, groups, q_stride), pool_heads(k, k_groups, k_stride))
     selection = flexproxy.select(q, k, config=config)
     try:
         check_rank(selection.rank.cpu(), expected)

@@ -3,7 +3,7 @@
 NOTE [Two routes]
 A mask with clauses (NOTE [Clauses]) is classified by counting, and its tokens are evaluated from the clauses wherever
 they are needed. Any other ``mask_mod`` is evaluated once over all token pairs, in chunks of rows; what the estimator
-needs of it later is kept as one bit for each *sampled* pair, 1/(8 stride**2) byte a pair.
+needs of it later is kept as one bit for each *sampled* pair, 1/(8 query stride * key stride) byte a pair.
 
 Shapes: ``Bm`` is 1 or B and ``Hm`` is 1 or Hq, where 1 means that the mask does not depend on it.
 """
@@ -279,7 +279,7 @@ def classify_by_evaluation(
     num_queries: int,
     num_keys: int,
     block_size: int,
-    stride: int,
+    strides: tuple[int, int],
     merge_heads: Callable[[Tensor], Tensor],
     device: torch.device,
 ) -> tuple[Admissible, Tensor]:
@@ -288,7 +288,7 @@ def classify_by_evaluation(
     merge_heads: from bool ``[b, heads, ...]`` to ``[b, P or 1, ...]``, whether any head of a group allows it.
 
     Returns:
-        Admissible, and the bits ``[batch, P or 1, ceil(Sq / stride), ...]`` of a SampledMask.
+        Admissible, and the bits ``[batch, P or 1, sampled queries, ...]`` of a SampledMask.
     """
     rows_per_chunk = max(1, _evaluated_elements(device) // (batch * heads * num_keys * block_size)) * block_size
     any_, full, valid, bits = [], [], [], []
@@ -297,7 +297,7 @@ def classify_by_evaluation(
         rows = min(rows_per_chunk, num_queries - start)
         mask = evaluate(mask_mod, batch, heads, lambda b, h, row, start=start: row + start, rows, num_keys, device)  # type: ignore[misc]
         valid.append(mask.any(-1))
-        bits.append(pack_bits(merge_heads(mask[:, :, ::stride, ::stride])))
+        bits.append(pack_bits(merge_heads(mask[:, :, :: strides[0], :: strides[1]])))
         padded = pad_to_multiple(pad_to_multiple(mask, -1, block_size, False), -2, block_size, False)
         blocks = padded.unflatten(3, (-1, block_size)).unflatten(2, (-1, block_size))
         any_.append(blocks.any(5).any(3))

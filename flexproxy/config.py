@@ -23,7 +23,9 @@ class ProxyConfig:
         gamma: attention mass that each head's budget must reach, in (0, 1]. 1.0 keeps every block.
         density: target mean density (kept blocks / admissible blocks) in (0, 1]. Replaces ``gamma``: the one gamma that
             brings the heads of a sequence nearest to the target is found, so all of them reach the same coverage.
-        stride: tokens from one sampled query (or key) to the next in the scores. Divides ``block_size``.
+        stride: tokens from one sampled key (and query) to the next in the scores. Divides ``block_size``.
+        query_stride: the same for the queries, where it is another. Half of the queries and twice the keys are as
+            many pairs: what matters may be a few tokens among the keys, which many queries look for.
         block_size: tokens per block, for queries and for keys. A power of two from 16 to 1024. On a GPU, blocks smaller
             than 128 need kernel options with tiles that divide them; ``flexproxy.attention`` sets these itself.
         min_budget: tokens that every row keeps at least (where the mask admits so many).
@@ -41,6 +43,7 @@ class ProxyConfig:
     gamma: float = 0.95
     density: float | None = None
     stride: int = 4
+    query_stride: int | None = None
     block_size: int = 128
     min_budget: int = 2048
     max_budget: int | None = None
@@ -55,11 +58,9 @@ class ProxyConfig:
         _check_int("block_size", self.block_size, MIN_BLOCK_SIZE, MAX_BLOCK_SIZE)
         if self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size: expected a power of two, got {self.block_size}; use 64 or 128")
-        _check_int("stride", self.stride, 1)
-        if self.block_size % self.stride:
-            raise ValueError(
-                f"stride: expected a divisor of block_size {self.block_size}, got {self.stride}; use 1, 2, 4, 8 or 16"
-            )
+        _check_stride("stride", self.stride, self.block_size)
+        if self.query_stride is not None:
+            _check_stride("query_stride", self.query_stride, self.block_size)
         _check_int("sink_blocks", self.sink_blocks, 0)
         _check_int("local_blocks", self.local_blocks, 1)
         _check_int("min_budget", self.min_budget, 0)
@@ -79,6 +80,11 @@ class ProxyConfig:
                 )
         if self.groups is not None:
             object.__setattr__(self, "groups", _check_groups(self.groups))
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Tokens from one sampled query to the next, and from one sampled key to the next."""
+        return self.stride if self.query_stride is None else self.query_stride, self.stride
 
     @property
     def min_blocks(self) -> int:
@@ -103,6 +109,12 @@ def _check_int(name: str, value: object, low: int, high: int | None = None) -> N
         raise TypeError(f"{name}: expected {span}, got {value!r} of type {type(value).__name__}; pass a Python int")
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name}: expected {span}, got {value}; use {low if value < low else high}")
+
+
+def _check_stride(name: str, value: int, block_size: int) -> None:
+    _check_int(name, value, 1)
+    if block_size % value:
+        raise ValueError(f"{name}: expected a divisor of block_size {block_size}, got {value}; use 1, 2, 4, 8 or 16")
 
 
 def _check_fraction(name: str, value: object) -> None:

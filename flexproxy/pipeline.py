@@ -92,14 +92,15 @@ def select_for(
     mask = _read_mask(mask_mod, block_mask, q, k, config, groups)
 
     # 1. Proxy heads, and their scores: one ranking of blocks for all heads of a proxy.
-    q_proxy, k_proxy = pool_heads(q, groups, config.stride), pool_heads(k, k_groups, config.stride)
+    q_stride, k_stride = config.strides
+    q_proxy, k_proxy = pool_heads(q, groups, q_stride), pool_heads(k, k_groups, k_stride)
     admissible = merge_heads(mask.admissible.any, groups)
     rows = summarize_rows(admissible, merge_heads(mask.admissible.full, groups))
-    cell = config.block_size // config.stride
+    q_cell, k_cell = (config.block_size // stride for stride in config.strides)
     # As much as one of the lists of the BlockMask will take, so that it does not show in the peak.
     workspace = min(max(4 * q.shape[0] * q.shape[1] * admissible.shape[2] * admissible.shape[3], 2**25), 2**30)
     scores = block_scores(
-        q_proxy, k_proxy, *mask.sampled.tensors(), admissible, rows, cell, config.stride, scale, workspace
+        q_proxy, k_proxy, *mask.sampled.tensors(), admissible, rows, q_cell, k_cell, k_stride, scale, workspace
     )
     forced = mask.offset, q.shape[2], config.block_size, config.sink_blocks, config.local_blocks  # see forced_blocks
     rank = rank_blocks(scores, admissible, rows, *forced)
@@ -155,7 +156,7 @@ def classify(q: Tensor, k: Tensor, mask_mod: MaskMod | None, block_size: int) ->
     """The mask, which is causal where none is given, and what it admits."""
     mask_mod = causal_at_end(q, k) if mask_mod is None else mask_mod
     # No samples are needed: one token of each block is as few as there can be.
-    return mask_mod, _classify(mask_mod, q, k, block_size, block_size, None).admissible
+    return mask_mod, _classify(mask_mod, q, k, block_size, (block_size, block_size), None).admissible
 
 
 class _Mask(NamedTuple):
@@ -164,7 +165,7 @@ class _Mask(NamedTuple):
     mask_mod: MaskMod
     admissible: Admissible
     offset: Tensor  # integers [b], the position of query 0 among the keys
-    sampled: SampledMask  # at every stride-th query and key
+    sampled: SampledMask  # at the sampled queries and keys
     probes: Tensor  # int64 [b, h, block_size], the last valid queries, -1 where there are fewer
     probed: SampledMask  # by clauses at every query and key, or by bits at the probes and every key
 
@@ -183,7 +184,7 @@ def causal_at_end(q: Tensor, k: Tensor) -> MaskMod:
 
 
 def _classify(
-    mask_mod: MaskMod, q: Tensor, k: Tensor, block_size: int, stride: int, groups: Groups | None
+    mask_mod: MaskMod, q: Tensor, k: Tensor, block_size: int, strides: tuple[int, int], groups: Groups | None
 ) -> _Classified:
     num_queries, num_keys = q.shape[2], k.shape[2]
     structure = masks.structure_of(mask_mod)
@@ -200,7 +201,7 @@ def _classify(
         num_queries,
         num_keys,
         block_size,
-        stride,
+        strides,
         lambda mask: mask if groups is None else merge_heads(mask, groups),
         q.device,
     )
@@ -216,7 +217,7 @@ def _read_mask(
         mask_mod = block_mask.mask_mod
     elif mask_mod is None:
         mask_mod = causal_at_end(q, k)
-    admissible, clauses, bits = _classify(mask_mod, q, k, size, config.stride, groups)
+    admissible, clauses, bits = _classify(mask_mod, q, k, size, config.strides, groups)
     if block_mask is not None:
         some, full = dense_maps(block_mask, num_q_blocks, num_k_blocks)
         admissible = admissible._replace(any=some, full=full)
@@ -226,18 +227,18 @@ def _read_mask(
         offset = torch.full((1,), num_keys - num_queries if offset is None else offset, device=q.device)
     probes = last_valid_queries(admissible.valid, size)
     if clauses is not None:
-        sampled, probed = SampledMask(_sampled(clauses, config.stride), None), SampledMask(clauses, None)
+        sampled, probed = SampledMask(_sampled(clauses, config.strides), None), SampledMask(clauses, None)
     else:
         sampled, probed = SampledMask(None, bits), SampledMask(None, bits_at(mask_mod, probes.clamp(min=0), num_keys))
     return _Mask(mask_mod, admissible, offset.reshape(-1), sampled, probes, probed)
 
 
-def _sampled(clauses: ClauseStack, stride: int) -> ClauseStack:
-    """The clauses at every stride-th query and key."""
-    step = slice(None, None, stride)
+def _sampled(clauses: ClauseStack, strides: tuple[int, int]) -> ClauseStack:
+    """The clauses at the sampled queries and keys."""
+    queries, keys = (slice(None, None, stride) for stride in strides)
     lo, hi, q_label, k_label = clauses
-    labels = (None, None) if q_label is None or k_label is None else (q_label[..., step], k_label[..., step])
-    return ClauseStack(lo[..., step], hi[..., step], *labels)
+    labels = (None, None) if q_label is None or k_label is None else (q_label[..., queries], k_label[..., keys])
+    return ClauseStack(lo[..., queries], hi[..., queries], *labels)
 
 
 def _count_blocks(

@@ -55,20 +55,19 @@ def pool_heads(x: Tensor, groups: Groups, stride: int) -> Tensor:
     return torch.stack([sampled[:, heads].mean(1) for heads in groups], 1).to(x.dtype)
 
 
-def block_scores(q: Tensor, k: Tensor, allowed: Tensor, cell: int, scale: float) -> Tensor:
+def block_scores(q: Tensor, k: Tensor, allowed: Tensor, cell: tuple[int, int], scale: float) -> Tensor:
     """Largest log-probability of the sampled pairs of each block pair: fp64 ``[B, P, Nq, Nk]``, -inf where none.
 
-    q ``[B, P, Mq, D]``, k ``[B, P, Mk, D]``, allowed ``[B, P, Mq, Mk]``; ``cell`` sampled tokens a block.
+    q ``[B, P, Mq, D]``, k ``[B, P, Mk, D]``, allowed ``[B, P, Mq, Mk]``; ``cell``: sampled queries and keys a block.
     """
     scores = scale * torch.einsum("bpqd,bpkd->bpqk", q.double(), k.double())
     scores = scores.masked_fill(~allowed, -math.inf)
     log_probability = torch.log_softmax(scores, -1).masked_fill(~allowed, -math.inf)
     num_queries, num_keys = allowed.shape[-2:]
-    padded = log_probability.new_full(
-        (*allowed.shape[:2], -(-num_queries // cell) * cell, -(-num_keys // cell) * cell), -math.inf
-    )
+    x, y = cell
+    padded = log_probability.new_full((*allowed.shape[:2], -(-num_queries // x) * x, -(-num_keys // y) * y), -math.inf)
     padded[..., :num_queries, :num_keys] = log_probability
-    return reduce(padded, "b p (i x) (j y) -> b p i j", "max", x=cell, y=cell)
+    return reduce(padded, "b p (i x) (j y) -> b p i j", "max", x=x, y=y)
 
 
 def probe_masses(q: Tensor, k: Tensor, allowed: Tensor, block_size: int, scale: float) -> Tensor:

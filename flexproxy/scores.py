@@ -23,7 +23,8 @@ def _block_scores_fake(
     bits: Tensor | None,
     admissible: Tensor,
     summary: Tensor,
-    cell: int,
+    q_cell: int,
+    k_cell: int,
     stride: int,
     scale: float,
     workspace: int,
@@ -33,7 +34,7 @@ def _block_scores_fake(
 
 @opaque(
     "(Tensor q, Tensor k, Tensor? lo, Tensor? hi, Tensor? q_label, Tensor? k_label, Tensor? bits,"
-    " Tensor admissible, Tensor summary, int cell, int stride, float scale, SymInt workspace)"
+    " Tensor admissible, Tensor summary, int q_cell, int k_cell, int stride, float scale, SymInt workspace)"
     " -> Tensor",
     _block_scores_fake,
 )
@@ -47,7 +48,8 @@ def block_scores(
     bits: Tensor | None,
     admissible: Tensor,
     summary: Tensor,
-    cell: int,
+    q_cell: int,
+    k_cell: int,
     stride: int,
     scale: float,
     workspace: int,
@@ -57,11 +59,11 @@ def block_scores(
     ``max(score) - logsumexp(scores of the query)`` ranks as the probabilities do and never underflows.
 
     Args:
-        q, k: pooled and sampled, ``[B, P, ceil(Sq / stride), D]`` and ``[B, P, ceil(Skv / stride), D]``.
+        q, k: pooled and sampled, ``[B, P, sampled queries, D]`` and ``[B, P, sampled keys, D]``.
         lo, hi, q_label, k_label, bits: a SampledMask at those queries and keys.
         admissible, summary: bool ``[b, p, Nq, Nk]`` and int32 ``[b, p, Nq, 5]``, the blocks that the mask admits and
             their ``summarize_rows``: what a kernel may pass over. They say nothing that the mask does not.
-        cell: sampled tokens per block, block_size / stride.
+        q_cell, k_cell: sampled queries, and sampled keys, per block.
         stride: tokens from one sampled key to the next.
         scale: factor of the scores.
         workspace: bytes that a kernel may take for its intermediate results.
@@ -71,19 +73,19 @@ def block_scores(
     """
     batch, proxies, num_queries, _ = q.shape
     num_keys = k.shape[2]
-    num_blocks = -(-num_keys // cell)
+    num_blocks = -(-num_keys // k_cell)
     keys = k.float().transpose(-1, -2)
     queries = q.float()
-    rows_per_chunk = max(1, CHUNK_ELEMENTS // (batch * proxies * num_blocks * cell * cell)) * cell
+    rows_per_chunk = max(1, CHUNK_ELEMENTS // (batch * proxies * num_blocks * q_cell * k_cell)) * q_cell
     out = []
     for start in range(0, num_queries, rows_per_chunk):
         rows = slice(start, min(start + rows_per_chunk, num_queries))
         ok = mask_chunk(lo, hi, q_label, k_label, bits, rows, slice(0, num_keys), stride)
         logits = (queries[:, :, rows] @ keys).mul_(scale).masked_fill_(~ok, -torch.inf)  # [B, P, rows, keys]
-        padded = pad_to_multiple(logits, -1, cell, -torch.inf)
-        row_max = reduce(padded, "b p row (block key) -> b p row block", "max", key=cell)
+        padded = pad_to_multiple(logits, -1, k_cell, -torch.inf)
+        row_max = reduce(padded, "b p row (block key) -> b p row block", "max", key=k_cell)
         lse = logsumexp_(logits, row_max.amax(-1))[..., None]
         relative = (row_max - lse).masked_fill_(row_max == -torch.inf, -torch.inf)
-        relative = pad_to_multiple(relative, -2, cell, -torch.inf)
-        out.append(reduce(relative, "b p (q_block row) block -> b p q_block block", "max", row=cell))
+        relative = pad_to_multiple(relative, -2, q_cell, -torch.inf)
+        out.append(reduce(relative, "b p (q_block row) block -> b p q_block block", "max", row=q_cell))
     return torch.cat(out, 2)

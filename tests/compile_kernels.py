@@ -83,7 +83,7 @@ def calls(dtype: torch.dtype, head_dim: int) -> None:
     for config in (
         ProxyConfig(min_budget=0, block_size=16, groups=[0, 1, 0, 1]),
         ProxyConfig(min_budget=0, block_size=512, stride=1, density=0.5),
-        ProxyConfig(min_budget=0, block_size=64, stride=64, sink_blocks=1),
+        ProxyConfig(min_budget=0, block_size=64, stride=64, query_stride=4, sink_blocks=1),
     ):
         flexproxy.build(q, k, config=config, scale=-1.0)
     flexproxy.kernels.block_lists(torch.zeros(1, 1, 3, 4, dtype=torch.bool), torch.zeros(1, 1, 3, 4, dtype=torch.bool))  # type: ignore[attr-defined]

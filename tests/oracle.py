@@ -131,6 +131,7 @@ def random_case(seed: int, device: str = "cpu", bf16: bool = True) -> Case:
         groups=groups,
         gamma=rng.choice([0.3, 0.6, 0.8, 0.9, 0.95, 1.0]),
         stride=rng.choice([1, 2, 4, 4, 8, 16]),
+        query_stride=rng.choice([None, None, 1, 2, 8]),
         block_size=block_size,
         min_budget=rng.choice([0, 0, block_size, 2 * block_size + 1]),
         max_budget=rng.choice([None, None, None, 5 * block_size]),
@@ -164,7 +165,7 @@ def any_of_group(x: Tensor, groups: reference.Groups) -> Tensor:
 def expect(case: Case, q_proxy: Tensor, k_proxy: Tensor) -> Expected:
     """Run the specification. The scores are those of the given pooled heads, whose own rounding is another test's."""
     config, groups = case.config, case.groups()
-    size, stride = config.block_size, config.stride
+    size, (q_stride, k_stride) = config.block_size, config.strides
     allowed = case.token_mask()
     admissible, full = reference.classify(allowed, size)
     proxy_admissible = any_of_group(admissible, groups)
@@ -173,9 +174,9 @@ def expect(case: Case, q_proxy: Tensor, k_proxy: Tensor) -> Expected:
     )
     proxy_of = [next(p for p, heads in enumerate(groups) if head in heads) for head in range(case.q.shape[1])]
     forced_count = (forced[:, proxy_of] & admissible).sum(-1).amax(-1)
-    sampled = any_of_group(allowed, groups)[:, :, ::stride, ::stride]
+    sampled = any_of_group(allowed, groups)[:, :, ::q_stride, ::k_stride]
     q_proxy, k_proxy, q, k = (x.cpu() for x in (q_proxy, k_proxy, case.q, case.k))
-    scores = reference.block_scores(q_proxy, k_proxy, sampled, size // stride, case.scale)
+    scores = reference.block_scores(q_proxy, k_proxy, sampled, (size // q_stride, size // k_stride), case.scale)
     masses = reference.probe_masses(q, k, allowed, size, case.scale)
     # A score is a sum of D products less a log-sum-exp: each rounded, the sum in an order that nobody promises.
     largest = float(case.scale * q_proxy.double().norm(dim=-1).max() * k_proxy.double().norm(dim=-1).max())

@@ -229,6 +229,11 @@ FIELDS = {
         ValueError,
         "stride: expected a divisor of block_size 64, got 128; use 1, 2, 4, 8 or 16",
     ),
+    "query_stride does not divide": Bad(
+        lambda _: config(query_stride=3),
+        ValueError,
+        "query_stride: expected a divisor of block_size 128, got 3; use 1, 2, 4, 8 or 16",
+    ),
     "stride 0": Bad(lambda _: config(stride=0), ValueError, "stride: expected an integer of at least 1, got 0; ..."),
     "stride float": Bad(
         lambda _: config(stride=4.0),

@@ -196,6 +196,7 @@ def test_fields() -> None:
         "gamma": 0.95,
         "density": None,
         "stride": 4,
+        "query_stride": None,
         "block_size": 128,
         "min_budget": 2048,
         "max_budget": None,

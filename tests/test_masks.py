@@ -181,23 +181,29 @@ def check_clauses(
 
 
 def check_evaluation(
-    mask_mod: MaskMod, batch: int, heads: int, lengths: tuple[int, int], size: int, stride: int, device: str
+    mask_mod: MaskMod,
+    batch: int,
+    heads: int,
+    lengths: tuple[int, int],
+    size: int,
+    strides: tuple[int, int],
+    device: str,
 ) -> None:
     """The same for evaluation, and the bits it keeps are the sampled token pairs."""
     allowed = reference.token_mask(mask_mod, batch, heads, *lengths, device).cpu()
     on_batch, on_head = depends_on(mask_mod, torch.device(device))
     dims = (batch if on_batch else 1, heads if on_head else 1)
-    got, bits = classify_by_evaluation(mask_mod, *dims, *lengths, size, stride, lambda x: x, torch.device(device))
+    got, bits = classify_by_evaluation(mask_mod, *dims, *lengths, size, strides, lambda x: x, torch.device(device))
     some, full = reference.classify(allowed, size)
     assert torch.equal(got.any.cpu().expand_as(some), some), "any"
     assert torch.equal(got.full.cpu().expand_as(full), full), "full"
     valid = allowed.any(-1)
     assert torch.equal(got.valid.cpu().expand_as(valid), valid), "valid"
-    sampled = allowed[:, :, ::stride, ::stride]
+    sampled = allowed[:, :, :: strides[0], :: strides[1]]
     every = slice(0, sampled.shape[2]), slice(0, sampled.shape[3])
-    assert torch.equal(mask_chunk(None, None, None, None, bits, *every, stride).cpu().expand_as(sampled), sampled), (
-        "bits"
-    )
+    assert torch.equal(
+        mask_chunk(None, None, None, None, bits, *every, strides[1]).cpu().expand_as(sampled), sampled
+    ), "bits"
 
 
 @pytest.mark.parametrize("first", range(0, NUM_CASES, CASES_PER_TEST))
@@ -215,7 +221,7 @@ def test_clauses_tell_blocks_exactly(first: int, device: str) -> None:
                 assert len(clauses) == nest.num_clauses
                 check_clauses(nest.mask_mod, clauses, nest.batch, lengths, nest.block_size)
             if clauses is None or seed % 4 == 0:
-                check_evaluation(nest.mask_mod, nest.batch, 2, lengths, nest.block_size, 4, device)
+                check_evaluation(nest.mask_mod, nest.batch, 2, lengths, nest.block_size, (8, 4), device)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
     assert by_clauses >= 0.8 * CASES_PER_TEST
@@ -246,7 +252,7 @@ def test_chunks_make_no_difference(seed: int, device: str, monkeypatch: pytest.M
     clauses = clauses_of(structure_of(mask_mod), *lengths, torch.device(device))
     assert clauses is not None
     check_clauses(mask_mod, clauses, nest.batch, lengths, nest.block_size)
-    check_evaluation(mask_mod, nest.batch, 1, lengths, nest.block_size, 4, device)
+    check_evaluation(mask_mod, nest.batch, 1, lengths, nest.block_size, (8, 4), device)
 
 
 @pytest.mark.parametrize("window", [1, 40, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1])

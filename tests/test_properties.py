@@ -31,7 +31,9 @@ def inputs(seed: int, batch: int, heads: int, kv_heads: int, length: int, device
 @pytest.mark.parametrize("seed", range(20))
 def test_gamma_one_keeps_everything(seed: int, device: str) -> None:
     case = random_case(5000 + seed, device)
-    config = ProxyConfig(gamma=1.0, block_size=case.config.block_size, stride=case.config.stride)
+    config = ProxyConfig(
+        gamma=1.0, block_size=case.config.block_size, stride=case.config.stride, query_stride=case.config.query_stride
+    )
     selection = flexproxy.select(case.q, case.k, mask_mod=case.mask_mod, config=config)
     admissible = selection._admissible.any.expand(*case.q.shape[:2], -1, -1)
     assert torch.equal(selection.block_map(), admissible)
@@ -45,7 +47,13 @@ def test_budget_is_monotone_in_gamma(seed: int, gammas: list[float]) -> None:
     case = random_case(seed)
     previous = None
     for gamma in sorted(gammas):
-        config = ProxyConfig(gamma=gamma, block_size=case.config.block_size, stride=case.config.stride, min_budget=0)
+        config = ProxyConfig(
+            gamma=gamma,
+            block_size=case.config.block_size,
+            stride=case.config.stride,
+            query_stride=case.config.query_stride,
+            min_budget=0,
+        )
         selection = flexproxy.select(case.q, case.k, mask_mod=case.mask_mod, config=config)
         block_map = selection.block_map()
         if previous is not None:
@@ -60,7 +68,13 @@ def test_every_query_sees_itself(seed: int) -> None:
     """Under a causal mask the block of a query's own position is kept, also where a query block straddles two."""
     case = random_case(seed)
     num_queries, num_keys = case.lengths
-    config = ProxyConfig(gamma=0.01, min_budget=0, block_size=case.config.block_size, stride=case.config.stride)
+    config = ProxyConfig(
+        gamma=0.01,
+        min_budget=0,
+        block_size=case.config.block_size,
+        stride=case.config.stride,
+        query_stride=case.config.query_stride,
+    )
     block_map = flexproxy.select(case.q, case.k, config=config).block_map()
     query = torch.arange(num_queries)
     size = config.block_size
@@ -163,7 +177,8 @@ def test_prefill_in_chunks_ranks_as_the_whole(seed: int, device: str) -> None:
 def _pooled(case: Case) -> tuple[Tensor, Tensor]:
     config = case.config
     groups, k_groups = head_groups(config.num_proxies, config.groups, case.q.shape[1], case.k.shape[1])
-    return pool_heads(case.q, groups, config.stride), pool_heads(case.k, k_groups, config.stride)
+    q_stride, k_stride = config.strides
+    return pool_heads(case.q, groups, q_stride), pool_heads(case.k, k_groups, k_stride)
 
 
 def test_strides_of_memory_do_not_matter(device: str) -> None:

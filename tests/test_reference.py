@@ -87,9 +87,11 @@ def block_scores(ref: Any) -> None:
     q = column(2, 2, 4).expand(2, 1, 3, 1)  # with scale 1/2
     k = column(0, LN2, LN5).expand(2, 1, 3, 1)
     allowed = torch.stack([bools("x.. xx. xxx"), bools("..x xx. ...")])[:, None]
-    got = ref.block_scores(q, k, allowed, 2, 0.5)
+    got = ref.block_scores(q, k, allowed, (2, 2), 0.5)
     near(got[0, 0], [[0.0, -INF], [math.log(4 / 30), math.log(25 / 30)]])
     near(got[1, 0], [[math.log(2 / 3), 0.0], [-INF, -INF]])
+    got = ref.block_scores(q, k, allowed, (1, 2), 0.5)  # two keys to a block, and one query
+    near(got[0, 0], [[0.0, -INF], [math.log(2 / 3), -INF], [math.log(4 / 30), math.log(25 / 30)]])
 
 
 def probe_masses(ref: Any) -> None:
@@ -245,6 +247,7 @@ MISTAKES = [
     ("pool_heads", ".mean(1) for", ".amax(1) for"),
     ("pool_heads", ".mean(1) for heads in groups], 1).to(x.dtype)", ".mean(1) for heads in groups], 1)"),
     ("block_scores", '"b p (i x) (j y) -> b p i j", "max"', '"b p (i x) (j y) -> b p i j", "mean"'),
+    ("block_scores", "x, y = cell", "y, x = cell"),
     ("block_scores", "torch.log_softmax(scores, -1)", "scores"),
     ("block_scores", "torch.log_softmax(scores, -1)", "torch.log_softmax(scores, -2)"),
     ("block_scores", "scores = scores.masked_fill(~allowed, -math.inf)\n    log", "log"),

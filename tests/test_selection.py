@@ -25,7 +25,8 @@ def interpreted(device: str) -> bool:
 def pooled(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     config = case.config
     groups, k_groups = head_groups(config.num_proxies, config.groups, case.q.shape[1], case.k.shape[1])
-    return pool_heads(case.q, groups, config.stride), pool_heads(case.k, k_groups, config.stride)
+    q_stride, k_stride = config.strides
+    return pool_heads(case.q, groups, q_stride), pool_heads(case.k, k_groups, k_stride)
 
 
 @pytest.mark.parametrize("first", range(0, NUM_CASES, CASES_PER_TEST))
@@ -140,8 +141,9 @@ def test_pooling_is_the_mean_rounded_once(device: str) -> None:
         case = random_case(3000 + seed, device)
         groups = case.groups()
         k_groups = reference.key_groups(groups, case.q.shape[1], case.k.shape[1])
-        for x, heads, got in zip((case.q, case.k), (groups, k_groups), pooled(case), strict=True):
-            want = reference.pool_heads(x.cpu(), heads, case.config.stride)
+        parts = zip((case.q, case.k), (groups, k_groups), case.config.strides, pooled(case), strict=True)
+        for x, heads, stride, got in parts:
+            want = reference.pool_heads(x.cpu(), heads, stride)
             assert got.dtype == x.dtype
             rounding = 4 * EPS * float(x.abs().max())
             torch.testing.assert_close(got.cpu(), want, rtol=torch.finfo(x.dtype).eps, atol=rounding)
@@ -153,7 +155,10 @@ def test_density_finds_the_nearest_gamma(density: float, device: str) -> None:
     for seed in range(12):
         case = random_case(4000 + seed, device)
         config = ProxyConfig(
-            **{name: getattr(case.config, name) for name in ("num_proxies", "groups", "stride", "block_size")},
+            **{
+                name: getattr(case.config, name)
+                for name in ("num_proxies", "groups", "stride", "query_stride", "block_size")
+            },
             min_budget=case.config.block_size,
             density=density,
         )

@@ -69,7 +69,7 @@ def _allowed(
 
 @triton.jit
 def _reach(
-    lo, hi, summary, summary_at, clause_row, row, row_ok, clause_stride, num_keys, key_step, cell,
+    lo, hi, summary, summary_at, clause_row, row, row_ok, clause_stride, num_keys, key_step, q_cell, k_cell,
     NUM_CLAUSES: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_SUMMARY: tl.constexpr,
 ):  # fmt: skip
     """Keys that some row may see, and a run of keys that all rows see: begin, end, full_begin, full_end."""
@@ -78,11 +78,11 @@ def _reach(
     full_begin = num_keys
     full_end = num_keys
     if HAS_SUMMARY:
-        at = summary + summary_at + (row // cell) * 5
-        begin = tl.min(tl.where(row_ok, tl.load(at, mask=row_ok, other=0) * cell, num_keys))
-        end = tl.max(tl.load(at + 1, mask=row_ok, other=0)) * cell
-        full_begin = tl.max(tl.load(at + 2, mask=row_ok, other=0)) * cell
-        full_end = tl.min(tl.where(row_ok, tl.load(at + 3, mask=row_ok, other=0) * cell, num_keys))
+        at = summary + summary_at + (row // q_cell) * 5
+        begin = tl.min(tl.where(row_ok, tl.load(at, mask=row_ok, other=0) * k_cell, num_keys))
+        end = tl.max(tl.load(at + 1, mask=row_ok, other=0)) * k_cell
+        full_begin = tl.max(tl.load(at + 2, mask=row_ok, other=0)) * k_cell
+        full_end = tl.min(tl.where(row_ok, tl.load(at + 3, mask=row_ok, other=0) * k_cell, num_keys))
     elif NUM_CLAUSES > 0:
         begin = num_keys * key_step
         end = 0
@@ -162,7 +162,7 @@ NUMBERS = [
     "index_stride_b", "index_stride_h", "clause_stride", "clause_stride_b", "clause_stride_s",
     "label_stride", "label_stride_b", "label_stride_k", "bits_stride_b", "bits_stride_h", "bits_stride_s",
     "summary_stride_b", "summary_stride_h", "first_row", "num_rows", "num_keys", "num_columns", "rows_in_buffer",
-    "steps", "heads", "group", "key_step", "cell", "head_dim", "scale_log2",
+    "steps", "heads", "group", "key_step", "q_cell", "k_cell", "head_dim", "scale_log2",
 ]  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def _block_logits_kernel(
     index_stride_b, index_stride_h, clause_stride, clause_stride_b, clause_stride_s,
     label_stride, label_stride_b, label_stride_k, bits_stride_b, bits_stride_h, bits_stride_s,
     summary_stride_b, summary_stride_h, first_row, num_rows, num_keys, num_columns, rows_in_buffer,
-    steps, heads, group, key_step, cell, head_dim, scale_log2,
+    steps, heads, group, key_step, q_cell, k_cell, head_dim, scale_log2,
     HAS_INDEX: tl.constexpr, HAS_SUMMARY: tl.constexpr, POSITIVE: tl.constexpr, SUMS: tl.constexpr,
     NUM_CLAUSES: tl.constexpr, HAS_LABELS: tl.constexpr, COLUMN: tl.constexpr, BLOCK_D: tl.constexpr,
     WHOLE_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
@@ -199,7 +199,7 @@ def _block_logits_kernel(
     bits_row = b * bits_stride_b + h * bits_stride_h + row.to(tl.int64) * bits_stride_s
     begin, end, full_begin, full_end = _reach(
         lo, hi, summary, b * summary_stride_b + h * summary_stride_h, clause_row, row, row_ok, clause_stride, num_keys,
-        key_step, cell, NUM_CLAUSES, HAS_LABELS, HAS_SUMMARY,
+        key_step, q_cell, k_cell, NUM_CLAUSES, HAS_LABELS, HAS_SUMMARY,
     )  # fmt: skip
     first = tl.maximum(begin // BLOCK_N, split * steps)
     last = tl.maximum(tl.minimum(tl.cdiv(end, BLOCK_N), (split + 1) * steps), first)
@@ -264,7 +264,8 @@ def block_logits(
     row_index: Tensor | None,
     summary: Tensor | None,
     rows: slice,
-    cell: int,
+    q_cell: int,
+    k_cell: int,
     key_step: int,
     scale: float,
     sums: bool,
@@ -276,16 +277,16 @@ def block_logits(
         q, k: ``[B, H, rows, D]`` (or, with ``row_index``, ``[B, H, Sq, D]``) and ``[B, h, keys, D]``, any strides.
         mask: lo, hi, q_label, k_label, bits of a SampledMask; with ``row_index`` the clauses are those of all queries.
         row_index: int64 ``[b, h, rows]``, the rows' places in q, -1 for none.
-        summary: int32 ``[b, h, blocks, 5]`` of ``summarize_rows``, for rows that lie in blocks of ``cell``.
+        summary: int32 ``[b, h, blocks, 5]`` of ``summarize_rows``, for rows that lie in blocks of ``q_cell``.
         rows: which of the rows.
-        cell: keys per block. key_step: tokens from one key to the next. scale: of the logits.
+        q_cell, k_cell: rows, and keys, per block. key_step: tokens from one key to the next. scale: of the logits.
         sums: log-sum-exps of the blocks instead of their largest logits.
     """
     lo, hi, q_label, k_label, bits = mask
     batch, heads, _, head_dim = q.shape
     num_keys = k.shape[2]
     block_d = power_of_2(head_dim, 16, 256)
-    column = min(cell, tile.keys)
+    column = min(k_cell, tile.keys)
     num_columns = -(-num_keys // column)
     number = rows.stop - rows.start
     splits = -(-num_keys // (tile.keys * tile.steps))
@@ -299,7 +300,7 @@ def block_logits(
         (
             *q.stride(), *k.stride(), *strides(row_index, 2), *strides(lo, 3), *strides(k_label, 3), *strides(bits, 3),
             *strides(summary, 2), rows.start, rows.stop, num_keys, num_columns, number,
-            tile.steps, heads, heads // k.shape[1], key_step, cell, head_dim, scale * LOG2_E,
+            tile.steps, heads, heads // k.shape[1], key_step, q_cell, k_cell, head_dim, scale * LOG2_E,
         ),
         (
             row_index is not None, summary is not None, scale > 0, sums, 0 if lo is None else lo.shape[0],

@@ -63,7 +63,7 @@ def block_masses(
     tile = masses_tile(q.dtype, head_dim, block_size)
     rows = slice(0, num_probes)
     values, partial = block_logits(
-        q, k, (lo, hi, q_label, k_label, bits), probes, None, rows, block_size, 1, scale, True, tile
+        q, k, (lo, hi, q_label, k_label, bits), probes, None, rows, block_size, block_size, 1, scale, True, tile
     )
     masses = torch.empty(batch, heads, num_k_blocks, dtype=torch.float32, device=q.device)
     block_m = min(num_probes, 64)

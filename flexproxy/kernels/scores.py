@@ -15,7 +15,7 @@ from flexproxy.kernels.tiles import scores_tile
 
 NUMBERS = [
     "admissible_stride_b", "admissible_stride_h", "first_block", "num_q_blocks", "num_columns", "num_k_blocks",
-    "rows_in_buffer", "splits", "heads", "cell", "ln_2",
+    "rows_in_buffer", "splits", "heads", "q_cell", "ln_2",
 ]  # fmt: skip
 
 
@@ -23,7 +23,7 @@ NUMBERS = [
 def _scores_kernel(
     values, partial, admissible, scores,
     admissible_stride_b, admissible_stride_h, first_block, num_q_blocks, num_columns, num_k_blocks, rows_in_buffer,
-    splits, heads, cell, ln_2,
+    splits, heads, q_cell, ln_2,
     BLOCK_CELL: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Scores of one query block and BLOCK_J key blocks: max over the rows of (value - lse), natural logarithm."""
@@ -37,9 +37,9 @@ def _scores_kernel(
     score = tl.full([BLOCK_J], float("-inf"), tl.float32)
     bad = tl.zeros([BLOCK_J], tl.int32)
     if tl.max(some.to(tl.int32)) > 0:
-        for start in tl.range(0, cell, BLOCK_CELL):
-            row = in_buffer * cell + start + tl.arange(0, BLOCK_CELL)
-            row_ok = (start + tl.arange(0, BLOCK_CELL) < cell) & (row < rows_in_buffer)
+        for start in tl.range(0, q_cell, BLOCK_CELL):
+            row = in_buffer * q_cell + start + tl.arange(0, BLOCK_CELL)
+            row_ok = (start + tl.arange(0, BLOCK_CELL) < q_cell) & (row < rows_in_buffer)
             lse = combine_splits(partial + bh * splits * rows_in_buffer + row, splits, rows_in_buffer, row_ok, 16)
             for c in tl.static_range(COLUMNS):
                 column = j.to(tl.int64) * COLUMNS + c
@@ -66,7 +66,8 @@ def block_scores(
     bits: Tensor | None,
     admissible: Tensor,
     summary: Tensor,
-    cell: int,
+    q_cell: int,
+    k_cell: int,
     stride: int,
     scale: float,
     workspace: int,
@@ -75,16 +76,16 @@ def block_scores(
     batch, proxies, num_rows, _ = q.shape
     num_q_blocks, num_k_blocks = admissible.shape[2:]
     tile = scores_tile(q.dtype, q.shape[3])
-    columns = -(-cell // tile.keys)
-    blocks_per_part = max(1, workspace // (4 * batch * proxies * num_k_blocks * columns * cell))
+    columns = -(-k_cell // tile.keys)
+    blocks_per_part = max(1, workspace // (4 * batch * proxies * num_k_blocks * columns * q_cell))
     scores = torch.empty(batch, proxies, num_q_blocks, num_k_blocks, dtype=torch.float32, device=q.device)
-    block_cell = power_of_2(cell, 2, 32)
+    block_cell = power_of_2(q_cell, 2, 32)
     block_j = 2048 // block_cell
     for start in range(0, num_q_blocks, blocks_per_part):
         stop = min(start + blocks_per_part, num_q_blocks)
-        rows = slice(start * cell, min(stop * cell, num_rows))
+        rows = slice(start * q_cell, min(stop * q_cell, num_rows))
         values, partial = block_logits(
-            q, k, (lo, hi, q_label, k_label, bits), None, summary, rows, cell, stride, scale, False, tile
+            q, k, (lo, hi, q_label, k_label, bits), None, summary, rows, q_cell, k_cell, stride, scale, False, tile
         )
         launch(
             _scores_kernel,
@@ -92,7 +93,7 @@ def block_scores(
             (values, partial, admissible, scores),
             (
                 *strides(admissible, 2), start, num_q_blocks, values.shape[2], num_k_blocks, values.shape[3],
-                partial.shape[2], proxies, cell, math.log(2),
+                partial.shape[2], proxies, q_cell, math.log(2),
             ),
             (block_cell, columns, block_j),
         )  # fmt: skip
