@@ -84,15 +84,19 @@ def lse_arguments() -> dict[str, Any]:
     return {"return_lse": True}
 
 
-def lse_of(second_result: Any, kernel_options: dict[str, Any]) -> Tensor:
-    """The log-sum-exp in the second result of compiled ``flex_attention``, run with these options; natural logarithm.
+def with_lse(result: Any, kernel_options: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
+    """What ``flex_attention`` returned as the output, or as output and log-sum-exp (natural logarithm).
 
-    Before torch 2.12, that of the FLASH backend comes out too small by a factor of ln 2 (pytorch issue 181645).
+    kernel_options: those that a kernel was compiled with. Some versions of torch (2.11) return the log-sum-exp of the
+    FLASH backend too small by a factor of ln 2 (issue 181645 of pytorch).
     """
-    lse: Tensor = second_result if isinstance(second_result, Tensor) else second_result.lse
+    if isinstance(result, Tensor):
+        return result
+    out, second = result
+    lse = second if isinstance(second, Tensor) else second.lse
     if kernel_options.get("BACKEND") == "FLASH" and not _KNOWS_UNIT_OF_FLASH:
-        return lse / math.log(2)
-    return lse
+        lse = lse / math.log(2)
+    return out, lse
 
 
 class NotCompiledError(Exception):

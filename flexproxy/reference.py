@@ -170,3 +170,38 @@ def attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) ->
     k, v = (repeat(x.double(), "b h s d -> b (h g) s d", g=size) for x in (k, v))
     scores = (scale * q.double() @ rearrange(k, "b h s d -> b h d s")).masked_fill(~allowed, -math.inf)
     return scores.softmax(-1).nan_to_num(0.0) @ v
+
+
+def compensated_attention(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, selected: Tensor, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention to the selected blocks, and to one mean key and value, of weight n, for other blocks of n tokens.
+
+    Of the other blocks, those that all queries of the row see whole [ours]; the means are rounded to the dtype of k
+    [ours]. FlashPrefill V2 (arXiv 2608.19758), equations 5 and 6. selected ``[B, Hq, Nq, Nk]``.
+
+    Returns:
+        fp64 ``[B, Hq, Sq, Dv]`` and the log-sum-exp ``[B, Hq, Sq]``; rows without an allowed key are 0 and -inf.
+    """
+    batch, num_q_heads, num_queries, _ = q.shape
+    out = torch.zeros(batch, num_q_heads, num_queries, v.shape[3], dtype=torch.float64)
+    lse = torch.full((batch, num_q_heads, num_queries), -math.inf, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(num_q_heads):
+            keys, values = (x[b, h * k.shape[1] // num_q_heads] for x in (k, v))
+            for rows in torch.arange(num_queries).split(block_size):
+                scores, parts = [torch.empty(len(rows), 0)], [torch.empty(0, v.shape[3])]
+                for tokens in torch.arange(k.shape[2]).split(block_size):
+                    seen = allowed[b, h, rows][:, tokens]
+                    if selected[b, h, rows[0] // block_size, tokens[0] // block_size]:
+                        score = scale * q[b, h, rows].double() @ keys[tokens].double().T
+                        scores.append(score.masked_fill(~seen, -math.inf))
+                        parts.append(values[tokens])
+                    elif seen.all():
+                        mean_k, mean_v = (x[tokens].double().mean(0, keepdim=True).to(x.dtype) for x in (keys, values))
+                        scores.append(scale * q[b, h, rows].double() @ mean_k.double().T + math.log(len(tokens)))
+                        parts.append(mean_v)
+                row = torch.cat(scores, 1).double()
+                lse[b, h, rows] = row.logsumexp(-1)
+                out[b, h, rows] = row.softmax(-1).nan_to_num(0.0) @ torch.cat(parts).double()
+    return out, lse
