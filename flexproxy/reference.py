@@ -183,25 +183,19 @@ def compensated_attention(
     Returns:
         fp64 ``[B, Hq, Sq, Dv]`` and the log-sum-exp ``[B, Hq, Sq]``; rows without an allowed key are 0 and -inf.
     """
-    batch, num_q_heads, num_queries, _ = q.shape
-    out = torch.zeros(batch, num_q_heads, num_queries, v.shape[3], dtype=torch.float64)
-    lse = torch.full((batch, num_q_heads, num_queries), -math.inf, dtype=torch.float64)
-    for b in range(batch):
-        for h in range(num_q_heads):
-            keys, values = (x[b, h * k.shape[1] // num_q_heads] for x in (k, v))
-            for rows in torch.arange(num_queries).split(block_size):
-                scores, parts = [torch.empty(len(rows), 0)], [torch.empty(0, v.shape[3])]
-                for tokens in torch.arange(k.shape[2]).split(block_size):
-                    seen = allowed[b, h, rows][:, tokens]
-                    if selected[b, h, rows[0] // block_size, tokens[0] // block_size]:
-                        score = scale * q[b, h, rows].double() @ keys[tokens].double().T
-                        scores.append(score.masked_fill(~seen, -math.inf))
-                        parts.append(values[tokens])
-                    elif seen.all():
-                        mean_k, mean_v = (x[tokens].double().mean(0, keepdim=True).to(x.dtype) for x in (keys, values))
-                        scores.append(scale * q[b, h, rows].double() @ mean_k.double().T + math.log(len(tokens)))
-                        parts.append(mean_v)
-                row = torch.cat(scores, 1).double()
-                lse[b, h, rows] = row.logsumexp(-1)
-                out[b, h, rows] = row.softmax(-1).nan_to_num(0.0) @ torch.cat(parts).double()
-    return out, lse
+    size = q.shape[1] // k.shape[1]
+    k, v = (repeat(x, "b h s d -> b (h g) s d", g=size) for x in (k, v))
+    blocks = torch.arange(k.shape[2]).split(block_size)
+    mean_k, mean_v = (torch.stack([x[:, :, j].double().mean(2).to(x.dtype) for j in blocks], 2) for x in (k, v))
+    kept, counted = torch.zeros_like(allowed), torch.zeros(*allowed.shape[:3], len(blocks), dtype=torch.bool)
+    for row, queries in enumerate(torch.arange(q.shape[2]).split(block_size)):
+        for block, tokens in enumerate(blocks):
+            pairs, chosen = allowed[:, :, queries[:, None], tokens], selected[:, :, row, block, None, None]
+            kept[:, :, queries[:, None], tokens] = pairs & chosen
+            counted[:, :, queries, block] = (pairs.all(-1).all(-1) & ~chosen[..., 0, 0])[..., None]
+    log_tokens = torch.tensor([math.log(len(tokens)) for tokens in blocks], dtype=torch.float64)
+    scores = scale * q.double() @ rearrange(k.double(), "b h s d -> b h d s")
+    mean_scores = scale * q.double() @ rearrange(mean_k.double(), "b h s d -> b h d s") + log_tokens
+    both = torch.cat([scores.masked_fill(~kept, -math.inf), mean_scores.masked_fill(~counted, -math.inf)], -1)
+    out = both.softmax(-1).nan_to_num(0.0) @ torch.cat([v, mean_v], 2).double()
+    return out, both.logsumexp(-1)
