@@ -88,8 +88,8 @@ def attention(
             and 6), in one softmax with the kept tokens; ``return_lse`` is then that of both. Only blocks that the mask
             allows whole to all queries of the row count: a mean over others would tell of hidden tokens. Blocks that
             the mask cuts through are left out. Exact where the keys of a block are equal, and its values. With blocks
-            of 128 and a causal mask it adds 1/64 (up to 16K tokens) to 1/128 of the multiplications of dense
-            attention, and on a GPU a pass over the outputs. Not with a ``score_mod``.
+            of 128 and a causal mask it adds 1/64 of the multiplications of dense attention at 16K tokens and 1/114
+            at 128K, and on a GPU a pass over both outputs. Not with a ``score_mod``.
 
     Returns:
         ``[B, Hq, Sq, D]``, or that and the log-sum-exp. Rows without an allowed key are 0.

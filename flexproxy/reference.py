@@ -187,13 +187,13 @@ def compensated_attention(
     k, v = (repeat(x, "b h s d -> b (h g) s d", g=size) for x in (k, v))
     blocks = torch.arange(k.shape[2]).split(block_size)
     mean_k, mean_v = (torch.stack([x[:, :, j].double().mean(2).to(x.dtype) for j in blocks], 2) for x in (k, v))
-    kept, counted = torch.zeros_like(allowed), torch.zeros(*allowed.shape[:3], len(blocks), dtype=torch.bool)
+    kept, counted = torch.zeros_like(allowed), allowed.new_zeros(*allowed.shape[:3], len(blocks))
     for row, queries in enumerate(torch.arange(q.shape[2]).split(block_size)):
         for block, tokens in enumerate(blocks):
             pairs, chosen = allowed[:, :, queries[:, None], tokens], selected[:, :, row, block, None, None]
             kept[:, :, queries[:, None], tokens] = pairs & chosen
             counted[:, :, queries, block] = (pairs.all(-1).all(-1) & ~chosen[..., 0, 0])[..., None]
-    log_tokens = torch.tensor([math.log(len(tokens)) for tokens in blocks], dtype=torch.float64)
+    log_tokens = torch.tensor([math.log(len(j)) for j in blocks], dtype=torch.float64, device=q.device)
     scores = scale * q.double() @ rearrange(k.double(), "b h s d -> b h d s")
     mean_scores = scale * q.double() @ rearrange(mean_k.double(), "b h s d -> b h d s") + log_tokens
     both = torch.cat([scores.masked_fill(~kept, -math.inf), mean_scores.masked_fill(~counted, -math.inf)], -1)

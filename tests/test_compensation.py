@@ -131,7 +131,8 @@ def expect(x: Inputs, mask_mod: MaskMod | None, selected: Tensor, block_size: in
     q, k, v = (t.cpu() for t in x)
     (num_queries, num_keys), scale = (q.shape[2], k.shape[2]), q.shape[3] ** -0.5
     mask_mod = mask_mod or masks.shift(masks.causal, num_keys - num_queries)
-    allowed = reference.token_mask(mask_mod, *q.shape[:2], num_queries, num_keys, x.q.device.type).cpu()
+    batch, heads = q.shape[:2]
+    allowed = reference.token_mask(mask_mod, batch, heads, num_queries, num_keys, x.q.device.type).cpu()
     selected = selected.cpu()
     out, lse = reference.compensated_attention(q, k, v, allowed, selected, block_size, scale)
     kept = allowed & tokens_of(selected, block_size, block_size, num_queries, num_keys)
@@ -499,7 +500,7 @@ def test_compiled_for_a_cpu(traced: bool) -> None:
     """The kernel of torch.compile, alone and within a compiled function; NaN of later tokens stays where it is."""
     skip_unless_flex_compiles("cpu")
     x, mask_mod = named_case("window")
-    run = functools.partial(flexproxy.attention, mask_mod=mask_mod, config=LOW, compensate=True)
+    run: Callable[..., Tensor] = functools.partial(flexproxy.attention, mask_mod=mask_mod, config=LOW, compensate=True)
     if traced:
         torch._dynamo.reset()
         run = torch.compile(run, fullgraph=True, dynamic=False)
@@ -510,3 +511,106 @@ def test_compiled_for_a_cpu(traced: bool) -> None:
     got, clean = run(x.q, x.k, later), run(*x)
     assert torch.equal(got[:, :, :128], clean[:, :, :128])
     assert bool(got[:, :, 140:].isnan().any())
+
+
+# ------------------------------------------------------------------------------------------------------ on a GPU
+
+
+def on_gpu(x: Inputs) -> Inputs:
+    return Inputs(*(t.cuda() for t in x))
+
+
+GPU_CASES = [
+    # head dimension, dtype, block size, Sq, Skv
+    (128, torch.bfloat16, 128, 1024, 1024),
+    (128, torch.bfloat16, 128, 1000, 1133),
+    (64, torch.float16, 64, 500, 500),
+    (256, torch.bfloat16, 128, 500, 700),
+    (64, torch.float32, 128, 700, 700),
+    (16, torch.float32, 16, 150, 197),
+    (128, torch.float16, 256, 1500, 1500),
+]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("dim", "dtype", "block_size", "num_queries", "num_keys"), GPU_CASES)
+def test_every_shape_runs_on_a_gpu(
+    dim: int, dtype: torch.dtype, block_size: int, num_queries: int, num_keys: int, padded: bool
+) -> None:
+    """Output and log-sum-exp, of the kernels that are chosen there, FLASH where it is installed."""
+    x = on_gpu(inputs((2, 6, 2), (num_queries, num_keys), dim, dtype))
+    config = ProxyConfig(block_size=block_size, min_budget=2 * block_size, max_budget=2 * block_size)
+    real = torch.arange(num_keys) >= torch.tensor([[0], [num_keys // 4]])
+    causal_and_real = and_masks(masks.causal, masks.padding(real.cuda()))
+    mask_mod = masks.shift(causal_and_real, num_keys - num_queries) if padded else None
+    selection = flexproxy.select(x.q, x.k, mask_mod=mask_mod, config=config)
+    want = expect(x, mask_mod, selection.block_map(), block_size)
+    assert (want.compensated - want.plain).abs().max() > 0.05, "nothing was given back"
+    out, lse = flexproxy.attention(*x, mask_mod=mask_mod, config=config, compensate=True, return_lse=True)
+    torch.testing.assert_close(lse.cpu().double(), want.lse, rtol=1e-3, atol=1e-3)
+    if dtype == torch.float32:
+        torch.testing.assert_close(out.cpu().double(), want.compensated, rtol=1e-3, atol=1e-3)
+    else:
+        check(out, want.compensated, x)
+    assert torch.equal(flexproxy.attention(*x, mask_mod=mask_mod, config=config, compensate=True), out)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_log_sum_exp_on_a_gpu(dtype: torch.dtype) -> None:
+    """Without compensation too: of whatever kernel is chosen for the dtype, in natural logarithms."""
+    x = on_gpu(inputs((1, 4, 2), (1024, 1024), 128, dtype))
+    config = ProxyConfig(min_budget=256, max_budget=256)
+    blocks = flexproxy.select(x.q, x.k, config=config).block_map().cpu()
+    allowed = reference.token_mask(masks.causal, 1, 4, 1024, 1024, "cpu") & tokens_of(blocks, 128, 128, 1024, 1024)
+    scores = x.q.cpu().double() @ x.k.cpu().double().repeat_interleave(2, 1).mT / 128**0.5
+    _, lse = flexproxy.attention(*x, config=config, return_lse=True)
+    want = scores.masked_fill(~allowed, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(lse.cpu().double(), want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("block_size", [128, 64])
+def test_gradients_on_a_gpu(block_size: int) -> None:
+    x = inputs((2, 4, 2), (700, 700), 64)
+    config = ProxyConfig(block_size=block_size, min_budget=2 * block_size, max_budget=2 * block_size)
+    mine = Inputs(*(t.cuda().requires_grad_() for t in x))
+    theirs = Inputs(*(t.double().requires_grad_() for t in x))
+    blocks = flexproxy.select(mine.q, mine.k, config=config).block_map().cpu()
+    weight = torch.randn(x.q.shape, generator=torch.Generator().manual_seed(1))
+    (flexproxy.attention(*mine, config=config, compensate=True) * weight.cuda()).sum().backward()
+    allowed = reference.token_mask(masks.causal, 2, 4, 700, 700, "cpu")
+    want, _ = reference.compensated_attention(*theirs, allowed, blocks, block_size, 64**-0.5)
+    (want * weight).sum().backward()
+    for got, exact in zip(mine, theirs, strict=True):
+        assert got.grad is not None
+        assert exact.grad is not None
+        torch.testing.assert_close(got.grad.cpu().double(), exact.grad, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_new_length_does_not_recompile() -> None:
+    """Nor does a new mask of one kind: lengths, lists and tables are tensors."""
+    torch._dynamo.reset()
+    lengths = [640, 896, 1152, 1408, 1664]
+    for number, length in enumerate(lengths):
+        x = on_gpu(inputs((2, 4, 2), (length, length), 64, torch.bfloat16))
+        documents = torch.arange(length, device="cuda") // (100 + number)
+        mask_mod = and_masks(masks.causal, masks.document(documents))
+        with torch._dynamo.config.patch(error_on_recompile=number > 2):
+            flexproxy.attention(*x, mask_mod=mask_mod, config=LOW, compensate=True)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_within_a_compiled_function_on_a_gpu() -> None:
+    x = on_gpu(inputs((2, 4, 2), (700, 700), 64, torch.bfloat16))
+    config = ProxyConfig(min_budget=256, max_budget=256)
+    blocks = flexproxy.select(x.q, x.k, config=config).block_map()
+    run = functools.partial(flexproxy.attention, config=config, compensate=True)
+    check(torch.compile(run, fullgraph=True)(*x), expect(x, None, blocks, 128).compensated, x)
