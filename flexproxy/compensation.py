@@ -34,7 +34,7 @@ NEG_INF = -torch.inf
 class Means(NamedTuple):
     """The blocks of a sequence as one key and one value each. See NOTE [Means].
 
-    keys, values: ``[B, Hkv, M, D]``, means over the tokens of each block, in fp32, rounded to the dtype of the keys.
+    keys, values: ``[B, Hkv, M, D]``, means over the tokens of each block, in fp32, rounded once to the dtype of k.
     dropped: bool ``[B, Hq, Nq, M]``, the means that the queries of each row of blocks attend to.
     some, every: bool ``[B, Hq, Nq, M / block_size]``, the blocks of means with any, and with nothing but these.
     log_tokens: fp32 ``[M]``, the logarithm of how many tokens each stands for.
@@ -119,10 +119,9 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
     empty = (lse == NEG_INF) & (other_lse == NEG_INF)
     # Filled before, not after: the gradient of what is replaced must be finite too.
     lse, other_lse = lse.masked_fill(empty, 0.0), other_lse.masked_fill(empty, 0.0)
-    total = torch.logaddexp(lse, other_lse)
-    share, other_share = ((x - total).exp()[..., None] for x in (lse, other_lse))
-    merged = share * out.to(torch.float32) + other_share * other.to(torch.float32)
-    return merged.to(out.dtype), total.masked_fill(empty, NEG_INF)
+    share = torch.sigmoid(other_lse - lse)[..., None]
+    merged = (1 - share) * out.to(torch.float32) + share * other.to(torch.float32)
+    return merged.to(out.dtype), torch.logaddexp(lse, other_lse).masked_fill(empty, NEG_INF)
 
 
 def join(k: Tensor, v: Tensor, means: Means, selection: Selection) -> tuple[Tensor, Tensor, BlockMask, Any]:
