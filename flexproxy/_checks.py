@@ -90,7 +90,7 @@ def check_masks(mask_mod: Any, block_mask: Any, q: Tensor, k: Tensor, block_size
 
 
 def check_attention_options(
-    q: Tensor, k: Tensor, v: Tensor, score_mod: Any, kernel_options: Any, return_lse: Any
+    q: Tensor, k: Tensor, v: Tensor, score_mod: Any, kernel_options: Any, return_lse: Any, compensate: Any
 ) -> None:
     if score_mod is not None and not callable(score_mod):
         raise TypeError(
@@ -102,8 +102,14 @@ def check_attention_options(
             f"kernel_options: expected a dict or None, got {type(kernel_options).__name__}; "
             "None takes flexproxy.kernel_options(q, k)"
         )
-    if not isinstance(return_lse, bool):
-        raise TypeError(f"return_lse: expected a bool, got {type(return_lse).__name__}; pass True or False")
+    for name, flag in (("return_lse", return_lse), ("compensate", compensate)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}; pass True or False")
+    if compensate and score_mod is not None:
+        raise ValueError(
+            "compensate: expected False beside a score_mod, which changes the scores of tokens and not of means of "
+            "blocks, got True; leave one of them out"
+        )
     if q.device.type != "cpu":
         return
     if return_lse:

@@ -6,8 +6,10 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import CodeType
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,13 @@ from torch.nn.attention.flex_attention import BlockMask
 _FROM_KV_BLOCKS = frozenset(inspect.signature(BlockMask.from_kv_blocks).parameters)
 _FLEX_ATTENTION = frozenset(inspect.signature(flex.flex_attention).parameters)
 _SDPA_KERNEL = frozenset(inspect.signature(sdpa_kernel).parameters)
+# Whether this torch knows that the FLASH backend returns natural logarithms, and the others logarithms to the base 2.
+_KNOWS_UNIT_OF_FLASH = any(
+    isinstance(part, CodeType) and "stats_are_log2" in part.co_varnames
+    for part in inspect.unwrap(flex.flex_attention).__code__.co_consts
+)
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
 IS_ROCM = torch.version.hip is not None
 # A CPU kernel is compiled for its lengths alone, so a process that meets many lengths needs more than dynamo's 8.
 MAX_COMPILED_LENGTHS = 256
@@ -75,10 +84,19 @@ def lse_arguments() -> dict[str, Any]:
     return {"return_lse": True}
 
 
-def lse_of(second_result: Any) -> Tensor:
-    """The log-sum-exp in the second result of ``flex_attention``."""
-    lse: Tensor = second_result if isinstance(second_result, Tensor) else second_result.lse
-    return lse
+def with_lse(result: Any, kernel_options: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
+    """What ``flex_attention`` returned as the output, or as output and log-sum-exp (natural logarithm).
+
+    kernel_options: those that a kernel was compiled with. Some versions of torch (2.11) return the log-sum-exp of the
+    FLASH backend too small by a factor of ln 2 (issue 181645 of pytorch).
+    """
+    if isinstance(result, Tensor):
+        return result
+    out, second = result
+    lse = second if isinstance(second, Tensor) else second.lse
+    if kernel_options.get("BACKEND") == "FLASH" and not _KNOWS_UNIT_OF_FLASH:
+        lse = lse / math.log(2)
+    return out, lse
 
 
 class NotCompiledError(Exception):
@@ -113,6 +131,12 @@ def compiled_flex_attention(device_type: str) -> Callable[..., Any]:
     With dynamic shapes the CPU kernel reads a captured table wrongly, or does not compile (torch 2.13).
     """
     return torch.compile(_flex_attention, fullgraph=True, dynamic=False if device_type == "cpu" else None)
+
+
+@functools.cache
+def fused(function: Callable[Args, Result]) -> Callable[Args, Result]:
+    """Pointwise operations in one kernel, without storing what lies between them; on a GPU."""
+    return torch.compile(function, dynamic=True)
 
 
 def run_compiled(device_type: str, *args: Any, **kwargs: Any) -> Any:

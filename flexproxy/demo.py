@@ -99,7 +99,7 @@ class _Attention:
         block_mask = flexproxy.build(query, key, config=self.config, scale=scaling)
         options = tiles_of(self.config.block_size, query.device.type)
         arguments = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1], "kernel_options": options}
-        out = run_flex(query, key, value, block_mask, arguments)
+        out: Any = run_flex(query, key, value, block_mask, arguments)
         return out.transpose(1, 2), None  # [B, Sq, Hq, D]
 
 

@@ -32,7 +32,11 @@ def kernel_options(q: Tensor, k: Tensor) -> dict[str, Any]:
         Options for ``flex_attention(kernel_options=...)``; empty where torch's own choice is the best there is.
     """
     check_queries_and_keys(q, k)
-    if not _hopper_half_precision(q) or q.shape[2] < 128 or _needs_gradients(q, k):
+    return _fastest(q, _needs_gradients(q, k))
+
+
+def _fastest(q: Tensor, gradients: bool) -> dict[str, Any]:
+    if not _hopper_half_precision(q) or q.shape[2] < 128 or gradients:
         return {}
     if _compat.flash_backend_exists() and q.shape[3] in (64, 96, 128):
         return {"BACKEND": "FLASH"}
@@ -51,13 +55,14 @@ def options_for(
     """``kernel_options`` for a certain mask of certain blocks, as ``attention`` runs it.
 
     Args:
+        k: the keys; fewer than queries where they are means of blocks.
         mask: what is known of the caller's mask; None is the default mask.
         membership: the ``mask_mod`` looks up which blocks are kept.
         has_score_mod: there is a ``score_mod``; what it captures is not known.
         block_size: tiles must divide the blocks.
         gradients: they are needed, also if neither q nor k requires them.
     """
-    options = {} if gradients else kernel_options(q, k)
+    options = _fastest(q, gradients or _needs_gradients(q, k))
     if block_size != 128 or not options:
         return tiles_of(block_size, q.device.type)
     tables = () if mask is None else mask.tables

@@ -87,8 +87,10 @@ class Selection:
         return kept, (partial_number, partial_index, full_number, full_index)
 
 
-def membership(block_map: Tensor, block_size: int) -> MaskMod:
+def membership(block_map: Tensor, block_size: int, kv_block_size: int | None = None) -> MaskMod:
     """A ``mask_mod`` that looks a token pair's block up in a map ``[B, Hq, Nq, Nk]``.
+
+    kv_block_size: of the keys, where it is not that of the queries.
 
     Raises:
         ValueError: compiled kernels address the map with 32 bits, and it is too large for that.
@@ -99,8 +101,10 @@ def membership(block_map: Tensor, block_size: int) -> MaskMod:
             f"{block_map.numel()} with blocks of {block_size}; use a larger block_size, or fewer sequences a call"
         )
 
+    kv_size = block_size if kv_block_size is None else kv_block_size
+
     def member(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return block_map[b, h, q_idx // block_size, kv_idx // block_size]
+        return block_map[b, h, q_idx // block_size, kv_idx // kv_size]
 
     return member
 

@@ -597,13 +597,14 @@ def test_build_never_waits_for_the_gpu(name: str, device: str, sync_is_an_error:
 
 
 @on_gpu
-def test_attention_never_waits_for_the_gpu(device: str, sync_is_an_error: Callable[[], None]) -> None:
+@pytest.mark.parametrize("compensate", [False, True])
+def test_attention_never_waits_for_the_gpu(compensate: bool, device: str, sync_is_an_error: Callable[[], None]) -> None:
     for seed in range(2):
         x = make_inputs(device, seed)
-        flexproxy.attention(x.q, x.k, x.v, config=CONFIG)
+        flexproxy.attention(x.q, x.k, x.v, config=CONFIG, compensate=compensate)
     torch.cuda.synchronize()
     sync_is_an_error()
-    flexproxy.attention(x.q, x.k, x.v, config=CONFIG)
+    flexproxy.attention(x.q, x.k, x.v, config=CONFIG, compensate=compensate)
 
 
 @on_gpu

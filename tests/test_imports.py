@@ -161,7 +161,8 @@ def test_public_names() -> None:
         "build": "q, k, *, mask_mod=None, block_mask=None, config=None, scale=None",
         "select": "q, k, *, mask_mod=None, block_mask=None, config=None, scale=None",
         "attention": "q, k, v, *, mask_mod=None, block_mask=None, config=None, scale=None, score_mod=None, "
-        "kernel_options=None, return_lse=False",
+        "kernel_options=None, return_lse=False, compensate=False",
+        "ProxyConfig.paper": "**changes",
         "kernel_options": "q, k",
         "and_block_masks": "a, b",
         "masks.causal": "b, h, q_idx, kv_idx",
@@ -275,9 +276,9 @@ def test_only_compat_looks_at_torch() -> None:
     assert not looked
 
 
-@pytest.mark.parametrize("module", [*BUILD_PATH, *KERNELS])
+@pytest.mark.parametrize("module", [*BUILD_PATH, "compensation", *KERNELS])
 def test_nothing_waits_for_the_device(module: str) -> None:
-    """No call on the way to a mask reads a value back, copies from the host, or has a shape that depends on values."""
+    """No call on the way to a mask or to means reads a value back or copies from the host; no shape depends on one."""
     found = [
         f"{node.lineno}: {name}"
         for name, node in calls(tree_of(module))

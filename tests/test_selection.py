@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
 import flexproxy
-from flexproxy import ProxyConfig, implementations, reference
+from flexproxy import ProxyConfig, implementations, masks, reference
 from flexproxy.proxy import head_groups, pool_heads
 from tests.oracle import EPS, Case, check_count, check_rank, expect, random_case
 
@@ -193,3 +195,63 @@ def test_density_finds_the_nearest_gamma(density: float, device: str) -> None:
             assert got <= best + 1e-6, (seed, b, got, best)
     if density == 1.0:
         assert bool((count == math.ceil(case.lengths[1] / config.block_size)).all())
+
+
+PAPER = {
+    "num_proxies": 1,
+    "groups": None,
+    "gamma": 0.95,
+    "density": None,
+    "stride": 4,
+    "block_size": 128,
+    "min_budget": 2048,
+    "max_budget": None,
+    "sink_blocks": 0,
+    "local_blocks": 1,
+}
+
+
+def test_settings_of_the_paper() -> None:
+    """Written out, so that no change of a default changes them; every field is among them; changes are checked."""
+    assert dataclasses.asdict(ProxyConfig.paper()) == PAPER
+    assert dataclasses.asdict(ProxyConfig.paper(num_proxies=4, gamma=0.9)) == PAPER | {"num_proxies": 4, "gamma": 0.9}
+    with pytest.raises(ValueError, match="stride: expected a divisor"):
+        ProxyConfig.paper(stride=3)
+    with pytest.raises(TypeError, match="budget"):
+        ProxyConfig.paper(budget=1)
+
+
+def test_no_default_is_behind_the_paper() -> None:
+    """``paper`` names every field: with other defaults, its settings are the same."""
+
+    class Other(ProxyConfig):
+        def __init__(self, **fields: Any) -> None:
+            assert fields.keys() == PAPER.keys()
+            super().__init__(**fields)
+
+    assert dataclasses.asdict(Other.paper()) == PAPER
+
+
+def test_the_method_of_the_paper(device: str) -> None:
+    """Under the paper's settings, stage by stage as written out: counts and blocks are those of the specification."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, 2700, 32, generator=generator)
+    k = torch.randn(1, 2, 2700, 32, generator=generator)
+    k[:, :, 600:700] += 3.0
+    q[:, 3] += 3.0  # one head finds nearly all in two blocks, the others need more than the least budget
+    selection = flexproxy.select(q.to(device), k.to(device), config=ProxyConfig.paper())
+
+    allowed = reference.token_mask(masks.causal, 1, 4, 2700, 2700, "cpu")
+    admissible, _ = reference.classify(allowed, 128)
+    groups, k_groups = [[0, 1, 2, 3]], [[0, 1]]
+    q_proxy, k_proxy = reference.pool_heads(q, groups, 4), reference.pool_heads(k, k_groups, 4)
+    scores = reference.block_scores(q_proxy, k_proxy, allowed[:, :1, ::4, ::4], 32, 32**-0.5)
+    diagonal = torch.eye(22, dtype=torch.bool)[None, None]
+    rank = reference.rank_blocks(scores, admissible[:, :1], diagonal)
+    masses = reference.probe_masses(q, k, allowed, 128, 32**-0.5)
+    count = reference.budgets(masses, 0.95, 2048, None, 128, torch.ones(1, 4))
+    assert count.min() == 16
+    assert 16 < count.max() <= 22
+    assert torch.equal(selection.count.cpu(), count)
+    assert torch.equal(selection.rank.cpu(), rank)
+    assert torch.equal(selection.block_map().cpu(), reference.select(rank, count, groups, admissible))
