@@ -319,8 +319,8 @@ def whole_blocks(mask_mod: MaskMod, admissible: Admissible, num_queries: int, nu
             query, key = (q_idx + first_query).clamp(max=num_queries - 1), (kv_idx + first_key).clamp(max=num_keys - 1)
             return mask_mod(b, h, query, key)
 
-        size, ends = block_size, (rows * block_size, columns * block_size)
-        return classify_by_evaluation(repeated, batch, heads, *ends, size, size, lambda mask: mask, full.device)[0].full
+        shape = batch, heads, rows * block_size, columns * block_size, block_size, (block_size, block_size)
+        return classify_by_evaluation(repeated, *shape, lambda mask: mask, full.device)[0].full
 
     if num_queries % block_size:
         row = full_from((num_q_blocks - 1) * block_size, 0, 1, num_k_blocks)

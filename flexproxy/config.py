@@ -101,6 +101,7 @@ class ProxyConfig:
             gamma=0.95,
             density=None,
             stride=4,
+            query_stride=None,
             block_size=128,
             min_budget=2048,
             max_budget=None,

@@ -245,7 +245,7 @@ def test_the_method_of_the_paper(device: str) -> None:
     admissible, _ = reference.classify(allowed, 128)
     groups, k_groups = [[0, 1, 2, 3]], [[0, 1]]
     q_proxy, k_proxy = reference.pool_heads(q, groups, 4), reference.pool_heads(k, k_groups, 4)
-    scores = reference.block_scores(q_proxy, k_proxy, allowed[:, :1, ::4, ::4], 32, 32**-0.5)
+    scores = reference.block_scores(q_proxy, k_proxy, allowed[:, :1, ::4, ::4], (32, 32), 32**-0.5)
     diagonal = torch.eye(22, dtype=torch.bool)[None, None]
     rank = reference.rank_blocks(scores, admissible[:, :1], diagonal)
     masses = reference.probe_masses(q, k, allowed, 128, 32**-0.5)
