@@ -203,6 +203,7 @@ PAPER = {
     "gamma": 0.95,
     "density": None,
     "stride": 4,
+    "query_stride": None,
     "block_size": 128,
     "min_budget": 2048,
     "max_budget": None,
