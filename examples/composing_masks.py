@@ -16,26 +16,26 @@ from flexproxy import masks
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
-B, Hq, Hkv, S, D = 1, 4, 2, 1024, 32
+B, Hq, Hkv, S, D = 1, 4, 2, 2048, 32
 tokens = F.normalize(torch.randn(B, 1, S, D).cumsum(2), dim=-1)  # tokens near one another are alike
-q = (torch.tensor([8.0, 30.0, 100.0, 300.0]).view(1, Hq, 1, 1) * tokens).to(device)
+q = (torch.tensor([30.0, 100.0, 300.0, 1000.0]).view(1, Hq, 1, 1) * tokens).to(device)
 k = tokens.repeat(1, Hkv, 1, 1).to(device)
 v = torch.randn(B, Hkv, S, D, device=device)
 
-# Three documents in one row, the last 24 tokens are padding; a token sees the 250 most recent ones of its document.
+# Three documents in one row, the last 48 tokens are padding; a token sees the 500 most recent ones of its document.
 document_ids = torch.full((S,), -1, device=device)
-document_ids[:1000] = torch.arange(1000, device=device) // 350
-mask_mod = and_masks(masks.causal, masks.document(document_ids), masks.sliding_window(250))
+document_ids[:2000] = torch.arange(2000, device=device) // 700
+mask_mod = and_masks(masks.causal, masks.document(document_ids), masks.sliding_window(500))
 
-config = flexproxy.ProxyConfig(gamma=0.8, block_size=32, min_budget=64)
+config = flexproxy.ProxyConfig(gamma=0.9, min_budget=128)
 block_mask = flexproxy.build(q, k, mask_mod=mask_mod, config=config)
 
 # A mask in which another one is wanted as well: membership alone goes into and_masks like any other function ...
 selection = flexproxy.select(q, k, mask_mod=mask_mod, config=config)
 both = and_masks(mask_mod, selection.mask_mod())
-by_tokens = create_block_mask(both, B, Hq, S, S, device=device, BLOCK_SIZE=32)
+by_tokens = create_block_mask(both, B, Hq, S, S, device=device)
 # ... and two BlockMasks are joined block by block, without looking at tokens.
-window = create_block_mask(masks.sliding_window(100), None, None, S, S, device=device, BLOCK_SIZE=32)
+window = create_block_mask(masks.sliding_window(200), None, None, S, S, device=device)
 narrower = flexproxy.and_block_masks(block_mask, window)
 
 # Eager flex_attention forms all scores, which will do for so few tokens. Compile it for more: see quickstart.py.
@@ -49,7 +49,7 @@ print("of these kept, head by head:       ", *(f"{x:7d}" for x in kept.sum((0, 2
 print(f"blocks kept / admissible:           {selection.density().mean():.3f}")
 
 torch.testing.assert_close(by_tokens.to_dense(), block_mask.to_dense())
-if (kept & ~allowed).any() or out[:, :, 1000:].any() or not kept.sum() < Hq * allowed.sum():
+if (kept & ~allowed).any() or out[:, :, 2000:].any() or not kept.sum() < Hq * allowed.sum():
     raise SystemExit("expected fewer pairs than the mask allows, none besides, and nothing for padding")
 if (narrower.to_dense() > block_mask.to_dense()).any() or (narrower.to_dense() > window.to_dense()).any():
     raise SystemExit("expected the blocks that are in both masks")
