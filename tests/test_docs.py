@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import heapq
 import importlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +16,101 @@ import pytest
 import torch
 
 from tests.accuracy import skip_unless_flex_compiles
+from tests.test_imports import core
+from tests.tiny_model import LAYERS, save_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(page.name for page in DOCS.glob("*.md"))
+pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the pages are in the repository, not in the sdist")
 
 
 def code_of(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page) and page != "transformers.md"])
-def test_code_runs_in_order(page: str) -> None:
-    """Each page is one program. (That of transformers.md needs a model: tests/test_transformers.py has its calls.)"""
-    if page == "index.md":
-        skip_unless_flex_compiles("cuda" if torch.cuda.is_available() else "cpu")
-        torch._dynamo.reset()
-    names: dict[str, Any] = {}
+def run(page: str, names: dict[str, Any]) -> None:
+    """Each page is one program."""
     for block in code_of(page):
         exec(compile(block, page, "exec"), names)
+
+
+NEED_TRANSFORMERS = ("transformers.md", "quickstart.md", "concepts.md")
+DRAWN = ("concepts.md",)  # test_pictures runs it
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if code_of(page) and page not in (*NEED_TRANSFORMERS, *DRAWN)]
+)
+def test_code_runs_in_order(page: str) -> None:
+    run(page, {})
+
+
+def test_code_of_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first program is a file, which tests/test_examples.py runs."""
+    pytest.importorskip("transformers")
+    from flexproxy.integrations.transformers import configuration
+
+    assert '--8<-- "examples/quickstart.py"' in (DOCS / "quickstart.md").read_text()
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    run("quickstart.md", names)
+    assert {config.min_budget for config in configuration(names["model"]).values()} == {1024}
+
+
+@pytest.mark.slow
+def test_code_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page leaves the model and its input to the reader: here they are as small as they may be."""
+    pytest.importorskip("transformers")
+    skip_unless_flex_compiles("cpu")
+    monkeypatch.chdir(tmp_path)
+    torch._dynamo.reset()
+    names: dict[str, Any] = {"name": str(save_tiny_model(tmp_path)), "input_ids": torch.randint(256, (1, 700))}
+    with torch.no_grad():
+        run("transformers.md", names)
+    assert json.loads((tmp_path / "settings.json").read_text())["layers"]["0"]["gamma"] == 0.99
+    assert set(names["record"]) == set(range(LAYERS))
+    assert 0 < names["density"].min() <= names["density"].max() <= 1
+
+
+def numbers_of(text: str) -> tuple[str, list[float]]:
+    """A text with # for every number, and the numbers."""
+    number = r"\d+(?:\.\d+)?"
+    return re.sub(number, "#", text), [float(x) for x in re.findall(number, text)]
+
+
+@pytest.mark.slow
+def test_pictures() -> None:
+    """What a page draws and prints is what stands in it: each file is the one that was drawn, from the same data."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("transformers")
+    from docs import draw
+
+    printed, figures = draw.run(draw.PAGE)
+    drawn = json.loads(draw.DRAWN.read_text())
+    page = draw.PAGE.read_text()
+    shown = [f"docs/{path}" for path in re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)]
+    assert shown == list(figures) == list(drawn)
+    for path, entry in drawn.items():
+        picture = (ROOT / path).read_bytes()
+        assert hashlib.sha256(picture).hexdigest() == entry["sha256"], path
+        assert len(picture) < 200_000, path
+    if hashlib.sha256(Path(heapq.__file__).read_bytes()[-4096:]).hexdigest() != HEAPQ:
+        pytest.skip("this Python's heapq.py, the text of the page, differs from that of 3.10 to 3.13")
+    words, numbers = numbers_of("".join(draw.blocks_of(draw.PAGE, "text")))
+    now_words, now_numbers = numbers_of(printed)
+    assert words == now_words
+    assert numbers == pytest.approx(now_numbers, abs=0.01)
+    for path, figure in figures.items():
+        then, now = drawn[path]["panels"], draw.data_of(figure)
+        assert [numbers_of(panel["title"])[0] for panel in then] == [numbers_of(panel["title"])[0] for panel in now]
+        for old, new in zip(then, now, strict=True):
+            assert [shape for shape, *_ in old["data"]] == [shape for shape, *_ in new["data"]]
+            for (_, *sums), (_, *now_sums) in zip(old["data"], new["data"], strict=True):
+                assert sums == pytest.approx(now_sums, rel=0.01, abs=1e-3), (path, old["title"])
+
+
+HEAPQ = "08a593fae3924bb710171eda664bf50ab984208706f3772ea3270aeb5e474651"  # its last 4096 bytes, 3.10 to 3.13
 
 
 def test_pages_are_in_the_navigation() -> None:
@@ -58,3 +138,49 @@ def test_figures_of_the_stages() -> None:
     wanted = [f"{row[f'stage_{stage}_ms']:.2f}" for stage in stages] + [f"{row['median_ms']:.2f}"]
     table = re.findall(r"^\| [^|]+ \| (\d+\.\d+) \|", (DOCS / "performance.md").read_text(), re.MULTILINE)
     assert table == wanted
+
+
+def documented() -> set[str]:
+    """Full names that the API page shows, by its directives and their lists of members."""
+    names = set()
+    for name, options in re.findall(r"^::: ([\w.]+)\n((?: +.*\n)*)", (DOCS / "api.md").read_text(), re.MULTILINE):
+        names.add(name)
+        members = re.search(r"members: \[([^]]*)\]", options)
+        names |= {f"{name}.{member.strip()}" for member in (members[1].split(",") if members else ())}
+    return names
+
+
+@pytest.mark.parametrize("module", ["", ".masks", ".stats", ".plot", ".implementations", ".integrations.transformers"])
+def test_every_public_name_is_in_the_api(module: str) -> None:
+    if module == ".integrations.transformers":
+        pytest.importorskip("transformers")
+    name = f"flexproxy{module}"
+    public = {f"{name}.{part}" for part in importlib.import_module(name).__all__}
+    assert public - documented() == set()
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """Where the library raises, and the message, with an ellipsis for what is filled in."""
+    package = ROOT / "flexproxy"
+    modules = [package / f"{name}.py" for name in {*core(), "stats", "plot", "implementations"}]
+    for path in sorted([path for path in modules if path.exists()] + list((package / "integrations").rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                message = node.exc.args[0]
+                parts = message.values if isinstance(message, ast.JoinedStr) else [message]
+                text = "".join(str(part.value) if isinstance(part, ast.Constant) else "\u2026" for part in parts)
+                yield f"{path.name}:{node.lineno}", text
+
+
+def test_every_error_is_in_the_tables() -> None:
+    """The tables of limits.md hold a part of every message that the library raises, and nothing else."""
+    section = (DOCS / "limits.md").read_text().partition("## Errors")[2]
+    cells = [row.split("|")[2] for row in re.findall(r"^\|.*\|$", section, re.MULTILINE)]
+    phrases = [phrase for cell in cells for phrase in re.findall(r"`([^`]+)`", cell)]
+    assert len(phrases) > 60
+    patterns = {phrase: re.escape(phrase).replace("\u2026", ".*?") for phrase in phrases}
+    found = dict(messages())
+    missing = {place: text for place, text in found.items() if not any(re.search(p, text) for p in patterns.values())}
+    assert missing == {}, "not in docs/limits.md"
+    unused = [phrase for phrase, p in patterns.items() if not any(re.search(p, text) for text in found.values())]
+    assert unused == [], "not in the code"
