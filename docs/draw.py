@@ -1,10 +1,10 @@
-"""Draw the pictures of docs/concepts.md by the page's own code.
+"""Draw the pictures of the documentation: those of docs/concepts.md by its own code, and the plots of the benchmarks.
 
-    python docs/draw.py
+    python -m docs.draw
 
 The page is a program that saves pictures. Beside them docs/images/drawn.json gets, for each, the digest of the file and
-a summary of the data in it. tests/test_docs.py runs the page again and compares: so no picture can show other data than
-the code above it gives.
+a summary of the data in it, or the digest of the results that it was drawn from. tests/test_docs.py runs the page again
+and compares: so no picture can show other data than the code above it gives.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks import harness, plots
 from flexproxy import plot
 from flexproxy._files import replacing
 
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "concepts.md"
-DRAWN = ROOT / "docs" / "images" / "drawn.json"
+IMAGES = ROOT / "docs" / "images"
+DRAWN = IMAGES / "drawn.json"
 
 
 def blocks_of(page: Path, language: str) -> list[str]:
@@ -74,14 +76,22 @@ def _summary(values: torch.Tensor) -> list[Any]:
     return [list(values.shape), round(float(values.mean()), 5), round(float((values.flatten() * weights).mean()), 5)]
 
 
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def main() -> None:
+    drawn: dict[str, Any] = {}
     _, figures = run(PAGE)
-    drawn = {}
     for path, figure in figures.items():
         plot.save(figure, ROOT / path, force=True)
-        digest = hashlib.sha256((ROOT / path).read_bytes()).hexdigest()
-        drawn[path] = {"sha256": digest, "panels": data_of(figure)}
+        drawn[path] = {"sha256": digest(ROOT / path), "panels": data_of(figure)}
         print(f"wrote {path}")
+    sources = {name: harness.RESULTS / f"{source}.json" for name, (source, _) in plots.PLOTS.items()}
+    measured = [name for name, source in sources.items() if source.exists()]
+    plots.main([*measured, "--unfinished", "--out", str(IMAGES)])
+    for name in measured:
+        drawn[f"docs/images/{name}.png"] = {"sha256": digest(IMAGES / f"{name}.png"), "source": digest(sources[name])}
     with replacing(DRAWN) as unfinished:
         unfinished.write_text(json.dumps(drawn, indent=1) + "\n")
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import plots
 from tests.accuracy import skip_unless_flex_compiles
 from tests.test_imports import core
 from tests.tiny_model import LAYERS, save_tiny_model
@@ -39,9 +40,7 @@ NEED_TRANSFORMERS = ("transformers.md", "quickstart.md", "concepts.md")
 DRAWN = ("concepts.md",)  # test_pictures runs it
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if code_of(page) and page not in (*NEED_TRANSFORMERS, *DRAWN)]
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page) and page not in (*NEED_TRANSFORMERS, *DRAWN)])
 def test_code_runs_in_order(page: str) -> None:
     run(page, {})
 
@@ -73,6 +72,23 @@ def test_code_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert 0 < names["density"].min() <= names["density"].max() <= 1
 
 
+def pictures_of(page: str) -> list[str]:
+    return [f"docs/{path}" for path in re.findall(r"!\[[^]]+\]\(([^)]+)\)", (DOCS / page).read_text())]
+
+
+def test_files_of_the_pictures() -> None:
+    """Each is shown and small; those of docs/draw.py are as it drew them, from the committed results."""
+    drawn = json.loads((DOCS / "images" / "drawn.json").read_text())
+    files = {f"docs/images/{path.name}": path.read_bytes() for path in (DOCS / "images").glob("*.png")}
+    assert {path for page in PAGES for path in pictures_of(page)} == files.keys() >= drawn.keys()
+    assert {path: len(picture) for path, picture in files.items() if len(picture) > 200_000} == {}
+    for path, entry in drawn.items():
+        assert hashlib.sha256(files[path]).hexdigest() == entry["sha256"], path
+        if "source" in entry:
+            source = ROOT / "benchmarks" / "results" / f"{plots.PLOTS[Path(path).stem][0]}.json"
+            assert hashlib.sha256(source.read_bytes()).hexdigest() == entry["source"], "run python -m docs.draw"
+
+
 def numbers_of(text: str) -> tuple[str, list[float]]:
     """A text with # for every number, and the numbers."""
     number = r"\d+(?:\.\d+)?"
@@ -86,15 +102,9 @@ def test_pictures() -> None:
     pytest.importorskip("transformers")
     from docs import draw
 
+    drawn = {path: entry for path, entry in json.loads(draw.DRAWN.read_text()).items() if "panels" in entry}
     printed, figures = draw.run(draw.PAGE)
-    drawn = json.loads(draw.DRAWN.read_text())
-    page = draw.PAGE.read_text()
-    shown = [f"docs/{path}" for path in re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)]
-    assert shown == list(figures) == list(drawn)
-    for path, entry in drawn.items():
-        picture = (ROOT / path).read_bytes()
-        assert hashlib.sha256(picture).hexdigest() == entry["sha256"], path
-        assert len(picture) < 200_000, path
+    assert list(figures) == list(drawn) == pictures_of("concepts.md")
     if hashlib.sha256(Path(heapq.__file__).read_bytes()[-4096:]).hexdigest() != HEAPQ:
         pytest.skip("this Python's heapq.py, the text of the page, differs from that of 3.10 to 3.13")
     words, numbers = numbers_of("".join(draw.blocks_of(draw.PAGE, "text")))
@@ -184,3 +194,12 @@ def test_every_error_is_in_the_tables() -> None:
     assert missing == {}, "not in docs/limits.md"
     unused = [phrase for phrase, p in patterns.items() if not any(re.search(p, text) for text in found.values())]
     assert unused == [], "not in the code"
+
+
+def test_the_map_names_every_file() -> None:
+    """CONTRIBUTING.md has a place for each module and folder of the package, and names none that is not there."""
+    rows = re.findall(r"^\| (`[^|]+) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    named = {name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    package = ROOT / "flexproxy"
+    modules = {path.name for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert named == modules - {"__init__.py"} | {"tests", "benchmarks", "examples", "docs"}

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the examples are 
 
 # What each script prints, as a pattern; numbers differ from platform to platform.
 PRINTED = {
-    "quickstart": r"density of every head:( 0\.\d\d){8}\nmean density 0\.\d{3}, error of the output 0\.0\d\d of its norm\n",
+    "quickstart": r"every head:( 0\.\d\d){8}\nmean density 0\.\d{3}, error of the output 0\.0\d\d of its norm\n",
     "composing_masks": r"allowed: +625750\n.*head by head:( +\d+){4}\nblocks kept / admissible: +0\.\d{3}\n",
     "chunked_prefill": r"gamma 1\.0: .*( 1\.000){4} error .*e-0[5-9]\ngamma 0\.9: .*( 0\.\d{3}){4} error .*e-02\n",
     "padded_batch": r"( +(1000|424|637) tokens: density 0\.\d{3}, largest difference alone \d\.\de[+-]\d\d\n){3}",
