@@ -80,7 +80,7 @@ def check_alone(wheel: Path, folder: Path) -> None:
     venv.create(folder / "alone", with_pip=True)
     binaries = folder / "alone" / ("Scripts" if os.name == "nt" else "bin")
     python, command = binaries / "python", binaries / "flexproxy"
-    pip: list[str | Path] = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check"]
     run([*pip, "install", "-c", ROOT / "constraints.txt", wheel], folder)
     run([*pip, "uninstall", "--yes", "triton"], folder)
     found = {package["name"].lower() for package in json.loads(run([*pip, "list", "--format", "json"], folder).stdout)}

@@ -150,13 +150,24 @@ def test_figures_of_the_stages() -> None:
     assert table == wanted
 
 
+def is_module(name: str) -> bool:
+    package, _, last = name.rpartition(".")
+    folder = ROOT.joinpath(*package.split("."))
+    return (folder / f"{last}.py").is_file() or (folder / last / "__init__.py").is_file()
+
+
 def documented() -> set[str]:
-    """Full names that the API page shows, by its directives and their lists of members."""
+    """Full names that the API page shows, by its directives and their lists of members.
+
+    Where a function has the name of its module, the page would show the module: it has to name both.
+    """
     names = set()
     for name, options in re.findall(r"^::: ([\w.]+)\n((?: +.*\n)*)", (DOCS / "api.md").read_text(), re.MULTILINE):
-        names.add(name)
         members = re.search(r"members: \[([^]]*)\]", options)
-        names |= {f"{name}.{member.strip()}" for member in (members[1].split(",") if members else ())}
+        shown = {f"{name}.{member.strip()}" for member in (members[1].split(",") if members else ())}
+        names |= {member for member in shown if not is_module(member)}
+        if members or not is_module(name):
+            names.add(re.sub(r"\.(\w+)\.\1$", r".\1", name))
     return names
 
 
