@@ -69,7 +69,7 @@ plots:
 	$(PYTHON) -m benchmarks.plots
 
 docs: .venv-docs/.stamp
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 release-check: toolchain .venv-release/.stamp
 	.venv-release/bin/python tests/release_check.py

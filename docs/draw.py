@@ -3,7 +3,7 @@
     python -m docs.draw
 
 The page is a program that saves pictures. Beside them docs/images/drawn.json gets, for each, the digest of the file and
-a summary of the data in it, or the digest of the results that it was drawn from. tests/test_docs.py runs the page again
+the data that it shows, or the digest of the results that it was drawn from. tests/test_docs.py runs the page again
 and compares: so no picture can show other data than the code above it gives.
 """
 
@@ -13,13 +13,12 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
-
-import torch
 
 from benchmarks import harness, plots
 from flexproxy import plot
@@ -60,20 +59,15 @@ def run(page: Path) -> tuple[str, dict[str, Figure]]:
 
 
 def data_of(figure: Figure) -> list[dict[str, Any]]:
-    """What a figure draws: of every panel its title, and the shape and two sums of each map and each line."""
+    """What a figure draws: of every panel its title, and its maps and lines, a row of numbers in each text."""
     return [{"title": axes.get_title(), "data": _panel(axes)} for axes in figure.axes if axes.images or axes.lines]
 
 
-def _panel(axes: Axes) -> list[list[Any]]:
-    maps = [torch.tensor(image.get_array().filled(torch.nan).tolist()) for image in axes.images]  # type: ignore[union-attr]
-    lines = [torch.tensor(line.get_xydata().tolist()) for line in axes.lines]  # type: ignore[union-attr]
-    return [_summary(values.double().nan_to_num(0.0)) for values in (*maps, *lines)]
-
-
-def _summary(values: torch.Tensor) -> list[Any]:
-    """Shape, mean, and the mean with weights that grow, which sees a change of order as well."""
-    weights = torch.linspace(0, 1, values.numel(), dtype=values.dtype)
-    return [list(values.shape), round(float(values.mean()), 5), round(float((values.flatten() * weights).mean()), 5)]
+def _panel(axes: Axes) -> list[list[str]]:
+    maps: list[Any] = [image.get_array() for image in axes.images]
+    lines: list[Any] = [line.get_xydata() for line in axes.lines]
+    arrays = [values.filled(math.nan).tolist() for values in maps] + [points.T.tolist() for points in lines]
+    return [[" ".join(f"{value:.3g}" for value in row) for row in array] for array in arrays]
 
 
 def digest(path: Path) -> str:
