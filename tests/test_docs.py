@@ -196,7 +196,8 @@ def messages() -> Iterator[tuple[str, str]]:
                 message = node.exc.args[0]
                 parts = message.values if isinstance(message, ast.JoinedStr) else [message]
                 text = "".join(str(part.value) if isinstance(part, ast.Constant) else "\u2026" for part in parts)
-                yield f"{path.name}:{node.lineno}", text
+                if "expected \u2026, got" not in text:  # there the code fills in what is expected: a range of integers
+                    yield f"{path.name}:{node.lineno}", text
 
 
 def test_every_error_is_in_the_tables() -> None:
