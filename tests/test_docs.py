@@ -188,9 +188,9 @@ def test_every_public_name_is_in_the_api(module: str) -> None:
 
 def messages() -> Iterator[tuple[str, str]]:
     """Where the library raises, and the message, with an ellipsis for what is filled in."""
-    package = ROOT / "flexproxy"
-    modules = [package / f"{name}.py" for name in {*core(), "stats", "plot", "implementations"}]
-    for path in sorted([path for path in modules if path.exists()] + list((package / "integrations").rglob("*.py"))):
+    modules = [ROOT / "flexproxy" / name for name in {*core(), "stats", "plot", "implementations", "integrations"}]
+    files = [path for module in modules for path in (module.with_suffix(".py"), *module.rglob("*.py"))]
+    for path in sorted(path for path in files if path.is_file()):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
                 message = node.exc.args[0]
