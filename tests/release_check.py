@@ -108,7 +108,7 @@ def check_alone(wheel: Path, folder: Path) -> None:
     if not {"triton", "transformers", "matplotlib"} <= missing.keys():
         raise SystemExit(f"release check: flexproxy info: expected what is missing, got {sorted(missing)}")
     for name, cost in missing.items():
-        print(f"   without {name}: no {cost}")
+        print(f"   {name} is missing, needed for {cost}")
     if run([command, "info"], folder).stdout.count("missing") < len(missing):
         raise SystemExit("release check: flexproxy info: expected 'missing' beside each missing package")
 
