@@ -31,15 +31,15 @@ block_mask = flexproxy.build(q, k, config=config)
 compiled = torch.compile(flex_attention, dynamic=False if device == "cpu" else None)
 out = compiled(q, k, v, block_mask=block_mask, enable_gqa=True)
 
-# The same in one call, with the options that are fastest here.
+# The same in one call, with the options that are fastest here. It stays dense where sparse attention cannot pay: on a GPU
+# that is so for as few tokens as these.
 same = flexproxy.attention(q, k, v, config=config)
 
 dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-error = (out - dense).norm() / dense.norm()
+error, other_error = ((x - dense).norm() / dense.norm() for x in (out, same))
 density = flexproxy.select(q, k, config=config).density()[0]  # [Hq], kept blocks / admissible blocks
 print("density of every head:", *(f"{x:.2f}" for x in density.tolist()))
 print(f"mean density {density.mean():.3f}, error of the output {error:.3f} of its norm")
 
-torch.testing.assert_close(out, same, rtol=1e-3, atol=1e-3)
-if not (density.mean() < 0.9 and error < 0.1):
+if not (density.mean() < 0.9 and error < 0.1 and other_error < 0.1):
     raise SystemExit("expected less than 0.9 of the blocks to be kept, and an error below 0.1")
