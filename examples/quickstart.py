@@ -31,8 +31,8 @@ block_mask = flexproxy.build(q, k, config=config)
 compiled = torch.compile(flex_attention, dynamic=False if device == "cpu" else None)
 out = compiled(q, k, v, block_mask=block_mask, enable_gqa=True)
 
-# The same in one call, with the options that are fastest here. It stays dense where sparse attention cannot pay, as on a
-# GPU for so few tokens.
+# The same in one call, with the options that are fastest here. It stays dense where sparse attention cannot pay, as on
+# a GPU for so few tokens.
 same = flexproxy.attention(q, k, v, config=config)
 
 dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
