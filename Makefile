@@ -12,11 +12,12 @@ export CXX
 
 EXTRAS := dev,cli,transformers,plot,triton
 PROJECT := pyproject.toml constraints.txt
-SOURCES := $(wildcard flexproxy tests benchmarks examples)
+SOURCES := $(wildcard flexproxy tests benchmarks examples docs)
+DOCS := mkdocs-material 'mkdocstrings[python]' latex2mathml
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-oldest test-newest test-gpu bench plots docs toolchain clean
+.PHONY: help demo test lint format test-oldest test-newest test-gpu bench plots docs release-check toolchain clean
 
 help:
 	@echo "make demo         set up .venv, then prefill a real text with a small trained model, dense and with flexproxy"
@@ -29,6 +30,7 @@ help:
 	@echo "make bench        run the benchmarks on this GPU, with the python3 at hand; ARGS=--quick for a short look"
 	@echo "make plots        draw the plots of the benchmarks from benchmarks/results, with the python3 at hand"
 	@echo "make docs         build the documentation into site/; warnings are errors"
+	@echo "make release-check  build the wheel and the sdist, look into them, install the wheel alone and run the quickstart"
 	@echo "make clean        remove the environments and caches"
 
 demo: toolchain .venv/.stamp
@@ -67,7 +69,10 @@ plots:
 	$(PYTHON) -m benchmarks.plots
 
 docs: .venv-docs/.stamp
-	.venv-docs/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+release-check: toolchain .venv-release/.stamp
+	.venv-release/bin/python tests/release_check.py
 
 # What no package can bring: said here, before minutes of installation.
 toolchain:
@@ -95,11 +100,17 @@ toolchain:
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
 	touch $@
 
+# Neither needs flexproxy or torch: the pages are made from the source.
 .venv-docs/.stamp: $(PROJECT)
 	$(PYTHON) -m venv --clear .venv-docs
-	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check "mkdocs-material" "mkdocstrings[python]"
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(DOCS)
+	touch $@
+
+.venv-release/.stamp: $(PROJECT)
+	$(PYTHON) -m venv --clear .venv-release
+	.venv-release/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build twine
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-docs site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .venv-docs .venv-release site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,8 +3,8 @@
     python -m benchmarks.plots            # all of them
     python -m benchmarks.plots time peers
 
-time, speedup, share and peers come from attention.json, stages from build.json, memory from memory.json, prefill from
-prefill.json.
+time, speedup, share and peers come from attention.json, build and stages from build.json, memory from memory.json,
+prefill from prefill.json.
 """
 
 from __future__ import annotations
@@ -93,6 +93,15 @@ def stages(rows: Sequence[Row], length: int) -> dict[str, Row]:
         parts["gaps"] = max(0.0, row["median_ms"] - sum(parts.values()))
         bars[f"P = {row['num_proxies']}"] = parts
     return bars
+
+
+def builds(rows: Sequence[Row]) -> Series:
+    """Milliseconds by length: of build, a line for each number of proxies, and of dense attention in the same run."""
+    series: Series = {}
+    for row in pick(rows):
+        series.setdefault(f"build, P = {row['num_proxies']}", []).append((row["length"], row["median_ms"]))
+    dense = {row["length"]: row["dense_ms"] for row in pick(rows) if row.get("dense_ms") is not None}
+    return series | {"dense cuDNN": list(dense.items())}
 
 
 def memory(rows: Sequence[Row]) -> Series:
@@ -237,6 +246,13 @@ def plot_stages(data: Row, options: argparse.Namespace) -> Figure:
     return figure
 
 
+def plot_build(data: Row, options: argparse.Namespace) -> Figure:
+    figure, (axes,) = axes_of("Build beside dense attention", data["environment"])
+    draw_lines(axes, builds(data["rows"]), "tokens", "milliseconds")
+    logarithmic(axes)
+    return figure
+
+
 def plot_memory(data: Row, options: argparse.Namespace) -> Figure:
     figure, (axes,) = axes_of("Peak device memory beyond inputs and result", data["environment"])
     draw_lines(axes, memory(data["rows"]), "tokens", "MiB")
@@ -260,6 +276,7 @@ PLOTS: dict[str, tuple[str, Callable[[Row, argparse.Namespace], Figure]]] = {
     "speedup": ("attention", plot_speedup),
     "share": ("attention", plot_share),
     "peers": ("attention", plot_peers),
+    "build": ("build", plot_build),
     "stages": ("build", plot_stages),
     "memory": ("memory", plot_memory),
     "prefill": ("prefill", plot_prefill),
@@ -275,7 +292,9 @@ def save(figure: Figure, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("names", nargs="*", metavar="NAME", help=f"plots, all if none is named: {', '.join(PLOTS)}")
-    options.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files and of the plots")
+    options.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    options.add_argument("--out", type=Path, help="folder of the plots; by default that of the result files")
+    options.add_argument("--unfinished", action="store_true", help="draw from a run that was stopped too, and say so")
     options.add_argument("--density", type=fraction, default=0.1, help="target density of time and peers")
     options.add_argument("--length", type=positive_int, default=131072, help="tokens of peers and stages")
     args = options.parse_args(argv)
@@ -291,10 +310,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         data = json.loads(path.read_text())
         if not data.get("complete"):
-            missing.append(f"{name}: {path} is not from a finished run; repeat python -m benchmarks.bench_{source}")
-            continue
-        save(plot(data, args), args.results / f"{name}.png")
-        print(f"wrote {args.results / name}.png")
+            if not args.unfinished:
+                missing.append(f"{name}: {path} is not from a finished run; repeat python -m benchmarks.bench_{source}")
+                continue
+            data["environment"]["gpu"] += ", a run that was stopped"  # part of every title
+        picture = (args.out or args.results) / f"{name}.png"
+        save(plot(data, args), picture)
+        print(f"wrote {picture}")
     if missing:
         sys.exit("\n".join(missing))
 

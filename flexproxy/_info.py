@@ -18,11 +18,11 @@ from flexproxy import implementations
 _PACKAGES = {
     "torch": "everything",
     "einops": "everything",
-    "triton": "compiled attention, and a fast estimate, on a GPU",
-    "flash-attn-4": 'the option BACKEND="FLASH", the fastest on Hopper and newer GPUs',
-    "transformers": "flexproxy demo",
-    "safetensors": "flexproxy demo",
-    "matplotlib": "the picture of flexproxy demo",
+    "triton": "compiled attention on a GPU, and the fast estimate there (PyTorch's is slower)",
+    "flash-attn-4": 'BACKEND="FLASH", the fastest attention on Hopper GPUs (else Triton\'s kernel)',
+    "transformers": "flexproxy.integrations.transformers; recording and calibrating models; demo, inspect, calibrate",
+    "safetensors": "models: demo, inspect, calibrate",
+    "matplotlib": "flexproxy.plot; the pictures of demo and inspect",
     "typer": "this command line",
     "rich": "this command line",
 }

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from flexproxy import _compat
 
+__all__ = ["automatic", "use"]
+
 Name = Literal["auto", "torch", "triton"]
 _chosen: ContextVar[Name] = ContextVar("flexproxy_implementation", default="auto")
 MIN_CAPABILITY = (8, 0)

@@ -137,8 +137,8 @@ def build(
     Arguments and errors are those of ``select``.
 
     Returns:
-        BlockMask ``[B, Hq, Sq, Skv]``: every head's kept blocks, within them the mask that was given. It has the lists
-        that gradients need if q or k requires them.
+        BlockMask ``[B, Hq, Sq, Skv]`` of every head's kept blocks, and within them the mask that was given. It has the
+        lists that gradients need if q or k requires them.
     """
     return select_for(q, k, mask_mod, block_mask, config, scale, gradients=False, lists=True).block_mask()
 

@@ -2,35 +2,132 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import heapq
 import importlib
 import json
 import re
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import plots
 from tests.accuracy import skip_unless_flex_compiles
+from tests.test_imports import core
+from tests.tiny_model import LAYERS, save_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(page.name for page in DOCS.glob("*.md"))
+pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the pages are in the repository, not in the sdist")
 
 
 def code_of(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page) and page != "transformers.md"])
-def test_code_runs_in_order(page: str) -> None:
-    """Each page is one program. (That of transformers.md needs a model: tests/test_transformers.py has its calls.)"""
-    if page == "index.md":
-        skip_unless_flex_compiles("cuda" if torch.cuda.is_available() else "cpu")
-        torch._dynamo.reset()
-    names: dict[str, Any] = {}
+def run(page: str, names: dict[str, Any]) -> None:
+    """Each page is one program."""
     for block in code_of(page):
         exec(compile(block, page, "exec"), names)
+
+
+NEED_TRANSFORMERS = ("transformers.md", "quickstart.md", "concepts.md")
+DRAWN = ("concepts.md",)  # test_pictures runs it
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page) and page not in (*NEED_TRANSFORMERS, *DRAWN)])
+def test_code_runs_in_order(page: str) -> None:
+    run(page, {})
+
+
+def test_code_of_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first program is a file, which tests/test_examples.py runs."""
+    pytest.importorskip("transformers")
+    from flexproxy.integrations.transformers import configuration
+
+    assert '--8<-- "examples/quickstart.py"' in (DOCS / "quickstart.md").read_text()
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    run("quickstart.md", names)
+    assert {config.min_budget for config in configuration(names["model"]).values()} == {1024}
+
+
+@pytest.mark.slow
+def test_code_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page leaves the model and its input to the reader: here they are as small as they may be."""
+    pytest.importorskip("transformers")
+    skip_unless_flex_compiles("cpu")
+    monkeypatch.chdir(tmp_path)
+    torch._dynamo.reset()
+    names: dict[str, Any] = {"name": str(save_tiny_model(tmp_path)), "input_ids": torch.randint(256, (1, 700))}
+    with torch.no_grad():
+        run("transformers.md", names)
+    assert json.loads((tmp_path / "settings.json").read_text())["layers"]["0"]["gamma"] == 0.99
+    assert set(names["record"]) == set(range(LAYERS))
+    assert 0 < names["density"].min() <= names["density"].max() <= 1
+
+
+def pictures_of(page: str) -> list[str]:
+    return [f"docs/{path}" for path in re.findall(r"!\[[^]]+\]\(([^)]+)\)", (DOCS / page).read_text())]
+
+
+def test_files_of_the_pictures() -> None:
+    """Each is shown and small; those of docs/draw.py are as it drew them, from the committed results."""
+    drawn = json.loads((DOCS / "images" / "drawn.json").read_text())
+    files = {f"docs/images/{path.name}": path.read_bytes() for path in (DOCS / "images").glob("*.png")}
+    assert {path for page in PAGES for path in pictures_of(page)} == files.keys() >= drawn.keys()
+    assert {path: len(picture) for path, picture in files.items() if len(picture) > 200_000} == {}
+    for path, entry in drawn.items():
+        assert hashlib.sha256(files[path]).hexdigest() == entry["sha256"], path
+        if "source" in entry:
+            source = ROOT / "benchmarks" / "results" / f"{plots.PLOTS[Path(path).stem][0]}.json"
+            assert hashlib.sha256(source.read_bytes()).hexdigest() == entry["source"], "run python -m docs.draw"
+
+
+def numbers_of(text: str) -> tuple[str, list[float]]:
+    """A text with # for every number, and the numbers."""
+    number = r"\d+(?:\.\d+)?"
+    return re.sub(number, "#", text), [float(x) for x in re.findall(number, text)]
+
+
+@pytest.mark.slow
+def test_pictures() -> None:
+    """What a page draws and prints is what stands in it: each file is the one that was drawn, from the same data."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("transformers")
+    from docs import draw
+
+    drawn = {path: entry for path, entry in json.loads(draw.DRAWN.read_text()).items() if "panels" in entry}
+    printed, figures = draw.run(draw.PAGE)
+    assert list(figures) == list(drawn) == pictures_of("concepts.md")
+    if hashlib.sha256(Path(heapq.__file__).read_bytes()[-4096:]).hexdigest() != HEAPQ:
+        pytest.skip("this Python's heapq.py, the text of the page, differs from that of 3.10 to 3.13")
+    words, numbers = numbers_of("".join(draw.blocks_of(draw.PAGE, "text")))
+    now_words, now_numbers = numbers_of(printed)
+    assert words == now_words
+    assert numbers == pytest.approx(now_numbers, abs=0.01)
+    for path, figure in figures.items():
+        then, now = drawn[path]["panels"], draw.data_of(figure)
+        assert [numbers_of(panel["title"])[0] for panel in then] == [numbers_of(panel["title"])[0] for panel in now]
+        for old, new in zip(then, now, strict=True):
+            assert share_of_equals(old["data"], new["data"]) > 0.98, (path, old["title"])
+
+
+def share_of_equals(old: list[list[str]], new: list[list[str]]) -> float:
+    """How many of a panel's numbers are the same but for rounding; another platform may swap two equal blocks."""
+    assert [len(rows) for rows in old] == [len(rows) for rows in new]
+    then, now = (torch.tensor([float(x) for rows in data for row in rows for x in row.split()]) for data in (old, new))
+    assert then.shape == now.shape
+    return float(torch.isclose(then, now, rtol=0.02, atol=1e-3, equal_nan=True).float().mean())
+
+
+HEAPQ = "08a593fae3924bb710171eda664bf50ab984208706f3772ea3270aeb5e474651"  # its last 4096 bytes, 3.10 to 3.13
 
 
 def test_pages_are_in_the_navigation() -> None:
@@ -42,6 +139,8 @@ def test_pages_are_in_the_navigation() -> None:
 def test_names_exist(page: str) -> None:
     """What a page calls ``flexproxy.module.name`` is there."""
     for path in set(re.findall(r"`(flexproxy(?:\.\w+)+)(?:\([^`]*\))?`", (DOCS / page).read_text())):
+        if path.startswith("flexproxy.integrations.transformers") and find_spec("transformers") is None:
+            continue
         parts = path.split(".")
         found: Any = importlib.import_module("flexproxy")
         for depth, part in enumerate(parts[1:], 2):
@@ -58,3 +157,71 @@ def test_figures_of_the_stages() -> None:
     wanted = [f"{row[f'stage_{stage}_ms']:.2f}" for stage in stages] + [f"{row['median_ms']:.2f}"]
     table = re.findall(r"^\| [^|]+ \| (\d+\.\d+) \|", (DOCS / "performance.md").read_text(), re.MULTILINE)
     assert table == wanted
+
+
+def is_module(name: str) -> bool:
+    package, _, last = name.rpartition(".")
+    folder = ROOT.joinpath(*package.split("."))
+    return (folder / f"{last}.py").is_file() or (folder / last / "__init__.py").is_file()
+
+
+def documented() -> set[str]:
+    """Full names that the API page shows, by its directives and their lists of members.
+
+    Where a function has the name of its module, the page would show the module: it has to name both.
+    """
+    names = set()
+    for name, options in re.findall(r"^::: ([\w.]+)\n((?: +.*\n)*)", (DOCS / "api.md").read_text(), re.MULTILINE):
+        members = re.search(r"members: \[([^]]*)\]", options)
+        shown = {f"{name}.{member.strip()}" for member in (members[1].split(",") if members else ())}
+        names |= {member for member in shown if not is_module(member)}
+        if members or not is_module(name):
+            names.add(re.sub(r"\.(\w+)\.\1$", r".\1", name))
+    return names
+
+
+@pytest.mark.parametrize("module", ["", ".masks", ".stats", ".plot", ".implementations", ".integrations.transformers"])
+def test_every_public_name_is_in_the_api(module: str) -> None:
+    if module == ".integrations.transformers":
+        pytest.importorskip("transformers")
+    name = f"flexproxy{module}"
+    public = {f"{name}.{part}" for part in importlib.import_module(name).__all__}
+    assert public - documented() == set()
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """Where the library raises, and the message, with an ellipsis for what is filled in."""
+    modules = [ROOT / "flexproxy" / name for name in {*core(), "stats", "plot", "implementations", "integrations"}]
+    files = [path for module in modules for path in (module.with_suffix(".py"), *module.rglob("*.py"))]
+    for path in sorted(path for path in files if path.is_file()):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                message = node.exc.args[0]
+                parts = message.values if isinstance(message, ast.JoinedStr) else [message]
+                text = "".join(str(part.value) if isinstance(part, ast.Constant) else "\u2026" for part in parts)
+                if "expected \u2026, got" not in text:  # there the code fills in what is expected: a range of integers
+                    yield f"{path.name}:{node.lineno}", text
+
+
+def test_every_error_is_in_the_tables() -> None:
+    """The tables of limits.md hold a part of every message that the library raises, and nothing else."""
+    section = (DOCS / "limits.md").read_text().partition("## Errors")[2]
+    cells = [row.split("|")[2] for row in re.findall(r"^\|.*\|$", section, re.MULTILINE)]
+    phrases = [phrase for cell in cells for phrase in re.findall(r"`([^`]+)`", cell)]
+    assert len(phrases) > 60
+    # It follows "expected", or the argument's name, or the name of a package.
+    patterns = {phrase: "(expected |: |^\u2026 )" + re.escape(phrase).replace("\u2026", ".*?") for phrase in phrases}
+    found = dict(messages())
+    missing = {place: text for place, text in found.items() if not any(re.search(p, text) for p in patterns.values())}
+    assert missing == {}, "not in docs/limits.md"
+    unused = [phrase for phrase, p in patterns.items() if not any(re.search(p, text) for text in found.values())]
+    assert unused == [], "not in the code"
+
+
+def test_the_map_names_every_file() -> None:
+    """CONTRIBUTING.md has a place for each module and folder of the package, and names none that is not there."""
+    rows = re.findall(r"^\| (`[^|]+) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    named = {name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    package = ROOT / "flexproxy"
+    modules = {path.name for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert named == modules - {"__init__.py"} | {"tests", "benchmarks", "examples", "docs"}

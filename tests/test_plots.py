@@ -44,7 +44,8 @@ def synthetic(folder: Path) -> None:
         for n, proxies in enumerate((1, 4, 8)):
             ms = (0.2 + 0.6 * (length / 131072) ** 2) * (1 + n)
             stage = {f"stage_{name}_ms": ms * (i + 1) / 50 for i, name in enumerate((*stages.STAGES, "other"))}
-            build_rows.append(row(length, "", "", ms, num_proxies=proxies, stage_error=None, **stage))
+            dense = {"dense_ms": 250 * (length / 131072) ** 2 if length < 262144 else None}
+            build_rows.append(row(length, "", "", ms, num_proxies=proxies, stage_error=None, **dense, **stage))
             mib = {"kept_mib": 2.5 * 128 * (length / 131072) ** 2, "extra_mib": 40 * length / 131072 * (1 + n)}
             for part in ("build", "sparse") if proxies == 1 else ("build",):
                 found = {"length": length, "num_proxies": proxies, "part": part, "error": None, **mib}
@@ -157,6 +158,17 @@ def test_plot_of_stages_shows_the_rows(tmp_path: Path) -> None:
         assert sum(widths) == pytest.approx(row["median_ms"])
 
 
+def test_plot_of_build_shows_the_rows(tmp_path: Path) -> None:
+    figure, rows = drawn(tmp_path, "build")
+    lines = lines_of(figure.axes[0])
+    assert lines.pop("dense cuDNN") == [
+        (r["length"], r["dense_ms"]) for r in rows_where(rows, num_proxies=1) if r["dense_ms"] is not None
+    ]
+    assert lines == {
+        f"build, P = {n}": [(r["length"], r["median_ms"]) for r in rows_where(rows, num_proxies=n)] for n in (1, 4, 8)
+    }
+
+
 def test_plot_of_memory_shows_the_rows(tmp_path: Path) -> None:
     figure, rows = drawn(tmp_path, "memory")
     lines = lines_of(figure.axes[0])
@@ -175,7 +187,7 @@ def test_all_plots_are_written(tmp_path: Path) -> None:
     )
 
 
-def test_plots_say_what_is_missing(tmp_path: Path) -> None:
+def test_plots_say_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     synthetic(tmp_path)
     (tmp_path / "build.json").unlink()
@@ -187,6 +199,11 @@ def test_plots_say_what_is_missing(tmp_path: Path) -> None:
     assert "python -m benchmarks.bench_build" in message
     assert "not from a finished run" in message
     assert [file.name for file in tmp_path.iterdir() if file.suffix == ".png"] == ["share.png"]
+    titles = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: titles.append((path, figure.get_suptitle())))
+    plots.main(["memory", "--unfinished", "--results", str(tmp_path), "--out", "elsewhere"])
+    assert [path for path, _ in titles] == [Path("elsewhere/memory.png")]
+    assert "a run that was stopped" in titles[0][1]
     with pytest.raises(SystemExit) as exit_info:
         plots.main(["times"])
     assert exit_info.value.code == 2
