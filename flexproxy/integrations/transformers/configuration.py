@@ -88,7 +88,7 @@ def save_configuration(model: PreTrainedModel, path: str | os.PathLike[str]) -> 
         OSError: the file cannot be written; there is then none, or the old one.
     """
     layers = {str(index): _changes(config) for index, config in configuration(model).items()}
-    text = json.dumps({"flexproxy": 1, "model": _shape(model), "layers": layers}, indent=1) + "\n"
+    text = json.dumps({"flexproxy": 1, "model": shape_of(model), "layers": layers}, indent=1) + "\n"
     with replacing(path) as unfinished:
         unfinished.write_text(text)
 
@@ -173,7 +173,8 @@ def _share(module: nn.Module, config: ProxyConfig, num_heads: int) -> ProxyConfi
     return dataclasses.replace(config, groups=tuple(place[proxy] for proxy in own))
 
 
-def _shape(model: PreTrainedModel) -> dict[str, Any]:
+def shape_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What a file of settings is made for."""
     config: Any = model.config.get_text_config()
     return {name: getattr(config, name, None) for name in _SHAPE}
 
@@ -195,7 +196,7 @@ def _read(path: Path, model: PreTrainedModel) -> dict[int, ProxyConfig]:
             f'settings: expected {{"flexproxy": 1, "model": ..., "layers": ...}} in {path}, got something else; write '
             "it with save_configuration"
         )
-    if data.get("model") != (shape := _shape(model)):
+    if data.get("model") != (shape := shape_of(model)):
         raise ValueError(
             f"settings: expected a file for {shape}, got {path} for {data.get('model')}; calibrate this model, or "
             "configure it with a ProxyConfig"
