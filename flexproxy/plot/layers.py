@@ -88,7 +88,8 @@ def record(record: Record, *, title: str | None = None) -> Figure:
         figure = Figure(figsize=(sum(widths), height + 0.5), layout="constrained")
         axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
         for axis, (label, (values, lowest)) in zip(axes[:-1], maps.items(), strict=True):
-            _heat_map(figure, axis, values, label, lowest)
+            _heat_map(figure, axis, values, None, lowest)
+            axis.set_title(label, fontsize=10)
         _time_bars(axes[-1], list(totals.values()))
         _name_layers(axes[0], layers)
         figure.suptitle(title or _title(record, together(list(totals.values()))))
@@ -121,7 +122,7 @@ def _size(num_layers: int, num_heads: int) -> tuple[float, float]:
     return min(max(0.28 * num_heads + 2.4, 6.5), 14.0), min(max(0.28 * num_layers + 1.6, 3.0), 13.0)
 
 
-def _heat_map(figure: Figure, axis: Axes, values: Tensor, label: str, lowest: float) -> None:
+def _heat_map(figure: Figure, axis: Axes, values: Tensor, label: str | None, lowest: float) -> None:
     """Layers by heads ``[layers, Hq]`` in colours from ``lowest`` to 1; what is not a number is grey."""
     from matplotlib.ticker import MaxNLocator
 
@@ -129,7 +130,7 @@ def _heat_map(figure: Figure, axis: Axes, values: Tensor, label: str, lowest: fl
     image = axis.imshow(values.numpy(), cmap="viridis", vmin=lowest, vmax=1.0, aspect="auto", interpolation="nearest")
     axis.set_xlabel("query head")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, ax=axis, aspect=40, label=label)
+    figure.colorbar(image, ax=axis, aspect=40, label=label or "")
 
 
 def _name_layers(axis: Axes, layers: Sequence[int]) -> None:

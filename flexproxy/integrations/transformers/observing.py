@@ -84,11 +84,11 @@ def observers_of(module: nn.Module) -> tuple[Observer, ...]:
     """Who looks on at this call of a layer's attention. See NOTE [Observers]."""
     observers: tuple[Observer, ...] = getattr(module, _ATTRIBUTE, ())
     if observers and torch.compiler.is_compiling():
-        a_compiled_model_cannot_be_observed()
+        refuse_a_trace()
     return () if observers and _compat.in_backward() else observers
 
 
-def _refuse() -> None:
+def _no_compiled_model_can_be_observed() -> None:
     raise ValueError(
         "model: expected one that runs as it is written, got one compiled by torch.compile, whose trace nobody can "
         "look into; call the model itself, and with generate use disable_compile=True"
@@ -96,7 +96,7 @@ def _refuse() -> None:
 
 
 # What is raised in a trace itself is taken for a reason to run the same uncompiled, from then on.
-a_compiled_model_cannot_be_observed: Callable[[], None] = torch.compiler.disable(_refuse)
+refuse_a_trace: Callable[[], None] = torch.compiler.disable(_no_compiled_model_can_be_observed)
 
 
 @contextmanager
