@@ -84,8 +84,12 @@ def prefill(
 
 def _most_varied(record: Record) -> int:
     """The layer whose heads differ most in density; the first if none was sparse."""
-    densities = {layer: totals_of(passes).density or (1.0,) for layer, passes in record.layers.items()}
-    return max(densities, key=lambda layer: max(densities[layer]) - min(densities[layer]))
+
+    def spread(layer: int) -> float:
+        density = totals_of(record.layers[layer]).density
+        return max(density) - min(density) if density else -1.0
+
+    return max(record.layers, key=spread)
 
 
 @contextmanager

@@ -39,6 +39,7 @@ def _options(
 
 
 def _app() -> typer.Typer:
+    from flexproxy.cli._bench import bench
     from flexproxy.cli._demo import demo
     from flexproxy.cli._info import info
     from flexproxy.cli._inspect import inspect
@@ -48,6 +49,7 @@ def _app() -> typer.Typer:
     app.command()(demo)
     app.command()(info)
     app.command()(inspect)
+    app.command()(bench)
     return app
 
 

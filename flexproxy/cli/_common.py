@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -51,6 +51,16 @@ def check_output(option: str, path: Path, force: bool) -> None:
     problem = write_problem(path, force)
     if problem is not None:
         raise fail(f"{option} {path}: {problem}")
+
+
+def check_outputs(option: str, folder: Path, names: Sequence[str], force: bool) -> list[Path]:
+    """The same for files in a folder, which may have to be made; gives their paths."""
+    paths = [folder / name for name in names]
+    if folder.exists() and not folder.is_dir():
+        raise fail(f"{option}: expected a folder, got the file {folder}; name a folder")
+    for path in paths if folder.exists() else [folder]:
+        check_output(option, path, force)
+    return paths
 
 
 @contextmanager

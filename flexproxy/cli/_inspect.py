@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from flexproxy.cli._common import Device, check_output, fail, impossible, progress_bar, require, write_json, writing
+from flexproxy.cli._common import (
+    Device,
+    check_output,
+    check_outputs,
+    fail,
+    impossible,
+    progress_bar,
+    require,
+    write_json,
+    writing,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +31,10 @@ if TYPE_CHECKING:
 
 # Tokens that are taken of a longer text unless --length says more: seconds on a CPU, a long prompt on a GPU.
 _DEFAULT_LENGTH = {"cpu": 8192, "cuda": 131072}
+_PICTURES = {
+    True: ("record.png", "blocks.png"),
+    False: ("record.png", "blocks.png", "ranking.png"),
+}  # no ranking, or one
 
 
 def inspect(
@@ -76,21 +91,21 @@ def inspect(
         raise fail("--pictures: expected a folder for the pictures of --layer and --ranking, got none; name one")
     if output is not None:
         check_output("--output", output, force)
-    if pictures is not None:
-        _check_pictures(pictures, ranking, force)
+    paths = [] if pictures is None else check_outputs("--pictures", pictures, _PICTURES[ranking is None], force)
     options = {"gamma": gamma, "density": density, "num_proxies": num_proxies}
     options |= {"stride": stride, "min_budget": min_budget}
     settings = _settings({name: value for name, value in options.items() if value is not None}, config)
     result, tokens = _run(model, text, length, settings, layer, ranking, mass, device)
-    drawn = [] if pictures is None else _draw(result, pictures, ranking, force)
-    data = {"text": tokens, "pictures": [str(path) for path in drawn]} | result.record.to_json()
+    if pictures is not None:
+        _draw(result, pictures, paths, ranking)
+    data = {"text": tokens, "pictures": list(map(str, paths))} | result.record.to_json()
     if output is not None:
         write_json("--output", output, data)
     if as_json:
         print(json.dumps(data, indent=1))
         return
     print(result.record)
-    for path in drawn if output is None else [*drawn, output]:
+    for path in paths if output is None else [*paths, output]:
         print(path)
 
 
@@ -156,21 +171,7 @@ def _read(path: Path, model: PreTrainedModel, name: str, length: int | None, dev
     return _inputs.read_tokens(path, model, name, None)[:, : min(_DEFAULT_LENGTH[device], made_for)]
 
 
-def _pictures(folder: Path, head: int | None) -> list[Path]:
-    return [folder / name for name in ("record.png", "blocks.png", "ranking.png")[: 2 if head is None else 3]]
-
-
-def _check_pictures(folder: Path, head: int | None, force: bool) -> None:
-    if not folder.exists():
-        check_output("--pictures", folder, force)  # a folder will be made, where a file could be
-        return
-    if not folder.is_dir():
-        raise fail(f"--pictures: expected a folder, got the file {folder}; name a folder")
-    for path in _pictures(folder, head):
-        check_output("--pictures", path, force)
-
-
-def _draw(result: Inspection, folder: Path, head: int | None, force: bool) -> list[Path]:
+def _draw(result: Inspection, folder: Path, paths: Sequence[Path], head: int | None) -> None:
     from flexproxy import plot
 
     call, layer = result.call, result.layer
@@ -186,10 +187,8 @@ def _draw(result: Inspection, folder: Path, head: int | None, force: bool) -> li
     if head is not None:
         title = f"Ranking and true mass of layer {layer}, head {head}"
         figures.append(plot.ranking(call.selection, call.query, call.key, head=head, scale=call.scale, title=title))
-    paths = _pictures(folder, head)
     with writing("--pictures", folder):
         folder.mkdir(exist_ok=True)
     for figure, path in zip(figures, paths, strict=True):
         with writing("--pictures", path):
-            plot.save(figure, path, force)
-    return paths
+            plot.save(figure, path, force=True)
