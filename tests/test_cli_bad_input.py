@@ -189,8 +189,7 @@ def test_a_folder_that_cannot_be_written_to(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [FULL, DENIED])
-@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize(("which", "error"), [(0, FULL), (1, FULL), (2, FULL), (1, DENIED)])
 def test_a_disk_that_is_full_or_denied_in_the_end(
     commands: dict[str, list[str]],
     tmp_path: Path,

@@ -103,11 +103,11 @@ def test_the_default_length_is_bounded(
 def test_the_layer_whose_heads_differ_most_is_looked_at(model_folder: Path) -> None:
     model: Any = _inputs.load_decoder(str(model_folder), torch.device("cpu"), "flexproxy")
     config = ProxyConfig(gamma=0.5, min_budget=64)
-    tokens = _inputs.read_text(_inputs.default_text(), 600).long()
+    tokens = _inputs.read_text(_inputs.default_text(), 300).long()
     stages: list[tuple[str, int, int]] = []
     for dense in range(LAYERS):
         configure(model, config)
-        configure(model, {dense: ProxyConfig()})
+        configure(model, {dense: ProxyConfig(gamma=1.0)})
         result = inspection.prefill(model, tokens, progress=lambda *stage: stages.append(stage))
         assert result.layer == 1 - dense
         assert result.call.layer == 1 - dense
