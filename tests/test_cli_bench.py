@@ -14,6 +14,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from flexproxy import benchmarking, cli
+from flexproxy._inputs import InputError
 from flexproxy.benchmarking import BENCHMARKS, Comparison, compare
 
 HERE = {"gpu": "A GPU", "torch": "2.99", "date": "2026-01-02"}
@@ -209,5 +210,5 @@ def test_an_installed_package_says_where_the_benchmarks_are(
 def test_a_damaged_result_is_named(tmp_path: Path, content: str | bytes) -> None:
     path = tmp_path / "build.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(benchmarking.InputError, match=r"build\.json: expected a result of a benchmark"):
+    with pytest.raises(InputError, match=r"build\.json: expected a result of a benchmark"):
         benchmarking.read(path)

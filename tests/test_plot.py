@@ -124,14 +124,14 @@ def test_recovered_mass_begins_where_the_least_is() -> None:
     figure = plot.recovered_mass(masses, title="mine")
     axis = figure.axes[0]
     torch.testing.assert_close(drawn(axis), masses, equal_nan=True)
-    assert axis.images[0].get_clim() == (pytest.approx(0.7), 1.0)
+    assert list(axis.images[0].get_clim()) == pytest.approx([0.7, 1.0])
     assert figure.axes[1].get_ylabel() == "recovered attention mass"
     assert figure.get_suptitle() == "mine"
 
 
 def pass_of(kept: tuple[int, ...], mass: tuple[float, ...] | None, times: tuple[float, float]) -> Pass:
-    counts = {"count": (kept,), "kept": (kept,), "admissible": ((10,) * len(kept),)}
-    return Pass(640, 640, None, ProxyConfig(), **counts, mass=mass and (mass,), build_ms=times[0], total_ms=times[1])
+    masses = None if mass is None else (mass,)
+    return Pass(640, 640, None, ProxyConfig(), (kept,), (kept,), ((10,) * len(kept),), masses, *times)
 
 
 def dense_pass(milliseconds: float) -> Pass:
@@ -157,7 +157,8 @@ def test_a_record_shows_density_mass_and_time() -> None:
         "recovered attention mass",
     ]
     assert [label.get_text() for label in density.get_yticklabels()] == ["0", "3"]
-    bars = {str(c.get_label()): [(bar.get_x(), bar.get_width()) for bar in c.patches] for c in times.containers}
+    containers: list[Any] = list(times.containers)
+    bars = {c.get_label(): [(bar.get_x(), bar.get_width()) for bar in c.patches] for c in containers}
     assert bars == {
         "building the mask": [(0.0, 3.0), (0.0, 0.0)],
         "sparse attention": [(3.0, 5.0), (0.0, 0.0)],

@@ -137,7 +137,7 @@ def test_an_exception_leaves_the_model_as_it_was_and_the_record_as_far_as_it_cam
             monkeypatch.setattr(hf_attention, "_flex", broken)
             run(model)
 
-    record, collected = flexproxy.record(model), []
+    record, collected = flexproxy.record(model), list[Record]()
     with pytest.raises(RuntimeError, match="broken"):
         interrupted()
     assert [len(x) for x in collected[0].layers.values()] == [2, 1]
@@ -194,6 +194,7 @@ def test_a_trace_is_refused(fullgraph: bool) -> None:
 
 def test_mistakes_are_named(model: Any) -> None:
     use(model, "sdpa")
+    wrong: Any
     for wrong, message in (
         (model, r"model: expected attn_implementation=\"flexproxy\", got \['sdpa'\]; use model\.set_attn_impl"),
         (torch.nn.Linear(2, 2), "model: expected a model of transformers, got Linear"),
@@ -286,7 +287,7 @@ except ModuleNotFoundError as error:
 
 def test_the_name_is_lazy() -> None:
     with pytest.raises(AttributeError, match="no attribute 'recrod'"):
-        flexproxy.recrod  # type: ignore[attr-defined]  # noqa: B018
+        flexproxy.recrod  # noqa: B018
 
 
 @pytest.mark.gpu

@@ -296,7 +296,8 @@ def test_a_window_that_the_least_budget_covers_is_dense(monkeypatch: pytest.Monk
         estimated.append(not arguments[5].keeps_all)
         return attend(*arguments, **others)
 
-    attend = hf_attention.attend
+    from flexproxy.attention import attend
+
     monkeypatch.setattr(hf_attention, "attend", recorded)
     monkeypatch.setattr(hf_attention, "_MAX_TOKEN_PAIRS", 0)
     # Blocks of 32 queries and a window of 100 reach over 131 tokens, so over 6 blocks at most.
