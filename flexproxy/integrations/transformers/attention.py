@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AttentionInterface
 
-from flexproxy import ProxyConfig, Selection
-from flexproxy.attention import attend, why_dense
+from flexproxy import ProxyConfig
+from flexproxy.attention import Built, attend, why_dense
 from flexproxy.integrations.transformers.configuration import is_decoder_attention, local_config
 from flexproxy.integrations.transformers.masks import BLOCK_SIZE, ForwardMask, forward_mask_of
 from flexproxy.integrations.transformers.observing import Call, now, observers_of
@@ -155,7 +154,7 @@ def _flex(
     scale: float | None,
     softcap: float | None,
     sinks: Tensor | None,
-    built: Callable[[Selection], None] | None,
+    built: Built | None,
 ) -> Tensor:
     """Attention under the selection, ``[B, Hq, Sq, Dv]``; built: as in ``attend``."""
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -170,12 +169,9 @@ def _flex(
         mask = create_mask(block_mask.mask_mod, batch, heads, q.shape[2], k.shape[2], device="cpu")
         return _with_scores(q, k, v, mask, scale, softcap, sinks)
     score_mod = None if softcap is None else _softcap_mod(softcap)
-    arguments = q, k, v, None, block_mask, config, scale, score_mod
-    if sinks is None:
-        out: Tensor = attend(*arguments, built=built)
-        return out
-    out, lse = attend(*arguments, return_lse=True, built=built)
-    return _with_sinks(out, lse, sinks)
+    wants_lse = sinks is not None
+    result: Any = attend(q, k, v, None, block_mask, config, scale, score_mod, return_lse=wants_lse, built=built)
+    return result if sinks is None else _with_sinks(result[0], result[1], sinks)
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
