@@ -158,7 +158,7 @@ def _run(
     except _inputs.InputError as error:
         raise fail(error) from error
     except torch.OutOfMemoryError as error:
-        raise impossible(f"out of memory with {tokens.shape[1]} tokens; use a lower --length") from error
+        raise impossible("out of memory; use a lower --length, or another --device") from error
     return result, taken
 
 
