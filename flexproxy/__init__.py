@@ -3,8 +3,6 @@
 flex_attention(q, k, v, block_mask=flexproxy.build(q, k), enable_gqa=True)
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +31,11 @@ __all__ = [
     "select",
 ]
 
-_LAZY = {"record": "flexproxy.recording"}  # imported when they are first used: they need more than torch and einops
+# What needs more than torch and einops is imported when it is first asked for.
+_LAZY = {"record": "flexproxy.recording"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

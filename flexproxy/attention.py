@@ -163,7 +163,7 @@ def attend(
 
 
 def _run_selected(
-    q: Tensor, k: Tensor, v: Tensor, selection: Selection, arguments: dict[str, Any], built: Built | None
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, arguments: dict[str, Any], built: Built | None = None
 ) -> Output:
     """``run_flex`` with the mask of a selection that suits how it runs."""
     # FLASH forgets the lists where a mask_mod is trivial, which only ours are known not to be.
@@ -182,7 +182,7 @@ def _run_selected(
 
 
 def _run_joined(
-    q: Tensor, k: Tensor, v: Tensor, selection: Selection, arguments: dict[str, Any], built: Built | None
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, arguments: dict[str, Any], built: Built | None = None
 ) -> Output:
     """Attention to kept tokens and means of dropped blocks in one softmax."""
     means = compensation.means_of(k, v, selection)
@@ -200,7 +200,7 @@ def _run_merged(
     arguments: dict[str, Any],
     choose_options: bool,
     gradients: bool,
-    built: Built | None,
+    built: Built | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same by two softmaxes, merged by their log-sum-exps: each in the kernel, and with the options, that suit it.
 
