@@ -206,7 +206,9 @@ def test_every_public_name_is_in_the_api(module: str) -> None:
 
 def messages() -> Iterator[tuple[str, str]]:
     """Where the library raises, and the message, with an ellipsis for what is filled in."""
-    modules = [ROOT / "flexproxy" / name for name in {*core(), "stats", "plot", "implementations", "integrations"}]
+    modules = [
+        ROOT / "flexproxy" / name for name in {*core(), "stats", "plot", "recording", "implementations", "integrations"}
+    ]
     files = [path for module in modules for path in (module.with_suffix(".py"), *module.rglob("*.py"))]
     for path in sorted(path for path in files if path.is_file()):
         for node in ast.walk(ast.parse(path.read_text())):

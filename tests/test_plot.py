@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
 import flexproxy
 from flexproxy import ProxyConfig, Selection, masks, plot, stats
+from flexproxy.plot.figures import save_problem
 from flexproxy.recording import Pass, Record
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -245,9 +246,9 @@ def test_what_is_wrong_with_a_path(tmp_path: Path) -> None:
     (tmp_path / "old.png").touch()
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
-    assert plot.save_problem(tmp_path / "new.png", force=False) is None
-    assert plot.save_problem(tmp_path / "new.PDF", force=False) is None
-    assert plot.save_problem(tmp_path / "old.png", force=True) is None
+    assert save_problem(tmp_path / "new.png", force=False) is None
+    assert save_problem(tmp_path / "new.PDF", force=False) is None
+    assert save_problem(tmp_path / "old.png", force=True) is None
     for name, force, problem in (
         ("old.png", False, "exists already"),
         ("dangling.png", False, "exists already"),
@@ -256,7 +257,7 @@ def test_what_is_wrong_with_a_path(tmp_path: Path) -> None:
         ("new", False, "no picture format ends in ''"),
         ("nowhere/new.png", False, f"the folder {tmp_path / 'nowhere'} does not exist"),
     ):
-        assert str(plot.save_problem(tmp_path / name, force)).startswith(problem), name
+        assert str(save_problem(tmp_path / name, force)).startswith(problem), name
     with pytest.raises(ValueError, match="exists already"):
         plot.save(Figure(), tmp_path / "old.png")
     assert (tmp_path / "old.png").read_bytes() == b""

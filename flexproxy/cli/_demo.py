@@ -58,8 +58,9 @@ def demo(
     require("plot", "matplotlib")
     from flexproxy import ProxyConfig, _inputs, plot
     from flexproxy import demo as demo_module
+    from flexproxy.plot.figures import save_problem
 
-    problem = plot.save_problem(picture, force)
+    problem = save_problem(picture, force)
     if problem is not None:
         raise fail(f"--picture {picture}: {problem}")
     try:
