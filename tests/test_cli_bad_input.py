@@ -18,6 +18,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("matplotlib")
 
 import huggingface_hub
+import transformers
 
 from flexproxy import _info, benchmarking, cli, inspection
 from flexproxy import demo as demo_module
@@ -208,6 +209,8 @@ def test_a_disk_that_is_full_or_denied_in_the_end(
     monkeypatch.setattr(Figure, "savefig", half)
     monkeypatch.setattr(Path, "write_text", half)
     command, file = outputs(commands, tmp_path)[which]
+    if command[0] == "demo" and not hasattr(transformers.PreTrainedModel, "set_attn_implementation"):
+        pytest.skip("this transformers cannot switch the attention of a model, which the demo does")
     file.parent.mkdir(exist_ok=True)
     file.touch()
     assert cli.main([*command, "--force"]) == 1

@@ -16,6 +16,8 @@ import torch
 
 pytest.importorskip("transformers")
 
+import transformers
+
 import flexproxy
 from flexproxy import ProxyConfig, stats
 from flexproxy.integrations.transformers import attention as hf_attention
@@ -95,8 +97,10 @@ def test_the_mass_is_that_of_the_layers_queries_and_keys(model: Any) -> None:
 
 
 def test_chunks_and_decode_steps_are_passes_of_their_own(model: Any) -> None:
-    with interpreted("cpu"), flexproxy.record(model) as record:
-        model.generate(make_tokens(1, 300), max_new_tokens=3, do_sample=False, prefill_chunk_size=140)
+    cache = transformers.DynamicCache()
+    with flexproxy.record(model) as record, interpreted("cpu"), torch.no_grad():
+        for part in make_tokens(1, 302).split([140, 140, 20, 1, 1], 1):
+            model(input_ids=part, past_key_values=cache, use_cache=True)
     passes = record.layers[1]
     assert [(x.num_queries, x.num_keys) for x in passes] == [(140, 140), (140, 280), (20, 300), (1, 301), (1, 302)]
     assert [x.dense for x in passes] == [None, None, *["fewer than 128 new tokens"] * 3]
