@@ -21,14 +21,14 @@ from benchmarks.harness import Row, attempt, write_json
 from benchmarks.quality.attention import prefill_by
 from benchmarks.quality.intervals import bootstrap, wilson
 from benchmarks.quality.methods import Method
-from benchmarks.quality.samples import Sample, Task, bits_per_byte, exact_answers, scored_positions
+from benchmarks.quality.samples import Sample, Task, bits_per_token, exact_answers, scored_positions
 
 IDENTITY = ("length", "task", "method", "setting")
 
 
 @torch.no_grad()
 def run_case(model: Any, method: Method, task: Task, sample: Sample) -> Row:
-    """One prefill: ``exact``, which answers are right, or ``bits_per_byte``; and the density of every layer."""
+    """One prefill: ``exact``, which answers are right, or bits of text; the density of every head, by layer."""
     positions = scored_positions(sample, model.config.get_text_config().vocab_size)
     with prefill_by(model, method) as density:
         begin = time.perf_counter()
@@ -37,8 +37,11 @@ def run_case(model: Any, method: Method, task: Task, sample: Sample) -> Row:
             use_cache=False,
             logits_to_keep=positions.to(model.device),
         ).logits[0]
-        measure = exact_answers if task.metric == "exact" else bits_per_byte
-        result: Row = {task.metric: measure(logits, positions, sample)}
+        if task.metric == "exact":
+            result: Row = {"exact": exact_answers(logits, positions, sample)}
+        else:
+            bits = bits_per_token(logits, positions, sample)
+            result = {"bits_per_token": round(bits, 5), "bits_per_byte": round(bits / sample.bytes_per_token, 5)}
         seconds = time.perf_counter() - begin  # reading the result has waited for the device
     return result | {"seconds": round(seconds, 3), "density": [density[layer] for layer in sorted(density)]}
 

@@ -62,7 +62,7 @@ def exact_answers(logits: Tensor, positions: Tensor, sample: Sample) -> list[boo
     return [bool(right[start:end].all()) for start, end in sample.answers]
 
 
-def bits_per_byte(logits: Tensor, positions: Tensor, sample: Sample) -> float:
-    """Mean bits that the scored tokens take, divided by the bytes of a mean token of the text."""
+def bits_per_token(logits: Tensor, positions: Tensor, sample: Sample) -> float:
+    """Mean bits that the scored tokens take."""
     nats = F.cross_entropy(logits.float(), sample.tokens[positions + 1].to(logits.device))
-    return float(nats) / math.log(2) / sample.bytes_per_token
+    return float(nats) / math.log(2)
