@@ -7,7 +7,8 @@
 - ``multiquery``: four keys; one query asks for all, in any order, ``QRY kkkk VAL vvvv QRY kkkk VAL vvvv ... END``.
 - ``variables``: a needle, later ``KEY jjjj QRY kkkk END``, which gives j the value of k, later the query for j.
 
-All that is planted takes a quarter of the text or less. What a model answers here it must have been trained on.
+All windows that are planted into take a quarter of the text, or hold one group of entries. What a model answers here it
+must have been trained on.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ def plant_task(name: str, text: Tensor, generator: torch.Generator) -> NeedleBat
     if name == "single":
         return plant(text, max(1, length // TOKENS_PER_NEEDLE), generator)
     patterns_of, entries, slot, offsets = _PLANS[name]
-    groups = length // (4 * entries * slot)
-    if groups == 0:
-        least = 4 * entries * slot
+    if length < entries * slot:
+        least = entries * slot
         raise ValueError(f"length: expected at least {least} tokens for {name}, got {length}; use a longer text")
+    groups = max(1, length // (4 * entries * slot))
 
     def randint(high: int, *shape: int) -> Tensor:
         return torch.randint(high, (batch, groups, *shape), generator=generator, device=text.device)

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.harness import Row
 from benchmarks.plots import save, tokens
+from benchmarks.quality.intervals import bootstrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
 
-HEADER = ("method", "brought to", "density")
 LABELS = {"exact": "exact answers, %", "bits_per_byte": "bits per byte"}
+AXES = {"exact": "exact answers, %", "bits_per_byte": "bits per byte, more than dense"}
+DECIMALS = {"exact": 1, "bits_per_byte": 4}
 
 # Mostly Okabe and Ito's colours: flexproxy in blues and solid lines, what it is compared with in others and dashed.
 OURS = ("#08306b", "#2171b5", "#6baed6")
 OTHERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#882255", "#44AA99", "#999933", "#661100", "#BBBBBB", "#DDBB55")
-MARKERS = "os^DvPX*hd<>p"
+MARKERS = "os^DvPXhd<>p"
 ORACLES = {"oracle": "#000000", "oracle, per row": "#777777"}
 
-Points = list[tuple[float, float, float, float]]
-"""density, mean, low, high"""
+
+class Estimate(NamedTuple):
+    """A mean and its interval of 95 %, which one sequence does not have; answers in percent."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    def text(self, decimals: int, sign: str = "") -> str:
+        if self.low is None or self.high is None:
+            return f"{self.mean:{sign}.{decimals}f}"
+        return f"{self.mean:{sign}.{decimals}f} ({self.low:{sign}.{decimals}f} to {self.high:{sign}.{decimals}f})"
 
 
-def scale(row: Row, value: float | None) -> float | None:
-    """Shares as percent; bits as they are."""
-    return value if value is None or row["metric"] != "exact" else 100 * value
+# What is shown, from rows
 
 
 def panels(rows: Sequence[Row]) -> dict[tuple[int, str], list[Row]]:
@@ -41,31 +52,65 @@ def panels(rows: Sequence[Row]) -> dict[tuple[int, str], list[Row]]:
     return found
 
 
-def series(rows: Sequence[Row]) -> dict[str, Points]:
-    """One line for each method but dense: density, mean and interval, by density. Where there is none, the mean."""
-    lines: dict[str, Points] = {}
+def estimate(row: Row) -> Estimate:
+    """What a row says."""
+    factor = _factor(row)
+    interval = (None if row[end] is None else factor * row[end] for end in ("low", "high"))
+    return Estimate(factor * row["mean"], *interval)
+
+
+def against_dense(row: Row, dense: Row) -> Estimate:
+    """Difference from dense, with an interval by bootstrap over the sequences, which are the same for both.
+
+    Most of what makes bits per byte vary is the text, which does not count here.
+    """
+    metric, factor = row["metric"], _factor(row)
+    pairs = zip(row["cases"], dense["cases"], strict=True)
+    differences = [factor * (_value(case, metric) - _value(other, metric)) for case, other in pairs]
+    return Estimate(statistics.mean(differences), *(bootstrap(differences) or (None, None)))
+
+
+def _factor(row: Row) -> float:
+    return 100.0 if row["metric"] == "exact" else 1.0
+
+
+def _value(case: Row, metric: str) -> float:
+    """Of one sequence: its bits, or the share of its answers that is right."""
+    return float(statistics.mean(case["exact"]) if metric == "exact" else case[metric])
+
+
+def dense_of(rows: Sequence[Row]) -> Row | None:
+    """The dense row of a panel; None where it failed."""
+    return next((row for row in rows if row["method"] == "dense"), None)
+
+
+def series(rows: Sequence[Row]) -> dict[str, list[tuple[float, Estimate]]]:
+    """One line for each method but dense: density and what is drawn, by density.
+
+    Of answers the share that is right, of bits those beyond dense: then the interval is not that of the texts.
+    """
+    dense = dense_of(rows)
+    lines: dict[str, list[tuple[float, Estimate]]] = {}
     for row in rows:
-        if row["method"] != "dense":
-            mean, low, high = (scale(row, row[name]) for name in ("mean", "low", "high"))
-            assert mean is not None
-            point = (row["density"], mean, mean if low is None else low, mean if high is None else high)
-            lines.setdefault(row["method"], []).append(point)
+        if row["metric"] == "exact":
+            drawn = estimate(row)
+        elif dense is not None:
+            drawn = against_dense(row, dense)
+        else:
+            continue
+        if row is not dense:
+            lines.setdefault(row["method"], []).append((row["density"], drawn))
     return {name: sorted(points) for name, points in lines.items()}
 
 
 # Tables
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """A row of a table: method, setting, density, mean, interval, number."""
-    decimals = 1 if row["metric"] == "exact" else 4
-    mean, low, high = (scale(row, row[name]) for name in ("mean", "low", "high"))
-    interval = "" if low is None else f"{low:.{decimals}f} to {high:.{decimals}f}"
-    return row["method"], row["setting"], f"{row['density']:.3f}", f"{mean:.{decimals}f}", interval, str(row["number"])
-
-
-def _columns(row: Row) -> tuple[str, ...]:
-    return (*HEADER, LABELS[row["metric"]], "95 % interval", "answers" if row["metric"] == "exact" else "sequences")
+def cells(row: Row, dense: Row | None) -> tuple[str, ...]:
+    """Method, setting, density, what was measured, and its difference from dense."""
+    decimals = DECIMALS[row["metric"]]
+    difference = "" if dense is None or row is dense else against_dense(row, dense).text(decimals, "+")
+    return row["method"], row["setting"], f"{row['density']:.3f}", estimate(row).text(decimals), difference
 
 
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
@@ -73,11 +118,13 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
     from rich.table import Table
 
     for (length, task), members in panels(rows).items():
-        table = Table(title=f"{task}, {tokens(length)} tokens", title_justify="left", box=None)
-        for n, name in enumerate(_columns(members[0])):
-            table.add_column(name, justify="left" if n < 2 else "right")
+        unit = "answers" if members[0]["metric"] == "exact" else "sequences"
+        title = f"{task}, {tokens(length)} tokens, {members[0]['number']} {unit}; in brackets intervals of 95 %"
+        table = Table(title=title, title_justify="left", box=None)
+        for n, name in enumerate(("method", "brought to", "density", LABELS[members[0]["metric"]], "minus dense")):
+            table.add_column(name, justify="left" if n < 2 else "right", no_wrap=True)
         for row in members:
-            table.add_row(*cells(row))
+            table.add_row(*cells(row, dense_of(members)))
         yield table
     failed = [row for row in rows if row["error"] is not None]
     if failed:
@@ -87,24 +134,19 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
         yield table
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """One table a length, all tasks side by side: the mean, and half of the interval's width."""
-    lines: list[str] = []
-    for length in dict.fromkeys(length for length, _ in panels(rows)):
-        tasks = {task: members for (n, task), members in panels(rows).items() if n == length}
-        names = [f"{task}: {LABELS[members[0]['metric']]}" for task, members in tasks.items()]
-        lines += ["| " + " | ".join((*HEADER, *names)) + " |", "|---" * (len(HEADER) + len(names)) + "|"]
-        for first, *others in zip(*tasks.values(), strict=True):
-            method, setting, density, *_ = cells(first)
-            values = [f"{value} ± {_half(row)}" for row in (first, *others) for value in [cells(row)[3]]]
-            lines.append("| " + " | ".join((method, setting, density, *values)) + " |")
-    return "\n".join(lines)
-
-
-def _half(row: Row) -> str:
-    low, high = scale(row, row["low"]), scale(row, row["high"])
-    decimals = 1 if row["metric"] == "exact" else 4
-    return "?" if low is None or high is None else f"{(high - low) / 2:.{decimals}f}"
+def markdown(rows: Sequence[Row], length: int) -> str:
+    """A table of one length, a line for each method and setting, a column for each task."""
+    found = {task: members for (n, task), members in panels(rows).items() if n == length}
+    names = [f"{task}: {LABELS[members[0]['metric']]}" for task, members in found.items()]
+    lines = [["method", "brought to", "density", *names], ["---"] * (3 + len(names))]
+    for method, setting in dict.fromkeys((row["method"], row["setting"]) for row in rows):
+        same = {
+            t: r for t, members in found.items() for r in members if (r["method"], r["setting"]) == (method, setting)
+        }
+        density = statistics.mean(row["density"] for row in same.values())
+        values = [estimate(same[task]).text(DECIMALS[same[task]["metric"]]) if task in same else "" for task in found]
+        lines.append([method, setting, f"{density:.3f}", *values])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # The plot
@@ -167,18 +209,16 @@ def draw_panel(axes: Axes, rows: Sequence[Row], style: dict[str, dict[str, Any]]
     axes.grid(True, color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    for row in rows:
-        if row["method"] == "dense":
-            value = scale(row, row["mean"])
-            assert value is not None
-            axes.axhline(value, color="#444444", linewidth=1.2, linestyle=":", label="dense")
+    dense = dense_of(rows)
+    if dense is not None:
+        value = estimate(dense).mean if dense["metric"] == "exact" else 0.0
+        axes.axhline(value, color="#444444", linewidth=1.2, linestyle=":", label="dense")
     for name, points in series(rows).items():
-        x, y, low, high = zip(*points, strict=True)
-        below = [a - b for a, b in zip(y, low, strict=True)]
-        above = [b - a for a, b in zip(y, high, strict=True)]
-        axes.errorbar(
-            x, y, yerr=(below, above), label=name, markersize=6, elinewidth=0.8, capsize=0, alpha=0.95, **style[name]
-        )
+        x = [density for density, _ in points]
+        y = [drawn.mean for _, drawn in points]
+        below = [0.0 if drawn.low is None else drawn.mean - drawn.low for _, drawn in points]
+        above = [0.0 if drawn.high is None else drawn.high - drawn.mean for _, drawn in points]
+        axes.errorbar(x, y, yerr=(below, above), label=name, markersize=6, elinewidth=0.8, alpha=0.95, **style[name])
     axes.set_xlabel("density (kept / causal blocks)", fontsize=10)
     if rows:
-        axes.set_ylabel(LABELS[rows[0]["metric"]], fontsize=10)
+        axes.set_ylabel(AXES[rows[0]["metric"]], fontsize=10)

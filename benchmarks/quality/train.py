@@ -1,7 +1,7 @@
 """Train the needle models that quality is measured on, one for each seed: no conclusion should hang on a single one.
 
-    python -m benchmarks.quality.train --out needle-models                                # two seeds, 20 min of one H200
-    python -m benchmarks.quality.train --out /tmp/toy --recipe toy --steps 20 --device cpu    # to see that it runs
+    python -m benchmarks.quality.train --out needle-models                             # two seeds, 20 min of one H200
+    python -m benchmarks.quality.train --out toy --recipe toy --steps 20 --device cpu  # to see that it runs
 
 The text is every Python file below --text; the files that benchmarks/quality/texts.py holds out are not trained on, and
 the figures at the end are of its calibration texts, so its evaluation texts stay unseen. Writes model.safetensors
@@ -22,7 +22,7 @@ import torch
 from benchmarks.harness import HelpFormatter, positive_float, positive_int
 from benchmarks.quality.byte_tasks import NAMES
 from benchmarks.quality.texts import default_folder
-from benchmarks.quality.training import Limits, Recipe, run, save
+from benchmarks.quality.training import Limits, Recipe, read_corpus, run, save
 
 RECIPES = {
     "large": Recipe(  # 13.5 M parameters
@@ -74,13 +74,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.tasks:
         recipe = Recipe(**(vars(recipe) | {"tasks": tuple(args.tasks)}))
     limits = Limits(seconds=60 * args.minutes, steps=args.steps or math.inf)
-    for seed in args.seeds:
-        try:
-            trained = run(args.text, recipe, limits, seed, torch.device(args.device), args.sequences)
-        except ValueError as error:
-            sys.exit(str(error))
-        save(trained, args.out / f"seed{seed}")
-        print(f"wrote {args.out / f'seed{seed}'}", flush=True)
+    try:
+        corpus = read_corpus(args.text, torch.device(args.device))
+        print("corpus", corpus.counts, flush=True)
+        for seed in args.seeds:
+            save(run(corpus, recipe, limits, seed, args.sequences), args.out / f"seed{seed}")
+            print(f"wrote {args.out / f'seed{seed}'}", flush=True)
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,13 +89,23 @@ def model_config(recipe: Recipe) -> LlamaConfig:
     return LlamaConfig(**(settings | dict(recipe.shape)))
 
 
-def read_corpus(root: Path, device: torch.device) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """All Python files below ``root`` as bytes (uint8): for training, and of those held out the ones for calibration."""
+class Corpus(NamedTuple):
+    """Texts as bytes, uint8 ``[n]``: for training, and held out for calibration; numbers of files and bytes."""
+
+    training: Tensor
+    calibration: Tensor
+    counts: dict[str, int]
+
+
+def read_corpus(root: Path, device: torch.device) -> Corpus:
+    """The Python files below a folder."""
     texts = {purpose: read_text(root, purpose, trained_on=True) for purpose in ("training", "calibration")}
-    tensors = [torch.frombuffer(bytearray(text.content), dtype=torch.uint8).to(device) for text in texts.values()]
+    training, calibration = (
+        torch.frombuffer(bytearray(text.content), dtype=torch.uint8).to(device) for text in texts.values()
+    )
     counts = {f"{purpose}_files": text.pieces for purpose, text in texts.items()}
     counts |= {f"{purpose}_bytes": len(text.content) for purpose, text in texts.items()}
-    return tensors[0], tensors[1], counts
+    return Corpus(training, calibration, counts)
 
 
 def sample(corpus: Tensor, batch: int, length: int, task: str, generator: torch.Generator) -> NeedleBatch:
@@ -121,7 +131,7 @@ def evaluate(model: Any, corpus: Tensor, recipe: Recipe, sequences: int) -> dict
     """Exact answers, and bits per byte of the text around what was planted, of every task at every length."""
     generator = torch.Generator(corpus.device).manual_seed(20260101)
     result: dict[str, dict[str, dict[str, float]]] = {}
-    for task in recipe.tasks:
+    for task in dict.fromkeys(recipe.tasks):
         result[task] = {}
         for length in recipe.evaluated or recipe.lengths:
             exact, nats, count = [], 0.0, 0
@@ -210,27 +220,31 @@ def train(model: Any, corpus: Tensor, recipe: Recipe, limits: Limits, seed: int)
     return log
 
 
-def run(root: Path, recipe: Recipe, limits: Limits, seed: int, device: torch.device, sequences: int) -> Trained:
+def run(corpus: Corpus, recipe: Recipe, limits: Limits, seed: int, sequences: int) -> Trained:
     """Train one model and evaluate it; what is evaluated has the weights rounded to bfloat16, as they are saved.
 
     Args:
-        root: folder of Python files.
         sequences: batches of calibration text for each task and length.
+
+    Raises:
+        ValueError: there is too little text.
     """
+    device, longest = corpus.training.device, max(*recipe.lengths, *recipe.evaluated)
+    for name, text in {"training": corpus.training, "calibration": corpus.calibration}.items():
+        if len(text) <= longest:
+            raise ValueError(f"text: expected more than {longest} bytes for {name}, got {len(text)}; use more files")
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
-    corpus, calibration, counts = read_corpus(root, device)
-    print("corpus", counts, flush=True)
     model: Any = LlamaForCausalLM(model_config(recipe))  # transformers types .to() as something else
     model.to(device)
     with many_lengths():  # every length, with gradients and without, is a variant of a layer
         if device.type == "cuda":
             for layer in model.model.layers:
                 layer.compile(dynamic=False)
-        log = train(model, corpus, recipe, limits, seed)
+        log = train(model, corpus.training, recipe, limits, seed)
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16().float()
-        evaluated = evaluate(model.eval(), calibration, recipe, sequences)
+        evaluated = evaluate(model.eval(), corpus.calibration, recipe, sequences)
     print(json.dumps(evaluated, indent=1), flush=True)
     environment = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
@@ -245,7 +259,7 @@ def run(root: Path, recipe: Recipe, limits: Limits, seed: int, device: torch.dev
         "recipe": asdict(recipe),
         "limits": {name: limit for name, limit in asdict(limits).items() if limit != math.inf},
         "steps": log[-1]["step"],
-        "corpus": counts,
+        "corpus": corpus.counts,
         "calibration": evaluated,
         "log": log,
     }

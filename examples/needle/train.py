@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality.texts import default_folder
-from benchmarks.quality.training import Limits, Recipe, run, save
+from benchmarks.quality.training import Limits, Recipe, read_corpus, run, save
 
 RECIPE = Recipe(
     shape={
@@ -39,7 +39,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16, help="evaluated batches of held-out text for each length")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    save(run(args.text, RECIPE, Limits(seconds=60 * args.minutes), 0, device, args.sequences), args.out)
+    corpus = read_corpus(args.text, device)
+    save(run(corpus, RECIPE, Limits(seconds=60 * args.minutes), 0, args.sequences), args.out)
 
 
 if __name__ == "__main__":
