@@ -139,7 +139,8 @@ def markdown(rows: Sequence[Row], length: int) -> str:
     found = {task: members for (n, task), members in panels(rows).items() if n == length}
     names = [f"{task}: {LABELS[members[0]['metric']]}" for task, members in found.items()]
     lines = [["method", "brought to", "density", *names], ["---"] * (3 + len(names))]
-    for method, setting in dict.fromkeys((row["method"], row["setting"]) for row in rows):
+    measured = [row for members in found.values() for row in members]
+    for method, setting in dict.fromkeys((row["method"], row["setting"]) for row in measured):
         same = {
             t: r for t, members in found.items() for r in members if (r["method"], r["setting"]) == (method, setting)
         }
