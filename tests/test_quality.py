@@ -25,10 +25,11 @@ from benchmarks.quality.attention import attention_with_lse, prefill_by
 from benchmarks.quality.evaluate import ResultFile
 from benchmarks.quality.intervals import bootstrap, wilson
 from benchmarks.quality.methods import BASELINES, DENSE, WITHOUT_CORRECTION, Method, check, methods_of
-from benchmarks.quality.models import attention_shape, fingerprint, load_model, name_of, reads_bytes, tasks_for
+from benchmarks.quality.models import attention_shape, fingerprint, name_of, reads_bytes, tasks_for
 from benchmarks.quality.samples import Sample, Task, bits_per_token, exact_answers, scored_positions
 from benchmarks.quality.texts import Text
 from flexproxy import ProxyConfig, reference
+from flexproxy._inputs import load_decoder
 from tests.accuracy import skip_unless_flex_compiles
 from tests.test_quality_tasks import PROSE, make_tokenizer
 from tests.tiny_model import HEADS, LAYERS, save_tiny_model
@@ -36,6 +37,7 @@ from tests.tiny_model import HEADS, LAYERS, save_tiny_model
 if not hasattr(transformers.PreTrainedModel, "set_attn_implementation"):
     pytest.skip("this transformers cannot switch the attention of a model", allow_module_level=True)
 
+CPU = torch.device("cpu")
 LENGTH = 640  # five blocks
 
 
@@ -46,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Any:
-    return load_model(str(folder), "cpu")
+    return load_decoder(str(folder), CPU, "sdpa")
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +321,7 @@ def check_result(data: dict[str, Any]) -> None:
     [
         (["--tasks", "words"], "--tasks: expected single, .* for this model, got words; leave it out"),
         (["--proxies", "3"], "num_proxies: "),
+        (["--model", "/nowhere"], "cannot load the model /nowhere"),
         (["--lengths", "99999999"], "text: expected at least 99999999 bytes, got"),
     ],
 )
@@ -378,7 +381,7 @@ def test_a_model_with_a_tokenizer(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     save_tiny_model(tmp_path, vocab_size=len(tokenizer))
-    model = load_model(str(tmp_path), "cpu")
+    model = load_decoder(str(tmp_path), CPU, "sdpa")
     assert not reads_bytes(model)
     tasks, haystack = tasks_for(model, str(tmp_path), Text(PROSE.encode(), "prose", 1))
     method = Method("all", "", everything, corrected=True)
@@ -395,8 +398,8 @@ def test_a_model_with_a_tokenizer(tmp_path: Path) -> None:
 def test_what_tells_models_apart(folder: Path, model: Any) -> None:
     assert reads_bytes(model)
     assert attention_shape(model) == (HEADS, 2, 16)
-    assert fingerprint(model) == fingerprint(load_model(str(folder), "cpu"))
-    other = load_model(str(folder), "cpu")
+    assert fingerprint(model) == fingerprint(load_decoder(str(folder), CPU, "sdpa"))
+    other = load_decoder(str(folder), CPU, "sdpa")
     with torch.no_grad():
         other.model.norm.weight[0] += 1
     assert fingerprint(model) != fingerprint(other)

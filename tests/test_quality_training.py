@@ -20,8 +20,9 @@ from transformers import LlamaForCausalLM
 from benchmarks.quality import train as command
 from benchmarks.quality import training
 from benchmarks.quality.byte_tasks import plant_task
-from benchmarks.quality.models import load_model, reads_bytes
+from benchmarks.quality.models import reads_bytes
 from benchmarks.quality.texts import read_text
+from flexproxy._inputs import load_decoder
 from flexproxy.needle import VOCAB_SIZE, NeedleBatch
 
 CPU = torch.device("cpu")
@@ -63,7 +64,7 @@ def test_two_seeds(text: Path, tmp_path: Path) -> None:
             for measured in lengths.values():
                 assert measured["queries"] > 0
                 assert 5 < measured["bits_per_byte"] < 12, "three steps teach nothing"
-        model = load_model(str(tmp_path / f"seed{seed}"), "cpu")
+        model = load_decoder(str(tmp_path / f"seed{seed}"), CPU, "sdpa")
         assert reads_bytes(model)
         assert record["parameters"] == sum(p.numel() for p in model.parameters())
     assert records[0]["log"][-1]["loss"] != records[1]["log"][-1]["loss"]

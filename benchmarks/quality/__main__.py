@@ -24,21 +24,27 @@ from benchmarks.harness import fraction, parse, parser, positive_int, result_pat
 from benchmarks.quality import report
 from benchmarks.quality.evaluate import ResultFile, run
 from benchmarks.quality.methods import BASELINES, Method, check, methods_of
-from benchmarks.quality.models import attention_shape, fingerprint, load_model, name_of, reads_bytes, tasks_for
+from benchmarks.quality.models import attention_shape, fingerprint, name_of, reads_bytes, tasks_for
 from benchmarks.quality.prompt_tasks import TASKS as ALL_TASKS
 from benchmarks.quality.samples import Task
 from benchmarks.quality.texts import Text, default_folder, read_text
 from flexproxy import ProxyConfig
-
-NEEDLE_MODEL = Path(__file__).resolve().parents[2] / "examples" / "needle"
+from flexproxy._inputs import default_model, load_decoder, pick_device
 
 
 def options(argv: Sequence[str] | None) -> Namespace:
+    """The options, with what stands for those that were not given."""
+    tasks, baselines = ", ".join(ALL_TASKS), "; ".join(BASELINES)
     found = parser(__doc__)
-    found.add_argument("--model", default=str(NEEDLE_MODEL), help="folder or name of a causal model of transformers")
-    found.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    found.add_argument("--text", type=Path, default=default_folder(), help="file or folder that tasks are made from")
-    found.add_argument("--tasks", nargs="+", choices=ALL_TASKS, default=["single", "text"], help="what is asked")
+    found.prog = "python -m benchmarks.quality"
+    found.add_argument("--model", help="folder or name of a causal model; if none, the needle model of the repository")
+    found.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is the GPU if there is one"
+    )
+    found.add_argument("--text", type=Path, help="file or folder to make tasks from; if none, the Python packages here")
+    found.add_argument(
+        "--tasks", nargs="+", choices=ALL_TASKS, default=["single", "text"], metavar="TASK", help=f"of: {tasks}"
+    )
     found.add_argument("--lengths", type=positive_int, nargs="+", default=[8192], help="tokens of a sequence")
     found.add_argument(
         "--sequences", type=positive_int, default=16, help="sequences of a task; their seeds count from 0"
@@ -50,13 +56,19 @@ def options(argv: Sequence[str] | None) -> Namespace:
     found.add_argument(
         "--min-budget", type=int, default=256, help="tokens that a row keeps at least, where this can be set"
     )
-    found.add_argument("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES), help="other methods")
-    return parse(found, argv, lengths=[1024], sequences=2, densities=[0.5], proxies=[1], strides=[4])
+    found.add_argument(
+        "--baselines", nargs="*", choices=BASELINES, metavar="NAME", help=f"if not given, all of: {baselines}"
+    )
+    args = parse(found, argv, lengths=[1024], sequences=2, densities=[0.5], proxies=[1], strides=[4])
+    args.text = default_folder() if args.text is None else args.text
+    args.baselines = list(BASELINES) if args.baselines is None else args.baselines
+    return args
 
 
 def prepare(args: Namespace) -> tuple[Any, Any, list[Task], list[Method], Text]:
     """Model, haystack, tasks, methods and text of a run; stops it with one line where something does not fit."""
-    model = load_model(args.model, args.device)
+    args.model = str(default_model()) if args.model is None else args.model
+    model = load_decoder(args.model, pick_device(args.device), "sdpa")
     text = read_text(args.text, "evaluation", trained_on=reads_bytes(model) and args.text.is_dir())
     tasks, haystack = tasks_for(model, args.model, text)
     missing = sorted(set(args.tasks) - set(tasks))
@@ -91,16 +103,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = result_path(args, "quality")
     try:
         model, haystack, tasks, methods, text = prepare(args)
-        device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+        device = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
         results = ResultFile(out, {"device": device} | versions(), settings_of(args, model, text))
     except ValueError as error:
         sys.exit(str(error))
-    console = Console()
+    cells = len(args.lengths) * len(tasks) * len(methods)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=len(args.lengths) * len(tasks) * len(methods))
+        bar = progress.add_task("", total=cells)
         for n, cell in enumerate(run(model, haystack, tasks, methods, args.lengths, args.sequences, results)):
             progress.update(bar, description=cell, completed=n)
+    console = Console()
     for table in report.tables(results.rows):
         console.print(table)
     report.draw(results.data, out.with_suffix(".png"))

@@ -7,20 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from benchmarks.quality import byte_tasks, prompt_tasks
 from benchmarks.quality.samples import Task
 from benchmarks.quality.texts import Text
 from flexproxy.needle import VOCAB_SIZE
-
-
-def load_model(name: str, device: str) -> Any:
-    """A causal model of a folder or of the hub, from safetensors: float32 on a CPU, 16 bits on a GPU."""
-    model: Any = AutoModelForCausalLM.from_pretrained(name, attn_implementation="sdpa", use_safetensors=True).eval()
-    if device == "cpu" or model.dtype == torch.float32:
-        model = model.to(torch.float32 if device == "cpu" else torch.bfloat16)
-    return model.to(device)
 
 
 def reads_bytes(model: Any) -> bool:
