@@ -448,10 +448,17 @@ def test_tables(rows: list[dict[str, Any]]) -> None:
     assert report.cells(exact[2], exact[0])[4] == "-75.0 (-100.0 to -50.0)"
     assert report.cells(text[1], text[0])[3:] == ("2.5000 (1.5000 to 3.5000)", "+0.5000 (+0.5000 to +0.5000)")
     assert [table.title for table in report.tables(rows)][2] == "failed"
-    lines = report.markdown(rows, 4096).splitlines()
-    assert lines[0] == "| method | brought to | density | single: exact answers, % | text: bits per byte |"
-    assert lines[3] == "| flexproxy P 1, stride 4 | density 0.3 | 0.300 | 75.0 (30.1 to 95.4) |  |"
-    assert len(lines) == 6
+    rows[3]["density"] = 0.123
+    assert report.markdown(rows, 4096, "single").splitlines() == [
+        "|  | density 0.3 | density 0.1 |",
+        "| --- | --- | --- |",
+        "| flexproxy P 1, stride 4 | 75.0 (30.1 to 95.4) | 25.0 (4.6 to 69.9) |",
+        "| oracle |  | 75.0 (30.1 to 95.4), density 0.123 |",
+    ]
+    assert report.markdown(rows, 4096, "text").splitlines()[2:] == [
+        "| flexproxy P 1, stride 4 | +0.5000 (+0.5000 to +0.5000) |",
+        "| oracle | +0.5000 (+0.2500 to +0.7500) |",
+    ]
 
 
 def test_the_plot_draws_the_rows(rows: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 A result file is JSON: ``environment``, ``settings``, ``complete`` and ``rows``, one for each cell (length, task,
 method): ``metric``, ``mean``, ``low`` and ``high`` (95 %: Wilson's for answers, bootstrap over sequences for bits),
 ``number`` (answers, or sequences), ``density`` (mean over layers, heads and sequences), ``density_by_layer`` (of every
-head, mean over sequences), ``seconds``, and ``cases`` with what each seed gave.
+head, mean over sequences), ``seconds`` (median of a prefill, the search for a threshold included: no measure of speed),
+and ``cases`` with what each seed gave.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Row, attempt, write_json
+from benchmarks.harness import Row, attempt, release, write_json
 from benchmarks.quality.attention import prefill_by
 from benchmarks.quality.intervals import bootstrap, wilson
 from benchmarks.quality.methods import Method
@@ -138,5 +139,6 @@ def run(
                 cell = {"length": length, "task": task.name, "method": method.name, "setting": method.setting}
                 yield f"{length} tokens, {task.name}, {method}"
                 if not results.has(cell):
+                    release()
                     results.add(cell | attempt(lambda: run_cell(model, method, task, length, samples)))  # noqa: B023
     results.finish()

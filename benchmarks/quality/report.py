@@ -84,21 +84,20 @@ def dense_of(rows: Sequence[Row]) -> Row | None:
     return next((row for row in rows if row["method"] == "dense"), None)
 
 
-def series(rows: Sequence[Row]) -> dict[str, list[tuple[float, Estimate]]]:
-    """One line for each method but dense: density and what is drawn, by density.
+def shown(row: Row, dense: Row | None) -> Estimate | None:
+    """Of answers the share that is right, of bits those beyond dense: then the interval is not that of the texts."""
+    if row["metric"] == "exact":
+        return estimate(row)
+    return None if dense is None else against_dense(row, dense)
 
-    Of answers the share that is right, of bits those beyond dense: then the interval is not that of the texts.
-    """
+
+def series(rows: Sequence[Row]) -> dict[str, list[tuple[float, Estimate]]]:
+    """One line for each method but dense: density and what is shown, by density."""
     dense = dense_of(rows)
     lines: dict[str, list[tuple[float, Estimate]]] = {}
     for row in rows:
-        if row["metric"] == "exact":
-            drawn = estimate(row)
-        elif dense is not None:
-            drawn = against_dense(row, dense)
-        else:
-            continue
-        if row is not dense:
+        drawn = shown(row, dense)
+        if drawn is not None and row is not dense:
             lines.setdefault(row["method"], []).append((row["density"], drawn))
     return {name: sorted(points) for name, points in lines.items()}
 
@@ -134,20 +133,27 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
         yield table
 
 
-def markdown(rows: Sequence[Row], length: int) -> str:
-    """A table of one length, a line for each method and setting, a column for each task."""
-    found = {task: members for (n, task), members in panels(rows).items() if n == length}
-    names = [f"{task}: {LABELS[members[0]['metric']]}" for task, members in found.items()]
-    lines = [["method", "brought to", "density", *names], ["---"] * (3 + len(names))]
-    measured = [row for members in found.values() for row in members]
-    for method, setting in dict.fromkeys((row["method"], row["setting"]) for row in measured):
-        same = {
-            t: r for t, members in found.items() for r in members if (r["method"], r["setting"]) == (method, setting)
-        }
-        density = statistics.mean(row["density"] for row in same.values())
-        values = [estimate(same[task]).text(DECIMALS[same[task]["metric"]]) if task in same else "" for task in found]
-        lines.append([method, setting, f"{density:.3f}", *values])
+def markdown(rows: Sequence[Row], length: int, task: str) -> str:
+    """A table of one length and task for the documentation: a line for each method, a column for each setting.
+
+    Its figures are those of the plot. A density stands beside those that have another one than the setting says.
+    """
+    found = panels(rows)[length, task]
+    dense = dense_of(found)
+    settings = list(dict.fromkeys(row["setting"] for row in found if row is not dense))
+    lines = [["", *settings], ["---"] * (1 + len(settings))]
+    for method in dict.fromkeys(row["method"] for row in found if row is not dense):
+        own = {row["setting"]: row for row in found if row["method"] == method}
+        lines.append([method, *(_short(own[name], dense) if name in own else "" for name in settings)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _short(row: Row, dense: Row | None) -> str:
+    drawn = shown(row, dense)
+    text = "" if drawn is None else drawn.text(DECIMALS[row["metric"]], "" if row["metric"] == "exact" else "+")
+    kind, target = row["setting"].split()
+    met = kind != "density" or abs(row["density"] - float(target)) <= 0.01
+    return text if met else f"{text}, density {row['density']:.3f}"
 
 
 # The plot

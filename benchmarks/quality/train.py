@@ -15,6 +15,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     options.add_argument("--out", type=Path, required=True, help="folder, of a folder for each seed: seed0, seed1, ...")
     options.add_argument("--recipe", choices=RECIPES, default="large", help="size, lengths and tasks")
-    options.add_argument("--tasks", nargs="+", choices=NAMES, help="tasks to draw from; if none, the recipe's")
+    options.add_argument(
+        "--tasks", nargs="+", choices=NAMES, metavar="TASK", help=f"of {', '.join(NAMES)}; if none, the recipe's"
+    )
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="one model each")
     options.add_argument("--minutes", type=positive_float, default=8.0, help="of training, for each seed")
     options.add_argument("--steps", type=positive_int, help="end after so many, if the minutes are not over before")
@@ -72,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.error("--device: expected a GPU, found none; --device cpu is for --recipe toy")
     recipe = RECIPES[args.recipe]
     if args.tasks:
-        recipe = Recipe(**(vars(recipe) | {"tasks": tuple(args.tasks)}))
+        recipe = replace(recipe, tasks=tuple(args.tasks))
     limits = Limits(seconds=60 * args.minutes, steps=args.steps or math.inf)
     try:
         corpus = read_corpus(args.text, torch.device(args.device))
