@@ -13,13 +13,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from benchmarks.baselines import mean_correction, to_block_mask
-from benchmarks.baselines.blocks import BLOCK_SIZE, causal_blocks, grouped_logits, widen
+from benchmarks.baselines.blocks import BLOCK_SIZE, CHUNK_ELEMENTS, causal_blocks, grouped_logits, widen
 from benchmarks.quality.methods import Method
 from flexproxy.attention import run_flex
 from flexproxy.kernel_options import tiles_of
 
 _NAME = "flexproxy_quality"  # what the attention is called inside transformers
-_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}  # scores in one piece; on a CPU, what its caches hold
 _NOT_SUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")  # they change the scores that blocks are chosen by
 
 Density = dict[int, list[float]]
@@ -107,7 +106,7 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor) -> tu
     block_map = block_map & causal_blocks(num_blocks, q.device)
     position = torch.arange(length, device=q.device)
     out, lse = torch.empty_like(q), widen(q.new_empty(batch, heads, length))
-    step = max(1, _CHUNK_ELEMENTS[q.device.type] // (batch * heads * length * BLOCK_SIZE))
+    step = max(1, CHUNK_ELEMENTS // (batch * heads * length * BLOCK_SIZE))
     for start in range(0, num_blocks, step):
         rows = slice(start * BLOCK_SIZE, min((start + step) * BLOCK_SIZE, length))
         end = min(rows.stop, length)  # what comes later is not seen

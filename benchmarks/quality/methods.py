@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import flexproxy
-from benchmarks.baselines import METHODS, UNTIMED, threshold_for_density
+from benchmarks.baselines import METHODS, UNTIMED, density, threshold_for_density
 from benchmarks.baselines import Method as Baseline
+from benchmarks.baselines.oracle import block_mass
 from flexproxy import ProxyConfig
 
 BASELINES = METHODS | UNTIMED
@@ -63,10 +64,10 @@ def methods_of(
         min_budget: tokens that every row keeps at least, for the baselines that have such a setting.
     """
     found = [DENSE]
-    for density in densities:
-        found += [_flexproxy(replace(config, density=density)) for config in configs]
+    for target in densities:
+        found += [_flexproxy(replace(config, density=target)) for config in configs]
         for name in baselines:
-            method = _baseline(name, density, min_budget)
+            method = _baseline(name, target, min_budget)
             found.append(method)
             if method.corrected:
                 found.append(replace(method, name=WITHOUT_CORRECTION, corrected=False))
@@ -83,7 +84,7 @@ def _flexproxy(config: ProxyConfig) -> Method:
     return Method(f"flexproxy P {proxies}, stride {config.stride}", setting, select)
 
 
-def _baseline(name: str, density: float, min_budget: int) -> Method:
+def _baseline(name: str, target: float, min_budget: int) -> Method:
     """A baseline with flexproxy's budgets where it takes them, otherwise with the threshold that gives the density."""
     baseline = BASELINES[name]
     taken = inspect.signature(baseline.select).parameters
@@ -91,16 +92,22 @@ def _baseline(name: str, density: float, min_budget: int) -> Method:
     if "min_budget" in taken:
         select = functools.partial(select, min_budget=min_budget)
     if "density" in taken:
-        select = functools.partial(select, density=density)
+        select = functools.partial(select, density=target)
     else:
-        select = functools.partial(_at_density, baseline._replace(select=select), density)
-    return Method(name, f"density {density:g}", select, corrected=name == CORRECTED)
+        select = functools.partial(_at_density, baseline._replace(select=select), target)
+    return Method(name, f"density {target:g}", select, corrected=name == CORRECTED)
 
 
-def _at_density(baseline: Baseline, density: float, q: Tensor, k: Tensor) -> Tensor:
+def _at_density(baseline: Baseline, target: float, q: Tensor, k: Tensor) -> Tensor:
     """The map of the threshold in [0, 1] that comes nearest to the density, of this layer of this sequence."""
-    threshold, _ = threshold_for_density(lambda t: baseline.select(q, k, t), density, baseline.increasing, steps=16)
-    return baseline.select(q, k, threshold)
+    select: Callable[..., Tensor] = baseline.select
+    if "mass" in inspect.signature(select).parameters:
+        select = functools.partial(select, mass=block_mass(q, k))
+    sparsest = select(q, k, 0.0 if baseline.increasing else 1.0)
+    if density(sparsest) >= target:
+        return sparsest
+    threshold, _ = threshold_for_density(lambda t: select(q, k, t), target, baseline.increasing, 0.01, steps=16)
+    return select(q, k, threshold)
 
 
 @torch.no_grad()
