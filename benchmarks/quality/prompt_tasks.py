@@ -29,41 +29,9 @@ TOKENS_PER_KEY = 512  # of ``multikey`` and ``multiquery``
 ASKED = 4
 CHAIN = 5
 COMMON_WORDS, COMMON_TIMES, RARE_TIMES = 5, 30, 3
-_ADJECTIVES = (
-    "amber",
-    "brisk",
-    "calm",
-    "dusty",
-    "eager",
-    "faint",
-    "gentle",
-    "hollow",
-    "jolly",
-    "keen",
-    "lively",
-    "mellow",
-    "narrow",
-    "plain",
-    "quiet",
-    "rapid",
-)
+_ADJECTIVES = "amber brisk calm dusty eager faint gentle hollow jolly keen lively mellow narrow plain quiet rapid"
 _NOUNS = (
-    "anchor",
-    "basket",
-    "candle",
-    "drum",
-    "engine",
-    "feather",
-    "garden",
-    "harbor",
-    "island",
-    "jacket",
-    "kettle",
-    "ladder",
-    "mirror",
-    "orchard",
-    "pillow",
-    "river",
+    "anchor basket candle drum engine feather garden harbor island jacket kettle ladder mirror orchard pillow river"
 )
 _SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
@@ -163,7 +131,7 @@ def _numbers(rng: random.Random, count: int) -> list[int]:
 
 
 def _draw_keys(rng: random.Random, count: int) -> list[str]:
-    pairs = [f"{adjective} {noun}" for adjective in _ADJECTIVES for noun in _NOUNS]
+    pairs = [f"{adjective} {noun}" for adjective in _ADJECTIVES.split() for noun in _NOUNS.split()]
     return rng.sample(pairs, min(count, len(pairs)))
 
 
@@ -231,8 +199,8 @@ def _distinct(rng: random.Random, count: int) -> list[tuple[str, ...]]:
 def words(length: int, rng: random.Random) -> Prompt:
     """The rare words fill the prompt, whatever its length."""
     drawn: dict[str, None] = {}
-    while len(drawn) < COMMON_WORDS + length:
-        drawn["".join(rng.choices(_SYLLABLES, k=3))] = None
+    while len(drawn) < COMMON_WORDS + length // RARE_TIMES + 1:  # a word is a token or more
+        drawn["".join(rng.choices(_SYLLABLES, k=4))] = None
     common, rare = list(drawn)[:COMMON_WORDS], list(drawn)[COMMON_WORDS:]
     hidden = common * COMMON_TIMES
     rng.shuffle(hidden)
