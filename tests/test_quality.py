@@ -20,7 +20,7 @@ import transformers
 
 from benchmarks.baselines import to_block_mask
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import evaluate, report
+from benchmarks.quality import evaluate, pool, report
 from benchmarks.quality.attention import attention_with_lse, prefill_by
 from benchmarks.quality.evaluate import ResultFile
 from benchmarks.quality.intervals import bootstrap, wilson
@@ -492,6 +492,42 @@ def test_no_two_methods_look_alike() -> None:
     assert set(styles) >= set(every) - {"dense"}
     looks = [tuple(sorted((key, str(value)) for key, value in style.items())) for style in styles.values()]
     assert len(set(looks)) == len(looks)
+
+
+# Several models
+
+
+def result_of(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    settings = {"sequences": 2, "model": {"name": name, "fingerprint": name[::-1], "dtype": "float32"}}
+    rows = [row | {"seconds": 1.0, "density_by_layer": [[0.1]]} for row in rows]
+    return {"environment": {"device": "CPU", "date": name}, "settings": settings, "complete": True, "rows": rows}
+
+
+def test_results_of_several_models_are_joined(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    first = result_of(rows[:7], "seed0")
+    other = result_of([row("dense", "single", 1.0, [[True, False], [False, False]], ""), *rows[1:7]], "seed1")
+    other["rows"][1]["density"] = 0.5
+    for n, result in enumerate((first, other)):
+        (tmp_path / f"{n}.json").write_text(json.dumps(result))
+    pool.main([str(tmp_path / "0.json"), str(tmp_path / "1.json"), "--out", str(tmp_path / "all.json")])
+    data = json.loads((tmp_path / "all.json").read_text())
+    assert data["settings"]["model"]["name"] == "seed0, seed1"
+    dense, ours = data["rows"][:2]
+    assert (dense["number"], dense["mean"]) == (8, 0.625)
+    assert (dense["low"], dense["high"]) == pytest.approx(wilson(5, 8), abs=1e-5)
+    assert ours["density"] == 0.4
+    assert [case["seed"] for case in ours["cases"]] == [0, 1, 0, 1]
+    assert data["rows"][4]["mean"] == 2.0
+    assert (tmp_path / "all.png").exists()
+
+
+def test_what_does_not_belong_together_is_not_joined(rows: list[dict[str, Any]]) -> None:
+    first, other = result_of(rows[:7], "seed0"), result_of(rows[:7], "seed1")
+    for bad in ([first], [first, other | {"settings": other["settings"] | {"sequences": 3}}]):
+        with pytest.raises(ValueError, match="FILE: expected two results or more of the same settings"):
+            pool.pool(bad)
+    with pytest.raises(ValueError, match="FILE: expected complete results without failed cells"):
+        pool.pool([first, other | {"complete": False}])
 
 
 @pytest.fixture(autouse=True)
