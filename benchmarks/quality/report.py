@@ -106,10 +106,14 @@ def series(rows: Sequence[Row]) -> dict[str, list[tuple[float, Estimate]]]:
 
 
 def cells(row: Row, dense: Row | None) -> tuple[str, ...]:
-    """Method, setting, density, what was measured, and its difference from dense."""
-    decimals = DECIMALS[row["metric"]]
+    """Method, setting, density, what was measured, and its difference from dense.
+
+    Bits alone have no interval: it would be that of the texts.
+    """
+    decimals, own = DECIMALS[row["metric"]], estimate(row)
+    measured = own.text(decimals) if row["metric"] == "exact" else f"{own.mean:.{decimals}f}"
     difference = "" if dense is None or row is dense else against_dense(row, dense).text(decimals, "+")
-    return row["method"], row["setting"], f"{row['density']:.3f}", estimate(row).text(decimals), difference
+    return row["method"], row["setting"], f"{row['density']:.3f}", measured, difference
 
 
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
@@ -121,7 +125,7 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
         title = f"{task}, {tokens(length)} tokens, {members[0]['number']} {unit}; in brackets intervals of 95 %"
         table = Table(title=title, title_justify="left", box=None)
         for n, name in enumerate(("method", "brought to", "density", LABELS[members[0]["metric"]], "minus dense")):
-            table.add_column(name, justify="left" if n < 2 else "right", no_wrap=True)
+            table.add_column(name, justify="left" if n < 2 else "right", no_wrap=n > 0)
         for row in members:
             table.add_row(*cells(row, dense_of(members)))
         yield table
@@ -204,7 +208,7 @@ def styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
         colour, marker = OURS[strides.index(last) % len(OURS)], MARKERS[proxies.index(first) % len(MARKERS)]
         found[name] = {"color": colour, "marker": marker, "linestyle": "-", "linewidth": 2.0, "zorder": 4}
     for name, colour in ORACLES.items():
-        found[name] = {"color": colour, "marker": "*", "linestyle": "-", "linewidth": 1.5, "zorder": 3}
+        found[name] = {"color": colour, "marker": "*", "linestyle": "-", "linewidth": 1.2, "zorder": 5}
     for n, name in enumerate(others):
         marker = MARKERS[(n + 2) % len(MARKERS)]
         found[name] = {"color": OTHERS[n % len(OTHERS)], "marker": marker, "linestyle": "--", "linewidth": 1.2}
@@ -225,7 +229,7 @@ def draw_panel(axes: Axes, rows: Sequence[Row], style: dict[str, dict[str, Any]]
         y = [drawn.mean for _, drawn in points]
         below = [0.0 if drawn.low is None else drawn.mean - drawn.low for _, drawn in points]
         above = [0.0 if drawn.high is None else drawn.high - drawn.mean for _, drawn in points]
-        axes.errorbar(x, y, yerr=(below, above), label=name, markersize=6, elinewidth=0.8, alpha=0.95, **style[name])
+        axes.errorbar(x, y, yerr=(below, above), label=name, markersize=6, elinewidth=0.7, alpha=0.95, **style[name])
     axes.set_xlabel("density (kept / causal blocks)", fontsize=10)
     if rows:
         axes.set_ylabel(AXES[rows[0]["metric"]], fontsize=10)
