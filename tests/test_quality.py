@@ -132,6 +132,12 @@ def test_methods_of() -> None:
         "flexproxy P 2, stride 4, gamma 0.9",
     ]
     assert [method.corrected for method in found].count(True) == 1
+    again = methods_of(configs[:1], [], [0.25], [0.9], 128, compensate=True)
+    assert [(method.name, method.corrected) for method in again[1:3]] == [
+        ("flexproxy P 1, stride 4", False),
+        ("flexproxy P 1, stride 4 + means", True),
+    ]
+    assert again[1].select is again[2].select
     check(found, 4, 2, 16)
     with pytest.raises(ValueError, match="num_proxies"):
         check(methods_of([ProxyConfig(num_proxies=3)], [], [0.5], [], 128), 4, 2, 16)
@@ -487,7 +493,7 @@ def drawn_of(axes: Any) -> dict[str, list[tuple[float, float]]]:
 
 def test_no_two_methods_look_alike() -> None:
     configs = [ProxyConfig(num_proxies=p, stride=s) for p in (1, 2, 4) for s in (1, 2, 4)]
-    every = [method.name for method in methods_of(configs, BASELINES, [0.1], [], 128)]
+    every = [method.name for method in methods_of(configs, BASELINES, [0.1], [], 128, compensate=True)]
     styles = report.styles(every)
     assert set(styles) >= set(every) - {"dense"}
     looks = [tuple(sorted((key, str(value)) for key, value in style.items())) for style in styles.values()]

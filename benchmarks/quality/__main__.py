@@ -51,6 +51,7 @@ def options(argv: Sequence[str] | None) -> Namespace:
     )
     found.add_argument("--densities", type=fraction, nargs="*", default=[0.1, 0.25, 0.4], help="kept / causal blocks")
     found.add_argument("--gammas", type=fraction, nargs="*", default=[], help="of flexproxy, besides the densities")
+    found.add_argument("--compensate", action="store_true", help="flexproxy also with the means of dropped blocks")
     found.add_argument("--proxies", type=positive_int, nargs="*", default=[1, 2], help="flexproxy's proxy heads")
     found.add_argument("--strides", type=positive_int, nargs="*", default=[4, 2, 1], help="flexproxy's strides")
     found.add_argument(
@@ -81,7 +82,7 @@ def prepare(args: Namespace) -> tuple[Any, Any, list[Task], list[Method], Text]:
         ProxyConfig(num_proxies=proxies, stride=stride, min_budget=args.min_budget)
         for proxies, stride in product(args.proxies, args.strides)
     ]
-    methods = methods_of(configs, args.baselines, args.densities, args.gammas, args.min_budget)
+    methods = methods_of(configs, args.baselines, args.densities, args.gammas, args.min_budget, args.compensate)
     check(methods, *attention_shape(model))
     return model, haystack, chosen, methods, text
 

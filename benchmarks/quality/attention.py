@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class _Attention:
         else:
             options = tiles_of(BLOCK_SIZE, query.device.type)
             arguments = {"enable_gqa": query.shape[1] != key.shape[1], "kernel_options": options}
-            out = run_flex(query, key, value, to_block_mask(block_map, length), arguments)
+            out = cast(Tensor, run_flex(query, key, value, to_block_mask(block_map, length), arguments))
         return out.transpose(1, 2).contiguous(), None  # [B, S, Hq, D]
 
 

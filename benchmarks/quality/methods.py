@@ -18,6 +18,7 @@ from flexproxy import ProxyConfig
 
 BASELINES = METHODS | UNTIMED
 CORRECTED = "FlashPrefill V2"  # its kernel adds the means of the blocks that it drops
+COMPENSATED = " + means"
 WITHOUT_CORRECTION = f"{CORRECTED}, selection only"
 
 
@@ -55,6 +56,7 @@ def methods_of(
     densities: Sequence[float],
     gammas: Sequence[float],
     min_budget: int,
+    compensate: bool = False,
 ) -> list[Method]:
     """Dense, then every config and baseline at every density, then every config at every gamma.
 
@@ -62,19 +64,27 @@ def methods_of(
         configs: flexproxy's variants; their density or gamma is replaced.
         baselines: names in ``BASELINES``.
         min_budget: tokens that every row keeps at least, for the baselines that have such a setting.
+        compensate: every config once more, with dropped blocks as means, as in ``attention(compensate=True)``.
     """
     found = [DENSE]
     for target in densities:
-        found += [_flexproxy(replace(config, density=target)) for config in configs]
+        found += _flexproxy([replace(config, density=target) for config in configs], compensate)
         for name in baselines:
             method = _baseline(name, target, min_budget)
             found.append(method)
             if method.corrected:
                 found.append(replace(method, name=WITHOUT_CORRECTION, corrected=False))
-    return found + [_flexproxy(replace(config, gamma=gamma, density=None)) for gamma in gammas for config in configs]
+    for gamma in gammas:
+        found += _flexproxy([replace(config, gamma=gamma, density=None) for config in configs], compensate)
+    return found
 
 
-def _flexproxy(config: ProxyConfig) -> Method:
+def _flexproxy(configs: Sequence[ProxyConfig], compensate: bool) -> list[Method]:
+    plain = [_of_config(config) for config in configs]
+    return plain + [replace(m, name=m.name + COMPENSATED, corrected=True) for m in plain if compensate]
+
+
+def _of_config(config: ProxyConfig) -> Method:
     proxies = config.num_proxies if config.groups is None else max(config.groups) + 1
     setting = f"gamma {config.gamma:g}" if config.density is None else f"density {config.density:g}"
 

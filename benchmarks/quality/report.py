@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from benchmarks.harness import Row
 from benchmarks.plots import save, tokens
 from benchmarks.quality.intervals import bootstrap
+from benchmarks.quality.methods import COMPENSATED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -196,17 +197,18 @@ def figure(data: Row, found: dict[tuple[int, str], list[Row]]) -> Figure:
 
 
 def styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """How each method is drawn. Of flexproxy, the colour tells the stride, the marker the number of proxies."""
+    """How each is drawn. Of flexproxy the colour is the stride, the marker the proxies, a broken line compensation."""
     names = list(dict.fromkeys(methods))
     ours = [name for name in names if name.startswith("flexproxy")]
+    plain = [name.removesuffix(COMPENSATED) for name in ours]
     others = [name for name in names if name not in (*ours, *ORACLES, "dense")]
-    strides = list(dict.fromkeys(name.rpartition(", ")[2] for name in ours))
-    proxies = list(dict.fromkeys(name.rpartition(", ")[0] for name in ours))
+    proxies, strides = (list(dict.fromkeys(name.rpartition(", ")[part] for name in plain)) for part in (0, 2))
     found: dict[str, dict[str, Any]] = {}
-    for name in ours:
-        first, _, last = name.rpartition(", ")
+    for name, settings in zip(ours, plain, strict=True):
+        first, _, last = settings.rpartition(", ")
         colour, marker = OURS[strides.index(last) % len(OURS)], MARKERS[proxies.index(first) % len(MARKERS)]
-        found[name] = {"color": colour, "marker": marker, "linestyle": "-", "linewidth": 2.0, "zorder": 4}
+        found[name] = {"color": colour, "marker": marker, "linewidth": 2.0, "zorder": 4}
+        found[name]["linestyle"] = "-" if name == settings else "-."
     for name, colour in ORACLES.items():
         found[name] = {"color": colour, "marker": "*", "linestyle": "-", "linewidth": 1.2, "zorder": 5}
     for n, name in enumerate(others):
