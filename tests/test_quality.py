@@ -456,7 +456,7 @@ def test_tables(rows: list[dict[str, Any]]) -> None:
     assert [table.title for table in report.tables(rows)][2] == "failed"
     rows[3]["density"] = 0.123
     assert report.markdown(rows, 4096, "single").splitlines() == [
-        "|  | density 0.3 | density 0.1 |",
+        "| method | density 0.3 | density 0.1 |",
         "| --- | --- | --- |",
         "| flexproxy P 1, stride 4 | 75.0 (30.1 to 95.4) | 25.0 (4.6 to 69.9) |",
         "| oracle |  | 75.0 (30.1 to 95.4), density 0.123 |",

@@ -146,7 +146,7 @@ def markdown(rows: Sequence[Row], length: int, task: str) -> str:
     found = panels(rows)[length, task]
     dense = dense_of(found)
     settings = list(dict.fromkeys(row["setting"] for row in found if row is not dense))
-    lines = [["", *settings], ["---"] * (1 + len(settings))]
+    lines = [["method", *settings], ["---"] * (1 + len(settings))]
     for method in dict.fromkeys(row["method"] for row in found if row is not dense):
         own = {row["setting"]: row for row in found if row["method"] == method}
         lines.append([method, *(_short(own[name], dense) if name in own else "" for name in settings)])
