@@ -401,6 +401,12 @@ def test_a_model_with_a_tokenizer(tmp_path: Path) -> None:
     assert case["bits_per_token"] / case["bits_per_byte"] == pytest.approx(samples[0].bytes_per_token, rel=1e-3)
 
 
+def test_a_model_with_a_tokenizer_needs_a_text(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, vocab_size=500)
+    with pytest.raises(SystemExit, match="--text: expected a file or folder, got none; name a long text"):
+        command.main(["--model", str(tmp_path), "--device", "cpu"])
+
+
 def test_what_tells_models_apart(folder: Path, model: Any) -> None:
     assert reads_bytes(model)
     assert attention_shape(model) == (HEADS, 2, 16)

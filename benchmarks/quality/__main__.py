@@ -41,7 +41,9 @@ def options(argv: Sequence[str] | None) -> Namespace:
     found.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is the GPU if there is one"
     )
-    found.add_argument("--text", type=Path, help="file or folder to make tasks from; if none, the Python packages here")
+    found.add_argument(
+        "--text", type=Path, help="file or folder to make tasks from; a needle model reads Python packages"
+    )
     found.add_argument(
         "--tasks", nargs="+", choices=ALL_TASKS, default=["single", "text"], metavar="TASK", help=f"of: {tasks}"
     )
@@ -61,7 +63,6 @@ def options(argv: Sequence[str] | None) -> Namespace:
         "--baselines", nargs="*", choices=BASELINES, metavar="NAME", help=f"if not given, all of: {baselines}"
     )
     args = parse(found, argv, lengths=[1024], sequences=2, densities=[0.5], proxies=[1], strides=[4])
-    args.text = default_folder() if args.text is None else args.text
     args.baselines = list(BASELINES) if args.baselines is None else args.baselines
     return args
 
@@ -70,6 +71,10 @@ def prepare(args: Namespace) -> tuple[Any, Any, list[Task], list[Method], Text]:
     """Model, haystack, tasks, methods and text of a run; stops it with one line where something does not fit."""
     args.model = str(default_model()) if args.model is None else args.model
     model = load_decoder(args.model, pick_device(args.device), "sdpa")
+    if args.text is None:
+        if not reads_bytes(model):
+            raise ValueError("--text: expected a file or folder, got none; name a long text, a book for example")
+        args.text = default_folder()
     text = read_text(args.text, "evaluation", trained_on=reads_bytes(model) and args.text.is_dir())
     tasks, haystack = tasks_for(model, args.model, text)
     missing = sorted(set(args.tasks) - set(tasks))
