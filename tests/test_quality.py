@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -221,6 +222,16 @@ def arguments(folder: Path, text: Path, out: Path, *more: str) -> list[str]:
 
 CELLS = [("single", m) for m in ("dense", "flexproxy P 2, stride 4", "XAttention", "oracle")]
 CELLS += [("text", method) for _, method in CELLS]
+
+
+def test_strides_of_queries_and_of_keys() -> None:
+    assert command.config_of(2, command.stride_option("8:2"), 128) == ProxyConfig(
+        num_proxies=2, query_stride=8, stride=2, min_budget=128
+    )
+    assert command.config_of(1, command.stride_option("4"), 0).strides == (4, 4)
+    for text in ("8:", ":2", "0", "8:2:1", "x"):
+        with pytest.raises(argparse.ArgumentTypeError, match="as 8:2, got"):
+            command.stride_option(text)
 
 
 def without_times(data: dict[str, Any]) -> dict[str, Any]:

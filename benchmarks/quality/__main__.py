@@ -11,8 +11,9 @@ docs/quality.md says what the columns mean.
 
 from __future__ import annotations
 
+import re
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -55,16 +56,37 @@ def options(argv: Sequence[str] | None) -> Namespace:
     found.add_argument("--gammas", type=fraction, nargs="*", default=[], help="of flexproxy, besides the densities")
     found.add_argument("--compensate", action="store_true", help="flexproxy also with the means of dropped blocks")
     found.add_argument("--proxies", type=positive_int, nargs="*", default=[1, 2], help="flexproxy's proxy heads")
-    found.add_argument("--strides", type=positive_int, nargs="*", default=[4, 2, 1], help="flexproxy's strides")
+    found.add_argument(
+        "--strides",
+        type=stride_option,
+        nargs="*",
+        default=["4", "8:2", "2", "1"],
+        help="flexproxy's strides; of queries and of keys, as 8:2, where they differ",
+    )
     found.add_argument(
         "--min-budget", type=int, default=256, help="tokens that a row keeps at least, where this can be set"
     )
     found.add_argument(
         "--baselines", nargs="*", choices=BASELINES, metavar="NAME", help=f"if not given, all of: {baselines}"
     )
-    args = parse(found, argv, lengths=[1024], sequences=2, densities=[0.5], proxies=[1], strides=[4])
+    args = parse(found, argv, lengths=[1024], sequences=2, densities=[0.5], proxies=[1], strides=["4"])
     args.baselines = list(BASELINES) if args.baselines is None else args.baselines
     return args
+
+
+def stride_option(text: str) -> str:
+    """An argument of ``--strides``, as it stands: what is brought to ``config_of``."""
+    if not re.fullmatch(r"([1-9]\d*:)?[1-9]\d*", text):
+        raise ArgumentTypeError(f"expected a stride, as 4, or that of queries and that of keys, as 8:2, got {text}")
+    return text
+
+
+def config_of(proxies: int, text: str, min_budget: int) -> ProxyConfig:
+    """flexproxy's settings for an argument of ``--strides``."""
+    query, _, key = text.rpartition(":")
+    return ProxyConfig(
+        num_proxies=proxies, stride=int(key), query_stride=int(query) if query else None, min_budget=min_budget
+    )
 
 
 def prepare(args: Namespace) -> tuple[Any, Any, list[Task], list[Method], Text]:
@@ -83,10 +105,7 @@ def prepare(args: Namespace) -> tuple[Any, Any, list[Task], list[Method], Text]:
     chosen = [tasks[name] for name in args.tasks]
     for task, length in product(chosen, args.lengths):
         task.make(0, length, haystack)  # a text or a length that is too short is said now
-    configs = [
-        ProxyConfig(num_proxies=proxies, stride=stride, min_budget=args.min_budget)
-        for proxies, stride in product(args.proxies, args.strides)
-    ]
+    configs = [config_of(proxies, strides, args.min_budget) for proxies, strides in product(args.proxies, args.strides)]
     methods = methods_of(configs, args.baselines, args.densities, args.gammas, args.min_budget, args.compensate)
     check(methods, *attention_shape(model))
     return model, haystack, chosen, methods, text

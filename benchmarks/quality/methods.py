@@ -91,7 +91,8 @@ def _of_config(config: ProxyConfig) -> Method:
     def select(q: Tensor, k: Tensor) -> Tensor:
         return flexproxy.select(q, k, config=config).block_map()
 
-    return Method(f"flexproxy P {proxies}, stride {config.stride}", setting, select)
+    stride = ":".join(map(str, dict.fromkeys(config.strides)))  # of queries and keys, where they differ
+    return Method(f"flexproxy P {proxies}, stride {stride}", setting, select)
 
 
 def _baseline(name: str, target: float, min_budget: int) -> Method:

@@ -22,7 +22,7 @@ AXES = {"exact": "exact answers, %", "bits_per_byte": "bits per byte, more than 
 DECIMALS = {"exact": 1, "bits_per_byte": 4}
 
 # Mostly Okabe and Ito's colours: flexproxy in blues and solid lines, what it is compared with in others and dashed.
-OURS = ("#08306b", "#2171b5", "#6baed6")
+OURS = ("#08306b", "#2171b5", "#6baed6", "#7b3fa0")
 OTHERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#882255", "#44AA99", "#999933", "#661100", "#BBBBBB", "#DDBB55")
 MARKERS = "os^DvPXhd<>p"
 ORACLES = {"oracle": "#000000", "oracle, per row": "#777777"}
