@@ -147,7 +147,9 @@ def row_masses(q: Tensor, k: Tensor, selection: Selection, rows: Tensor, scale: 
     dense, _ = _pairs(q, k, selection, None)
     size = block_size_of(selection)[1]
     masses = [
-        reduce(pad_to_multiple(probability.nan_to_num_(0.0), -1, size, 0.0), "b h row (j y) -> b h row j", "sum", y=size)
+        reduce(
+            pad_to_multiple(probability.nan_to_num_(0.0), -1, size, 0.0), "b h row (j y) -> b h row j", "sum", y=size
+        )
         for _, _, probability in _probabilities(q, k, dense, rows, check_scale(scale, q.shape[3]))
     ]
     return torch.cat(masses, 2)

@@ -25,6 +25,7 @@ from flexproxy._checks import check_config
 from flexproxy.calibration import choose
 from flexproxy.calibration.choose import Target
 from flexproxy.calibration.collect import Layer, read
+from flexproxy.calibration.errors import CalibrationError
 from flexproxy.calibration.heads import Measured, measure
 from flexproxy.calibration.measure import Kept, evaluate
 from flexproxy.calibration.result import Calibration
@@ -33,7 +34,7 @@ from flexproxy.calibration.texts import marks, split
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "CalibrationError", "Target", "calibrate"]
 
 LONGEST = 32768  # tokens of a sequence, where no length is given
 
@@ -53,18 +54,18 @@ def calibrate(
     length: int | None = None,
     sequences: int = 4,
     max_proxies: int = 8,
-    tolerance: float = 0.005,
-    rows: int = 256,
+    tolerance: float = 0.02,
+    rows: int = 512,
     progress: Progress | None = None,
 ) -> Calibration:
     """Choose proxies and budgets for every layer of a model, from a few texts and without gradients.
 
-    Heads are grouped by what a pooled proxy of them recovers of dense attention; of the groupings a layer gets the one
-    with fewest proxies that comes within ``tolerance`` of the best. With ``density``, densities are shared out between
-    the layers so that most attention mass is recovered, and are part of the settings. With ``quality``, each layer gets
-    the lowest ``gamma`` that reaches it, on the sequences that decide and on those that were kept aside; densities then
-    follow the prompt. At last both kinds of sequences are measured again, and stand in the evidence. The model is left
-    as it was.
+    Heads are grouped by what a pooled proxy of them recovers of dense attention. A layer gets the grouping with fewest
+    proxies by which every head comes within ``tolerance`` of the most that it recovers by any. With ``density``,
+    densities are shared out between the layers so that most attention mass is recovered, and are part of the settings.
+    With ``quality``, each layer gets the lowest ``gamma`` that reaches it, on the sequences that decide and on those
+    that were kept aside; densities then follow the prompt. At last both kinds of sequences are measured again, and
+    stand in the evidence. The model is left as it was.
 
     The time of the scores is in proportion to the proxies.
 
@@ -83,7 +84,8 @@ def calibrate(
         progress: called as ``progress(stage, layers done, layers in all)``.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message says which, and what to do.
+        CalibrationError: a ValueError: the target cannot be had, or the texts are too short; the message says more.
+        TypeError, ValueError: another argument does not fit.
     """
     from flexproxy.integrations.transformers.configuration import all_modules, attention_layers
     from flexproxy.integrations.transformers.identity import identity_of
@@ -156,7 +158,7 @@ class _Passes(NamedTuple):
 
         def see(index: int, layer: Layer) -> None:
             if index in found:
-                raise ValueError(
+                raise CalibrationError(
                     f"model: expected one decoder, got two with a layer {index}; calibrate the one that reads text"
                 )
             found[index] = look(index, layer)
@@ -165,7 +167,7 @@ class _Passes(NamedTuple):
         report(stage, 0, self.num_layers)
         read(self.model, tokens, self.block_size, see)
         if not found:
-            raise ValueError(
+            raise CalibrationError(
                 f"model: expected causal layers that read {tokens.shape[1]} tokens, got none in "
                 f"{type(self.model).__name__}; use configure with a ProxyConfig"
             )
@@ -178,7 +180,7 @@ def _split(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     decide, confirm = split(texts, length, min(LONGEST, positions or LONGEST), sequences, config.block_size)
     if config.min_blocks * config.block_size >= decide.shape[1]:
-        raise ValueError(
+        raise CalibrationError(
             f"length: expected more than the {config.min_budget} tokens of min_budget, which every row keeps, got "
             f"sequences of {decide.shape[1]}; use longer texts or a lower min_budget"
         )
@@ -189,7 +191,7 @@ def _choose(measured: dict[int, Measured], target: Target, tolerance: float) -> 
     # First as if every layer had its best ranking; then with the fewest proxies that rank as well at what this gives.
     best = [choose.best_curve([grouping.curve for grouping in layer.groupings]) for layer in measured.values()]
     groupings = [
-        layer.groupings[choose.fewest([grouping.curve for grouping in layer.groupings], level, tolerance)]
+        layer.groupings[choose.fewest([g.recovered[:, level].tolist() for g in layer.groupings], tolerance)]
         for layer, level in zip(measured.values(), choose.nearest_levels(best, target), strict=True)
     ]
     levels = choose.levels_for([grouping.curve for grouping in groupings], target)
@@ -249,4 +251,4 @@ def _versions() -> dict[str, str]:
 def _check_numbers(**numbers: tuple[Any, int]) -> None:
     for name, (value, least) in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}; leave it out")
+            raise CalibrationError(f"{name}: expected an integer of at least {least}, got {value!r}; leave it out")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from flexproxy.calibration.errors import CalibrationError
 
 NUM_LEVELS = 32
 
@@ -18,7 +21,7 @@ class Point(NamedTuple):
 class Target(NamedTuple):
     """What is asked for: one of the two.
 
-    A layer is measured at levels, from sparse to dense: values of ``density`` for a density, of ``gamma`` for a quality.
+    A layer is measured at levels, from sparse to dense: values of ``density``, or of ``gamma`` for a quality.
     """
 
     density: float | None
@@ -28,13 +31,15 @@ class Target(NamedTuple):
     def of(cls, density: Any, quality: Any) -> Target:
         """Raises ValueError unless one of them is given, and is in (0, 1]."""
         if (density is None) == (quality is None):
-            raise ValueError(
+            raise CalibrationError(
                 f"density, quality: expected one of the two, got density={density}, quality={quality}; use for example "
                 "density=0.2, or quality=0.98"
             )
         name, value = ("density", density) if quality is None else ("quality", quality)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
-            raise ValueError(f"{name}: expected a number in (0, 1], got {value!r}; use for example 0.2 for a density")
+            raise CalibrationError(
+                f"{name}: expected a number in (0, 1], got {value!r}; use for example 0.2 for a density"
+            )
         return cls(density, quality)
 
     def levels(self) -> list[float]:
@@ -66,10 +71,18 @@ def best_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
     return [max(points, key=lambda point: point.recovered) for points in zip(*curves, strict=True)]
 
 
-def fewest(curves: Sequence[Sequence[Point]], level: int, tolerance: float) -> int:
-    """Index of the first curve that at a level comes within a tolerance of the best."""
-    best = max(curve[level].recovered for curve in curves)
-    return next(index for index, curve in enumerate(curves) if curve[level].recovered >= best - tolerance)
+def fewest(recovered: Sequence[Sequence[float]], tolerance: float) -> int:
+    """Index of the first grouping with which every head comes within a tolerance of what it has with any.
+
+    Every head and not their mean: of a head that finds things far away, and others that look at what is near, the mean
+    hardly shows what the first one loses. If no grouping is good for all, the one whose worst head loses least.
+
+    Args:
+        recovered: by grouping and head.
+    """
+    best = [max(by_head) for by_head in zip(*recovered, strict=True)]
+    lost = [max(most - own for most, own in zip(best, heads, strict=True)) for heads in recovered]
+    return next((index for index, loss in enumerate(lost) if loss <= tolerance), lost.index(min(lost)))
 
 
 def share_density(curves: Sequence[Sequence[Point]], density: float) -> list[float]:
@@ -87,15 +100,13 @@ def share_density(curves: Sequence[Sequence[Point]], density: float) -> list[flo
     shares = [curve[0].density for curve in curves]
     left = density * len(curves) - sum(shares)
     if left < -1e-9 * len(curves):
-        raise ValueError(
+        raise CalibrationError(
             f"density: expected at least {sum(shares) / len(shares):.4f}, which min_budget and the forced blocks keep "
             f"at this length, got {density}; lower min_budget, or use longer texts"
         )
     hulls = [_upper_hull(curve) for curve in curves]
     parts = [
-        (_slope(a, b), layer, b.density - a.density)
-        for layer, hull in enumerate(hulls)
-        for a, b in _neighbours(hull)
+        (_slope(a, b), layer, b.density - a.density) for layer, hull in enumerate(hulls) for a, b in _neighbours(hull)
     ]
     for _, layer, width in sorted(parts, key=lambda part: -part[0]):
         step = min(width, max(left, 0.0))
@@ -128,7 +139,7 @@ def nearest_levels(curves: Sequence[Sequence[Point]], target: Target) -> list[in
 
 
 def _neighbours(values: Sequence[Any]) -> list[tuple[Any, Any]]:
-    return list(zip(values, values[1:], strict=False))
+    return list(itertools.pairwise(values))
 
 
 def _upper_hull(curve: Sequence[Point]) -> list[Point]:

@@ -19,11 +19,13 @@ class Grouping(NamedTuple):
     """One way to group the heads of a layer.
 
     config: has it as ``num_proxies`` or as ``groups``.
-    curve: what it recovers at every level, the mean over heads.
+    recovered: the mass that it recovers for every head at every level, fp64 ``[Hq, L]``.
+    curve: the mean over heads.
     """
 
     groups: tuple[Heads, ...]
     config: ProxyConfig
+    recovered: Tensor
     curve: list[Point]
 
 
@@ -49,9 +51,9 @@ def measure(layer: Layer, config: ProxyConfig, target: Target, max_proxies: int,
     for groups, proxies in _candidates(merged, min(max_proxies, num_heads), num_heads, num_kv_heads):
         grouped = replace(config, num_proxies=1, groups=None)
         grouped = replace(grouped, num_proxies=proxies) if proxies else replace(grouped, groups=proxy_indices(groups))
-        recovered = rows.recovered_by(grouped, levels.counts).mean(0).tolist()
-        curve = [Point(*point) for point in zip(levels.density.tolist(), recovered, strict=True)]
-        groupings.append(Grouping(groups, grouped, curve))
+        recovered = rows.recovered_by(grouped, levels.counts)
+        curve = [Point(*point) for point in zip(levels.density.tolist(), recovered.mean(0).tolist(), strict=True)]
+        groupings.append(Grouping(groups, grouped, recovered, curve))
     return Measured(rows.similarity(counts), groupings)
 
 

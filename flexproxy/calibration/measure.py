@@ -35,15 +35,13 @@ class Levels(NamedTuple):
     density: Tensor
 
 
-def levels_of(layer: Layer, config: ProxyConfig, settings: Sequence[Mapping[str, float]]) -> Levels:
+def levels_of(layer: Layer, config: ProxyConfig, settings: Sequence[Mapping[str, Any]]) -> Levels:
     """Counts and densities of a layer. settings: fields of ProxyConfig that take the place of those in ``config``."""
     counts, densities = [], []
     for setting in settings:
         # Budgets do not depend on the scores, so these are made as cheap as they can be.
-        sparse = replace(config, **_one_proxy(), stride=config.block_size, **setting)
-        selection = flexproxy.select(
-            layer.q, layer.k, block_mask=layer.block_mask, config=sparse, scale=layer.scale
-        )
+        sparse = replace(replace(config, **setting), num_proxies=1, groups=None, stride=config.block_size)
+        selection = flexproxy.select(layer.q, layer.k, block_mask=layer.block_mask, config=sparse, scale=layer.scale)
         counts.append(selection.count.to(torch.int64))
         densities.append(selection.density().double().mean())
     return Levels(torch.stack(counts, -1), torch.stack(densities).cpu())
@@ -88,7 +86,7 @@ class Rows:
             yield from self._at_rows(selection.rank).unbind(1)
 
     def recovered(self, candidates: Sequence[Heads], counts: Tensor) -> list[Tensor]:
-        """Mass that each candidate's ranking recovers for each of its heads: a tensor ``[heads of the candidate]`` each.
+        """Mass that each candidate's ranking recovers for each of its heads: fp32 ``[heads of the candidate]`` each.
 
         counts: ``[B, Hq]``, blocks that every row keeps.
         """
@@ -100,12 +98,13 @@ class Rows:
         return found
 
     def recovered_by(self, config: ProxyConfig, counts: Tensor) -> Tensor:
-        """Mass that the proxies of a configuration recover, by head and level: fp64 ``[Hq, L]``; counts as in Levels."""
+        """Mass that the proxies of a configuration recover, by head and level: fp64 ``[Hq, L]``.
+
+        counts: of Levels.
+        """
         layer = self._layer
         settings = replace(self._config, num_proxies=config.num_proxies, groups=config.groups)
-        selection = flexproxy.select(
-            layer.q, layer.k, block_mask=layer.block_mask, config=settings, scale=layer.scale
-        )
+        selection = flexproxy.select(layer.q, layer.k, block_mask=layer.block_mask, config=settings, scale=layer.scale)
         rank = self._at_rows(selection.rank)
         found = []
         for head, proxy in enumerate(selection.proxy_of.tolist()):
@@ -152,7 +151,3 @@ def row_index(length: int, number: int, device: torch.device) -> Tensor:
     """Rows to look at, ascending: spread at random, for evenly spaced ones could all be among the sampled."""
     order = torch.randperm(length, generator=torch.Generator().manual_seed(0))
     return order[:number].sort().values.to(device)
-
-
-def _one_proxy() -> dict[str, Any]:
-    return {"num_proxies": 1, "groups": None}

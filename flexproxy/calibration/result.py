@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,9 @@ class Calibration:
     Attributes:
         layers: the settings of each layer, for ``configure(model, calibration.layers)``.
         model: the shape of the model, and a hash that tells its weights from others.
-        evidence: what was asked for, and what was measured, as plain data. ``layers[str(index)]`` has for each layer the
+        evidence: what was asked for, and what was measured, as plain data. ``layers[str(index)]`` has of each layer the
             ``similarity`` of its heads (mass of head j that the ranking of head i recovers, ``[Hq][Hq]``), the
-            ``groupings`` that were tried, the ``levels`` of density with the mass that they recover, and under
+            ``groupings`` that were tried with the mass that they recover at every ``density`` tried, and under
             ``decided_on``, ``confirmed_on`` and ``uniform`` what is kept: of the sequences that decided, of those that
             were kept aside, and of the latter with the same settings in all layers at the same mean density.
         versions: of what it was made with.
@@ -61,9 +62,10 @@ class Calibration:
         problem = write_problem(Path(path), force)
         if problem is not None:
             raise ValueError(f"path: expected a file to write, got {path}: {problem}")
-        text = json.dumps(self.to_json(), indent=1) + "\n"
+        text = json.dumps(self.to_json(), indent=1)
+        text = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text)  # a list of numbers on a line
         with replacing(path) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
+            unfinished.write_text(text + "\n", encoding="utf-8")
 
     def has_seen(self, tokens: Tensor) -> bool:
         """Whether a text repeats some hundreds of tokens that this calibration used: do not evaluate it on such a text.
@@ -74,7 +76,7 @@ class Calibration:
         return not set(marks([tokens])).isdisjoint(self.evidence["texts"]["marks"])
 
     def figure(self) -> Figure:
-        """A picture of it, a matplotlib Figure: proxies, density and recovered mass by layer, and the heads' similarity.
+        """A picture of it, a matplotlib Figure: proxies, density and recovered mass by layer, and how alike heads are.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.

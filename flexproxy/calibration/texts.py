@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexproxy.calibration.errors import CalibrationError
+
 _WINDOW = 32  # tokens that are hashed together
 _ONE_IN = 64  # windows of which one is kept, on average
 _MULTIPLIER = 6364136223846793005  # odd, mixes in 64 bits
@@ -37,9 +39,9 @@ def split(texts: Sequence[Any], length: int | None, longest: int, number: int, u
         length = min(longest_pair, longest) // unit * unit
     pieces = [text[start : start + length] for text in ids for start in range(0, len(text) - length + 1, length or 1)]
     if length < unit or len(pieces) < 2:
-        raise ValueError(
-            f"texts: expected two sequences of {max(length, unit)} tokens at least, one to decide on and one to confirm "
-            f"with, got texts of {sizes[:5]} tokens; use longer texts or a lower length"
+        raise CalibrationError(
+            f"texts: expected two sequences of {max(length, unit)} tokens at least, one to decide on and one to "
+            f"confirm by, got texts of {sizes[:5]} tokens; use longer texts or a lower length"
         )
     half = len(pieces) // 2
     first, second = _spread(pieces[:half], number // 2), _spread(pieces[half:], number // 2)

@@ -48,7 +48,8 @@ def check_identity(model: Any, made_for: Any, attention: list[nn.Module], path: 
     own = _weights_of(attention)
     if own is None:
         warnings.warn(
-            f"flexproxy: {path} was compared with the model by shape alone, since its weights are not all here", stacklevel=3
+            f"flexproxy: {path} was compared with the model by shape alone, since its weights are not all here",
+            stacklevel=3,
         )
     elif own != wanted:
         raise ValueError(
