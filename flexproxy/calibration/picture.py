@@ -51,6 +51,7 @@ def _draw_layers(axes: Any, calibration: Calibration) -> None:
     axes[0].bar(places, chosen, color=DARK, width=0.6)
     axes[0].set_ylabel("proxies")
     axes[0].set_ylim(0, max(chosen) * 1.15)
+    axes[0].set_xlim(-0.7, len(indices) - 0.3)
     axes[0].yaxis.get_major_locator().set_params(integer=True)
     for axis, name, label in ((axes[1], "density", "kept / admissible"), (axes[2], "recovered", "recovered mass")):
         for source, colour, words, shift in (
@@ -83,16 +84,22 @@ def _num_proxies(calibration: Calibration, index: int) -> int:
 
 
 def _draw_similarity(figure: Any, layers: dict[str, Any], rows: int) -> None:
+    """What every head (column) gains or loses when the ranking of another (row) takes the place of its own."""
     axes = figure.subplots(rows, min(_COLUMNS, len(layers)), squeeze=False)
-    lowest = min(min(min(row) for row in layer["similarity"]) for layer in layers.values())
+    gains = [_beside_own(layer["similarity"]) for layer in layers.values()]
+    most = max(abs(value) for gain in gains for values in gain for value in values) or 1.0
     drawn: list[Axes] = list(axes.flat)
     for axis in drawn[len(layers) :]:
         axis.set_axis_off()
-    for axis, (index, layer) in zip(drawn, layers.items(), strict=False):
-        image = axis.imshow(layer["similarity"], cmap="viridis", vmin=lowest, vmax=1.0, interpolation="nearest")
+    for axis, index, gain in zip(drawn, layers, gains, strict=False):
+        image = axis.imshow(gain, cmap="RdBu", vmin=-most, vmax=most, interpolation="nearest")
         axis.set_title(f"layer {index}", fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
     axes[-1, 0].set_xlabel("mass of head", fontsize=8)
     axes[-1, 0].set_ylabel("ranked by head", fontsize=8)
-    figure.colorbar(image, ax=axes, label="mass recovered", aspect=12)
+    figure.colorbar(image, ax=axes, label="mass recovered, less what\nits own ranking recovers", aspect=12)
+
+
+def _beside_own(similarity: list[list[float]]) -> list[list[float]]:
+    return [[value - similarity[head][head] for head, value in enumerate(values)] for values in similarity]

@@ -68,7 +68,7 @@ class Calibration:
             unfinished.write_text(text + "\n", encoding="utf-8")
 
     def has_seen(self, tokens: Tensor) -> bool:
-        """Whether a text repeats some hundreds of tokens that this calibration used: do not evaluate it on such a text.
+        """Whether a text repeats 256 tokens in a row of what this calibration used: do not evaluate it on such a text.
 
         Args:
             tokens: token ids ``[S]`` or ``[1, S]``.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from flexproxy.calibration.errors import CalibrationError
 
 _WINDOW = 32  # tokens that are hashed together
-_ONE_IN = 64  # windows of which one is kept, on average
+_KNOWN = 256  # tokens in a row that are always known again
 _MULTIPLIER = 6364136223846793005  # odd, mixes in 64 bits
 
 
@@ -49,22 +48,22 @@ def split(texts: Sequence[Any], length: int | None, longest: int, number: int, u
 
 
 def marks(sequences: Iterable[Tensor]) -> list[str]:
-    """Hashes of some windows of 32 tokens, sorted: a text that holds one of the windows has the same.
+    """Hashes of some windows of 32 tokens, sorted; two texts that have 256 tokens in a row in common share one at least.
 
-    Which windows are taken depends on what they hold and not on where they begin, one in 64 on average. So whatever
-    repeats a few hundred tokens of a sequence is known again, wherever it is cut.
+    Of the windows in any 256 tokens the one with the lowest hash is taken ("Winnowing", Schleimer and others, 2003), so
+    it does not matter where a text was cut.
     """
-    found: set[str] = set()
+    found: set[int] = set()
+    powers = torch.tensor([_wrapped(pow(_MULTIPLIER, power, 2**64)) for power in range(1, _WINDOW + 1)])
     for sequence in sequences:
         tokens = sequence.reshape(-1).to("cpu", torch.int64)
         if len(tokens) < _WINDOW:
             continue
-        windows = tokens.unfold(0, _WINDOW, 1)
-        powers = torch.tensor([_wrapped(pow(_MULTIPLIER, power, 2**64)) for power in range(1, _WINDOW + 1)])
-        values = (windows * powers).sum(-1)  # modulo 2**64
-        taken = windows[(values >> 40) % _ONE_IN == 0].unique(dim=0)
-        found.update(hashlib.sha256(str(window).encode()).hexdigest()[:12] for window in taken.tolist())
-    return sorted(found)
+        hashes = (tokens.unfold(0, _WINDOW, 1) * powers).sum(-1)  # modulo 2**64
+        hashes = (hashes ^ (hashes >> 29)) * _MULTIPLIER
+        hashes ^= hashes >> 32
+        found.update(hashes.unfold(0, min(len(hashes), _KNOWN - _WINDOW + 1), 1).amin(-1).tolist())
+    return sorted(f"{value % 2**64:016x}" for value in found)
 
 
 def _wrapped(value: int) -> int:

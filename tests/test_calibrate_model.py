@@ -1,0 +1,269 @@
+"""Calibration of whole models of transformers: what it leaves behind, its file, and whom the file is for."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import transformers
+
+import flexproxy
+from flexproxy import ProxyConfig, _files, stats
+from flexproxy.calibration import Calibration, CalibrationError, choose
+from flexproxy.calibration.collect import Layer, read
+from flexproxy.integrations.transformers import configuration, configure, record_selections, save_configuration
+from tests.transformers_models import VOCABULARY, interpreted, make_model, make_tokens, make_vision_language_model, use
+
+BLOCK, LENGTH = 16, 256
+CONFIG = ProxyConfig(block_size=BLOCK, min_budget=BLOCK, stride=2)
+TEXTS = [make_tokens(1, LENGTH, seed) for seed in (1, 2)]
+
+
+@pytest.fixture(autouse=True)
+def few_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "NUM_LEVELS", 10)
+
+
+def calibrated(model: Any, **options: Any) -> Calibration:
+    target = {} if "quality" in options else {"density": 0.4}
+    return flexproxy.calibrate(model, TEXTS, **({"config": CONFIG, "rows": 64} | target | options))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_model("llama")
+
+
+@pytest.fixture(scope="module")
+def result(model: Any) -> Calibration:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "NUM_LEVELS", 10)
+        return calibrated(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2", "gpt_oss", "qwen3_moe"])
+def test_layers_are_looked_at_with_the_attention_that_they_have(family: str) -> None:
+    """q, k and the mask are those of the sparse layers that transformers runs; each layer once, in order."""
+    if not hasattr(transformers, {"gpt_oss": "GptOssForCausalLM"}.get(family, "LlamaForCausalLM")):
+        pytest.skip("this transformers has no such model")
+    model = make_model(family)
+    seen: dict[int, Layer] = {}
+    with interpreted("cpu"):
+        read(model, TEXTS[0], BLOCK, lambda index, layer: seen.update({index: layer}))
+        assert list(seen) == list(configuration(model))
+        use(model, "flexproxy")
+        every = ProxyConfig(gamma=1.0, max_budget=2**20, min_budget=BLOCK, block_size=BLOCK)
+        configure(model, every)
+        with record_selections(model) as record, torch.no_grad():
+            model(input_ids=TEXTS[0], use_cache=False)
+    for index, selection in record.items():
+        q, k, block_mask, scale = seen[index]
+        ours = flexproxy.select(q, k, block_mask=block_mask, config=every, scale=scale)
+        assert torch.equal(ours.block_map(), selection.block_map())
+        assert torch.equal(ours.rank, selection.rank)
+    assert record
+
+
+def test_a_model_is_left_as_it_was() -> None:
+    model, other = make_model("llama"), make_model("llama")
+    use(model, "eager")
+    configure(model, {1: ProxyConfig(gamma=0.7)})
+    before = configuration(model)
+    attention = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    registered = attention["flexproxy"]
+    calibrated(model)
+    assert model.config._attn_implementation == "eager"
+    assert configuration(model) == before
+    assert attention["flexproxy"] is registered
+    with pytest.raises(KeyboardInterrupt):
+        flexproxy.calibrate(model, TEXTS, density=0.4, config=CONFIG, progress=_interrupt)
+    assert model.config._attn_implementation == "eager"
+    assert configuration(model) == before
+    assert attention["flexproxy"] is registered
+    use(other, "flexproxy")
+    other(input_ids=TEXTS[0])
+
+
+def _interrupt(stage: str, done: int, total: int) -> None:
+    if done == 1:
+        raise KeyboardInterrupt
+
+
+def test_a_vision_language_model_keeps_its_attentions() -> None:
+    model = make_vision_language_model()
+    use(model, "sdpa")
+    model.config.vision_config._attn_implementation = "eager"
+    with interpreted("cpu"):
+        read(model, TEXTS[0].clamp(min=7), BLOCK, lambda index, layer: None)
+    assert model.config.vision_config._attn_implementation == "eager"
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+def test_the_density_is_reached_on_texts_kept_aside(result: Calibration) -> None:
+    assert list(result.layers) == [0, 1]
+    mean = result.evidence["mean"]
+    for kind in ("decided_on", "confirmed_on", "uniform"):
+        assert mean[kind]["density"] == pytest.approx(0.4, abs=0.03)
+    assert mean["decided_on"]["recovered"] >= mean["uniform"]["recovered"] - 0.02
+    for layer in result.evidence["layers"].values():
+        assert 1 <= min(len(grouping["groups"]) for grouping in layer["groupings"])
+        assert len(layer["similarity"]) == 4
+
+
+def test_the_quality_is_reached_on_texts_kept_aside(model: Any) -> None:
+    """And with a lower gamma it is not: by statistics of the prefill itself, not by what calibration says."""
+    found = calibrated(model, quality=0.9)
+    levels = choose.Target.of(None, 0.9).levels()
+    reached: dict[int, tuple[float, float]] = {}
+
+    def look(index: int, layer: Layer) -> None:
+        config = found.layers[index]
+        assert config.density is None
+        lower = max([level for level in levels if level < config.gamma], default=config.gamma)
+        reached[index] = recovered(layer, config), recovered(layer, ProxyConfig(**changed(config, gamma=lower)))
+
+    def recovered(layer: Layer, config: ProxyConfig) -> float:
+        selection = flexproxy.select(layer.q, layer.k, block_mask=layer.block_mask, config=config, scale=layer.scale)
+        return float(stats.recovered_mass(layer.q, layer.k, selection, rows=torch.arange(LENGTH)).mean())
+
+    read(model, TEXTS[1], BLOCK, look)
+    for index, (at, below) in reached.items():
+        assert at >= 0.9 - 0.02  # 64 of the rows were looked at
+        kept = found.evidence["layers"][str(index)]
+        assert fmean(kept["confirmed_on"]["recovered"]) >= 0.9
+        assert fmean(kept["decided_on"]["recovered"]) >= 0.9
+        assert below < at
+
+
+def changed(config: ProxyConfig, **fields: Any) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in config.__dataclass_fields__} | fields
+
+
+def test_a_text_that_was_used_is_known(result: Calibration) -> None:
+    assert result.has_seen(TEXTS[0])
+    assert result.has_seen(torch.cat([make_tokens(1, 99, 5), TEXTS[1]], 1))
+    assert not result.has_seen(make_tokens(1, 4 * LENGTH, 77))
+
+
+def test_it_is_the_same_each_time(model: Any, result: Calibration) -> None:
+    again = calibrated(model)
+    assert again.layers == result.layers
+    evidence = dict(again.evidence, seconds=0) == dict(result.evidence, seconds=0)
+    assert evidence
+
+
+# --------------------------------------------------------------------------------------------------------- the file
+
+
+def test_the_file_configures_the_model(model: Any, result: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    result.save(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["calibration.json"]
+    assert ProxyConfig.load(path) == result.layers
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result.to_json()))
+    assert max(map(len, path.read_text().splitlines())) < 2000
+    other = copy.deepcopy(model)
+    configure(other, path)
+    assert configuration(other) == result.layers
+    configure(other.model, path)  # without the head
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        configure(copy.deepcopy(model).to(dtype), path)
+    reloaded = tmp_path / "model"
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(reloaded)
+    configure(transformers.AutoModelForCausalLM.from_pretrained(reloaded), path)
+
+
+def test_a_file_of_another_model_is_refused(model: Any, result: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    result.save(path)
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        weight = tuned.model.layers[1].self_attn.k_proj.weight
+        weight += 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="settings: expected a file for these weights, got .* of the same shape; calib"):
+        configure(tuned, path)
+    assert configuration(tuned)[0] == ProxyConfig()
+    for other in (make_model("qwen3"), make_model("llama", num_key_value_heads=4), make_model("llama", head_dim=16)):
+        with pytest.raises(ValueError, match="settings: expected a file for .*; calibrate this model"):
+            configure(other, path)
+    save_configuration(tuned, tmp_path / "by_hand.json")  # settings by hand fit all of the shape
+    configure(model, tmp_path / "by_hand.json")
+    configure(model, ProxyConfig())
+
+
+def test_weights_that_are_not_here_are_said_not_to_be_compared(result: Calibration, tmp_path: Path) -> None:
+    result.save(tmp_path / "calibration.json")
+    with torch.device("meta"):
+        empty = make_model("llama")
+    with pytest.warns(UserWarning, match="was compared with the model by shape alone, since its weights are not all"):
+        configure(empty, tmp_path / "calibration.json")
+    assert configuration(empty) == result.layers
+
+
+def test_a_file_is_not_replaced_unless_told_to(result: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    path.write_text("precious")
+    with pytest.raises(ValueError, match="path: expected a file to write, got .*: exists already"):
+        result.save(path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(_files.os, "replace", _no_space)
+        result.save(path, force=True)
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("calibration.json", "precious")]
+    result.save(path, force=True)
+    assert ProxyConfig.load(path) == result.layers
+
+
+def _no_space(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_the_picture_shows_what_was_found(result: Calibration) -> None:
+    pytest.importorskip("matplotlib")
+    figure = result.figure()
+    upper = figure.subfigs[0].axes
+    assert [round(bar.get_height()) for bar in upper[0].patches] == [
+        config.num_proxies if config.groups is None else max(config.groups) + 1 for config in result.layers.values()
+    ]
+    for axis, name in zip(upper[1:], ("density", "recovered"), strict=True):
+        for line, kind in zip((axis.containers[0][0], axis.containers[1][0]), ("uniform", "confirmed_on"), strict=True):
+            want = [fmean(layer[kind][name]) for layer in result.evidence["layers"].values()]
+            assert line.get_ydata().tolist() == pytest.approx(want)
+    maps = [axis.images[0].get_array().tolist() for axis in figure.subfigs[1].axes if axis.images]
+    for shown, layer in zip(maps[:2], result.evidence["layers"].values(), strict=True):
+        similarity = layer["similarity"]
+        assert shown == [[x - similarity[head][head] for head, x in enumerate(row)] for row in similarity]
+
+
+# ------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": None}, "density, quality: expected one of the two"),
+        ({"density": 0.01}, r"density: expected at least 0\.\d+, which min_budget .*, got 0\.01; lower min_budget"),
+        ({"length": 200}, r"length: expected more than the 2048 tokens of min_budget, .* got sequences of 200; use"),
+        ({"length": 1000, "config": CONFIG}, r"texts: expected two sequences of 1000 tokens at least"),
+        ({"sequences": 1}, "sequences: expected an integer of at least 2, got 1; leave it out"),
+        ({"max_proxies": 0}, "max_proxies: expected an integer of at least 1, got 0"),
+        ({"rows": True}, "rows: expected an integer of at least 1, got True"),
+    ],
+)
+def test_mistakes_are_named(model: Any, options: dict[str, Any], message: str) -> None:
+    default: dict[str, Any] = {"density": 0.4} | ({} if "length" in options else {"config": CONFIG})
+    with pytest.raises(CalibrationError, match=message):
+        flexproxy.calibrate(model, TEXTS, **(default | options))
+
+
+def test_a_model_without_the_interface() -> None:
+    with pytest.raises(TypeError, match="model: expected a model of transformers, got Linear"):
+        flexproxy.calibrate(torch.nn.Linear(2, 2), TEXTS, density=0.4)  # type: ignore[arg-type]
+    assert VOCABULARY > 7
