@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import flexproxy
-from flexproxy import ProxyConfig, masks, stats
+from flexproxy import ProxyConfig, Selection, masks, stats
 from flexproxy.calibration import choose, texts
 from flexproxy.calibration.choose import Point, Target
 from flexproxy.calibration.collect import Layer
@@ -67,8 +67,8 @@ def test_planted_groups_are_found(patterns: list[int]) -> None:
     (found,) = [g for g in measured.groupings if len(g.groups) == number and g.config.groups is not None]
     assert found.config.groups == tuple(patterns)
     level = choose.nearest_levels([found.curve], Target.of(0.2, None))[0]
-    recovered = [grouping.recovered[:, level].tolist() for grouping in measured.groupings]
-    chosen = measured.groupings[choose.fewest(recovered, 0.02)]
+    kept = [grouping.peaks[:, level].tolist() for grouping in measured.groupings]
+    chosen = measured.groupings[choose.fewest(kept, 0.03)]
     assert chosen.config.groups == tuple(patterns)
     (one,) = [grouping for grouping in measured.groupings if len(grouping.groups) == 1]
     assert found.curve[level].recovered > one.curve[level].recovered + 0.05
@@ -76,29 +76,39 @@ def test_planted_groups_are_found(patterns: list[int]) -> None:
     assert measured.similarity[same].min() > measured.similarity[~same].max()
 
 
-def test_similarity_and_worth_are_recovered_mass() -> None:
-    """What is measured of a grouping is what the estimate with this grouping recovers, to the last head."""
+def test_what_is_measured_of_a_grouping_is_what_the_estimate_does_with_it() -> None:
     layer = planted_layer([0, 1, 0, 1], batch=2, seed=3)
-    rows = Rows(layer, CONFIG, 50)
+    config = replace(CONFIG, sink_blocks=1, local_blocks=2)
+    rows = Rows(layer, config, 50)
     settings: list[dict[str, Any]] = [{"gamma": 0.6}, {"density": 0.3}]
-    levels = levels_of(layer, CONFIG, settings)
-    for level, setting in enumerate(settings):
-        counts = levels.counts[..., level]
-        for groups in ([0, 1, 0, 1], [0, 1, 2, 0], [0, 0, 0, 0], [0, 1, 2, 3]):
-            config = replace(CONFIG, groups=groups, **setting)
-            selection = flexproxy.select(layer.q, layer.k, block_mask=layer.block_mask, config=config)
+    levels = levels_of(layer, config, settings)
+    for groups in ([0, 1, 0, 1], [0, 1, 2, 0], [0, 0, 0, 0], [0, 1, 2, 3]):
+        heads = [tuple(h for h, g in enumerate(groups) if g == proxy) for proxy in range(max(groups) + 1)]
+        mass, peaks = rows.kept(replace(config, groups=groups), levels.counts)
+        for level, setting in enumerate(settings):
+            chosen, counts = replace(config, groups=groups, **setting), levels.counts[..., level]
+            selection = flexproxy.select(layer.q, layer.k, block_mask=layer.block_mask, config=chosen)
             assert torch.equal(selection.count.long(), counts)
             torch.testing.assert_close(float(selection.density().mean()), float(levels.density[level]))
             want = stats.recovered_mass(layer.q, layer.k, selection, rows=rows.index).mean(0)
-            torch.testing.assert_close(rows.recovered_by(config, levels.counts)[:, level].float(), want)
-            heads = [tuple(h for h, g in enumerate(groups) if g == proxy) for proxy in range(max(groups) + 1)]
-            for members, got in zip(heads, rows.recovered(heads, counts), strict=True):
-                torch.testing.assert_close(got, want[list(members)])
-            kept = evaluate(layer, config, 50)
+            torch.testing.assert_close(mass[:, level].float(), want)
+            kept = evaluate(layer, chosen, 50)
             torch.testing.assert_close(torch.tensor(kept.recovered), want)
             torch.testing.assert_close(torch.tensor(kept.density), selection.density().mean(0))
-        alone = rows.recovered([(0,), (1,), (2,), (3,)], counts)
-        torch.testing.assert_close(rows.similarity(counts).diagonal(), torch.cat(alone))
+            torch.testing.assert_close(peaks[:, level].float(), peaks_of(layer, selection, rows.index, 1, 2))
+            for members, got in zip(heads, rows.peaks_kept(heads, counts), strict=True):
+                torch.testing.assert_close(got[list(members)], peaks[list(members), level].float())
+
+
+def peaks_of(layer: Layer, selection: Selection, index: Tensor, sink: int, local: int) -> Tensor:
+    """Share of squared block masses that a selection keeps, without sinks and what is local, by a dense softmax."""
+    probability = torch.einsum("bhqd,bhkd->bhqk", layer.q, layer.k.repeat_interleave(2, 1)) / 32**0.5
+    probability.masked_fill_(torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1), -torch.inf)
+    squares = probability.softmax(-1)[:, :, index].unflatten(-1, (-1, BLOCK)).sum(-1).square()
+    row, block = index // BLOCK, torch.arange(LENGTH // BLOCK)
+    squares *= ((block >= sink) & (block <= row[:, None] - local)).float()
+    kept = selection.block_map()[:, :, row]
+    return (squares * kept).sum((0, 2, 3)) / squares.sum((0, 2, 3)).clamp(min=0.01 * 2 * len(index))
 
 
 def test_merging_ends_with_one_group() -> None:

@@ -54,18 +54,18 @@ def calibrate(
     length: int | None = None,
     sequences: int = 4,
     max_proxies: int = 8,
-    tolerance: float = 0.02,
+    tolerance: float = 0.03,
     rows: int = 512,
     progress: Progress | None = None,
 ) -> Calibration:
     """Choose proxies and budgets for every layer of a model, from a few texts and without gradients.
 
-    Heads are grouped by what a pooled proxy of them recovers of dense attention. A layer gets the grouping with fewest
-    proxies by which every head comes within ``tolerance`` of the most that it recovers by any. With ``density``,
-    densities are shared out between the layers so that most attention mass is recovered, and are part of the settings.
-    With ``quality``, each layer gets the lowest ``gamma`` that reaches it, on the sequences that decide and on those
-    that were kept aside; densities then follow the prompt. At last both kinds of sequences are measured again, and
-    stand in the evidence. The model is left as it was.
+    Heads are grouped by what their pooled proxy keeps of the blocks, apart from those nearby, on which the attention of
+    a head is concentrated. A layer gets the grouping with fewest proxies by which every head comes within ``tolerance``
+    of the most that it keeps by any. With ``density``, densities are shared out between the layers so that most
+    attention mass is recovered, and are part of the settings. With ``quality``, each layer gets the lowest ``gamma``
+    that reaches it, on the sequences that decide and on those that were kept aside; densities then follow the prompt.
+    At last both kinds of sequences are measured again, and stand in the evidence. The model is left as it was.
 
     The time of the scores is in proportion to the proxies.
 
@@ -79,7 +79,7 @@ def calibrate(
         length: tokens of a sequence; None is the longest of which the texts have two, up to 32768.
         sequences: how many to use at most; half of them decide, the others confirm. They take memory together.
         max_proxies: most proxies of a layer.
-        tolerance: of recovered mass, see above.
+        tolerance: share of what a head's attention is concentrated on that fewer proxies may cost it.
         rows: queries of each sequence for which dense attention is looked at.
         progress: called as ``progress(stage, layers done, layers in all)``.
 
@@ -191,7 +191,7 @@ def _choose(measured: dict[int, Measured], target: Target, tolerance: float) -> 
     # First as if every layer had its best ranking; then with the fewest proxies that rank as well at what this gives.
     best = [choose.best_curve([grouping.curve for grouping in layer.groupings]) for layer in measured.values()]
     groupings = [
-        layer.groupings[choose.fewest([g.recovered[:, level].tolist() for g in layer.groupings], tolerance)]
+        layer.groupings[choose.fewest([grouping.peaks[:, level].tolist() for grouping in layer.groupings], tolerance)]
         for layer, level in zip(measured.values(), choose.nearest_levels(best, target), strict=True)
     ]
     levels = choose.levels_for([grouping.curve for grouping in groupings], target)
@@ -224,7 +224,11 @@ def _layer_evidence(measured: Measured, decided: Kept, confirmed: Kept, uniform:
     return {
         "similarity": _rounded(measured.similarity.tolist()),
         "groupings": [
-            {"groups": grouping.groups, "recovered": _rounded([point.recovered for point in grouping.curve])}
+            {
+                "groups": grouping.groups,
+                "recovered": _rounded([point.recovered for point in grouping.curve]),
+                "peaks_of_heads": _rounded(grouping.peaks.mT.tolist()),
+            }
             for grouping in measured.groupings
         ],
         "density": _rounded([point.density for point in measured.groupings[0].curve]),

@@ -71,17 +71,16 @@ def best_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
     return [max(points, key=lambda point: point.recovered) for points in zip(*curves, strict=True)]
 
 
-def fewest(recovered: Sequence[Sequence[float]], tolerance: float) -> int:
-    """Index of the first grouping with which every head comes within a tolerance of what it has with any.
+def fewest(kept: Sequence[Sequence[float]], tolerance: float) -> int:
+    """Index of the first grouping with which every head comes within a tolerance of what it keeps with any.
 
-    Every head and not their mean: of a head that finds things far away, and others that look at what is near, the mean
-    hardly shows what the first one loses. If no grouping is good for all, the one whose worst head loses least.
+    If there is none that is so good for all heads, the one whose worst head loses least.
 
     Args:
-        recovered: by grouping and head.
+        kept: share of its peaks, by grouping and head.
     """
-    best = [max(by_head) for by_head in zip(*recovered, strict=True)]
-    lost = [max(most - own for most, own in zip(best, heads, strict=True)) for heads in recovered]
+    best = [max(by_head) for by_head in zip(*kept, strict=True)]
+    lost = [max(most - own for most, own in zip(best, heads, strict=True)) for heads in kept]
     return next((index for index, loss in enumerate(lost) if loss <= tolerance), lost.index(min(lost)))
 
 

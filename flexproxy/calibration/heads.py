@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from flexproxy import ProxyConfig
@@ -19,20 +20,20 @@ class Grouping(NamedTuple):
     """One way to group the heads of a layer.
 
     config: has it as ``num_proxies`` or as ``groups``.
-    recovered: the mass that it recovers for every head at every level, fp64 ``[Hq, L]``.
-    curve: the mean over heads.
+    peaks: share of its peaks that every head keeps at every level, fp64 ``[Hq, L]``; see NOTE [Peaks].
+    curve: mass that it recovers at every level, the mean over heads.
     """
 
     groups: tuple[Heads, ...]
     config: ProxyConfig
-    recovered: Tensor
+    peaks: Tensor
     curve: list[Point]
 
 
 class Measured(NamedTuple):
     """What is known of a layer.
 
-    similarity: mass of a head (column) that it would recover by the ranking of another (row): fp32 ``[Hq, Hq]``.
+    similarity: share of its peaks that a head (column) would keep by the ranking of another (row): fp32 ``[Hq, Hq]``.
     groupings: from few proxies to many.
     """
 
@@ -51,16 +52,17 @@ def measure(layer: Layer, config: ProxyConfig, target: Target, max_proxies: int,
     for groups, proxies in _candidates(merged, min(max_proxies, num_heads), num_heads, num_kv_heads):
         grouped = replace(config, num_proxies=1, groups=None)
         grouped = replace(grouped, num_proxies=proxies) if proxies else replace(grouped, groups=proxy_indices(groups))
-        recovered = rows.recovered_by(grouped, levels.counts)
-        curve = [Point(*point) for point in zip(levels.density.tolist(), recovered.mean(0).tolist(), strict=True)]
-        groupings.append(Grouping(groups, grouped, recovered, curve))
-    return Measured(rows.similarity(counts), groupings)
+        mass, peaks = rows.kept(grouped, levels.counts)
+        curve = [Point(*point) for point in zip(levels.density.tolist(), mass.mean(0).tolist(), strict=True)]
+        groupings.append(Grouping(groups, grouped, peaks, curve))
+    alone = [(head,) for head in range(num_heads)]
+    return Measured(torch.stack(list(rows.peaks_kept(alone, counts))).cpu(), groupings)
 
 
 def merge(rows: Rows, counts: Tensor) -> dict[int, tuple[Heads, ...]]:
     """Groups of heads for every number of proxies, from Hq down to 1: two are merged at a time, where least is lost.
 
-    What a group is worth is the mass that its pooled proxy's ranking recovers for its heads, not how alike they look:
+    What a group is worth are the peaks that its heads keep by the ranking of its pooled proxy, not how alike they look:
     a mean of heads with different keys may rank worse than any of them.
 
     Args:
@@ -72,7 +74,8 @@ def merge(rows: Rows, counts: Tensor) -> dict[int, tuple[Heads, ...]]:
 
     def learn(candidates: list[Heads]) -> None:
         new = [heads for heads in candidates if heads not in worth]
-        worth.update((heads, float(mass.sum())) for heads, mass in zip(new, rows.recovered(new, counts), strict=True))
+        for heads, peaks in zip(new, rows.peaks_kept(new, counts), strict=True):
+            worth[heads] = float(peaks[list(heads)].sum())
 
     learn(groups)
     found = {len(groups): tuple(groups)}

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 import flexproxy
-from flexproxy import ProxyConfig
+from flexproxy import ProxyConfig, Selection
 from flexproxy.calibration.collect import Layer
 from flexproxy.proxy import head_groups, pool_heads
+from flexproxy.ranking import forced_blocks
 from flexproxy.stats import recovered_mass, row_masses
 
 _POOLED_ELEMENTS = 2**28  # of the pooled queries in one piece, 512 MiB in 16 bits
+_FEW_PEAKS = 0.01  # peaks of a row, on average, below which a head matters less
 
 Heads = tuple[int, ...]
 """Query heads that share a proxy."""
@@ -50,10 +52,20 @@ def levels_of(layer: Layer, config: ProxyConfig, settings: Sequence[Mapping[str,
 class Rows:
     """Some rows of dense attention of a layer, to hold rankings against.
 
+    NOTE [Peaks]
+    How good a ranking is shows where attention is concentrated, and the mean of the mass hardly sees it: of a head that
+    in some rows copies from far away, most mass lies nearby, and spread out. So rankings are compared by squares of the
+    mass in blocks, without the blocks that are kept in any case: the share of these *peaks* that is kept.
+
     Args:
         layer: what the layer attends with.
         config: settings of the estimate; its proxies and budgets do not matter.
         number: rows to look at.
+
+    Attributes:
+        index: the rows, int64 ``[m]``.
+        mass: share of a head's mass in every row and block, fp32 ``[B, Hq, m, Nk]``; those of a head sum to 1.
+        peaks: share of its peaks, likewise; of a head that hardly has any they sum to less.
     """
 
     def __init__(self, layer: Layer, config: ProxyConfig, number: int) -> None:
@@ -62,13 +74,20 @@ class Rows:
         self.index = row_index(layer.q.shape[2], number, layer.q.device)
         cheap = replace(self._config, num_proxies=1, stride=config.block_size)
         selection = flexproxy.select(layer.q, layer.k, block_mask=layer.block_mask, config=cheap, scale=layer.scale)
-        self.masses = row_masses(layer.q, layer.k, selection, self.index, layer.scale)  # [B, Hq, m, Nk]
+        masses = row_masses(layer.q, layer.k, selection, self.index, layer.scale)
+        rows = masses.shape[0] * masses.shape[2]
+        self.mass = masses / rows
+        forced = self._at_rows(_forced(selection, config))
+        squares = masses.masked_fill(forced, 0.0).square()
+        self.peaks = squares / squares.sum((0, 2, 3), keepdim=True).clamp(min=_FEW_PEAKS * rows)
 
-    def rankings(self, candidates: Sequence[Heads]) -> Iterator[Tensor]:
-        """Rank of every block by the proxy of each candidate, at the rows: int32 ``[B, m, Nk]``.
+    def peaks_kept(self, candidates: Sequence[Heads], counts: Tensor) -> Iterator[Tensor]:
+        """Share of its peaks that every head keeps by the ranking of each candidate: fp32 ``[Hq]`` for each.
 
         Candidates need not be a partition of the heads. A pooled candidate is a head of its own with a key head of its
         own, for which ``select`` has nothing left to pool.
+
+        counts: ``[B, Hq]``, blocks that every row keeps.
         """
         layer, num_heads = self._layer, self._layer.q.shape[1]
         heads_per_kv = num_heads // layer.k.shape[1]
@@ -83,45 +102,39 @@ class Rows:
                 config=replace(self._config, num_proxies=len(q_heads)),
                 scale=layer.scale,
             )
-            yield from self._at_rows(selection.rank).unbind(1)
+            for rank in self._at_rows(selection.rank).unbind(1):
+                kept = rank[:, None] < counts[..., None, None]
+                yield self.peaks.where(kept, 0.0).sum((0, 2, 3))
 
-    def recovered(self, candidates: Sequence[Heads], counts: Tensor) -> list[Tensor]:
-        """Mass that each candidate's ranking recovers for each of its heads: fp32 ``[heads of the candidate]`` each.
+    def kept(self, config: ProxyConfig, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares of mass and of peaks that the proxies of a configuration keep: fp64 ``[Hq, L]`` each.
 
-        counts: ``[B, Hq]``, blocks that every row keeps.
-        """
-        found = []
-        for heads, rank in zip(candidates, self.rankings(candidates), strict=True):
-            members = list(heads)
-            kept = rank[:, None] < counts[:, members, None, None]
-            found.append(self.masses[:, members].where(kept, 0.0).sum(-1).mean((0, 2)))
-        return found
-
-    def recovered_by(self, config: ProxyConfig, counts: Tensor) -> Tensor:
-        """Mass that the proxies of a configuration recover, by head and level: fp64 ``[Hq, L]``.
-
-        counts: of Levels.
+        counts: as in Levels.
         """
         layer = self._layer
         settings = replace(self._config, num_proxies=config.num_proxies, groups=config.groups)
         selection = flexproxy.select(layer.q, layer.k, block_mask=layer.block_mask, config=settings, scale=layer.scale)
-        rank = self._at_rows(selection.rank)
-        found = []
-        for head, proxy in enumerate(selection.proxy_of.tolist()):
-            order = rank[:, proxy].to(torch.int64)
-            by_rank = torch.zeros_like(self.masses[:, head]).scatter_(-1, order, self.masses[:, head])
-            at = (counts[:, head] - 1).clamp(min=0)[:, None].expand(-1, order.shape[1], -1)
-            found.append(by_rank.cumsum(-1, dtype=torch.float64).gather(-1, at).mean((0, 1)))
-        return torch.stack(found).cpu()
+        place = self._at_rows(selection.rank)[:, selection.proxy_of].to(torch.int64)
+        last = (counts - 1).clamp(min=0)
 
-    def similarity(self, counts: Tensor) -> Tensor:
-        """Mass of a head (column) that it would recover by the ranking of another (row): fp32 ``[Hq, Hq]``."""
-        alone = [(head,) for head in range(self.masses.shape[1])]
-        kept = (rank[:, None] < counts[..., None, None] for rank in self.rankings(alone))
-        return torch.stack([self.masses.where(blocks, 0.0).sum(-1).mean((0, 2)) for blocks in kept]).cpu()
+        def shares(weights: Tensor) -> Tensor:
+            by_rank = torch.zeros_like(weights).scatter_(-1, place, weights).sum(2, dtype=torch.float64)  # [B, Hq, Nk]
+            return by_rank.cumsum(-1).gather(-1, last).sum(0).cpu()
 
-    def _at_rows(self, rank: Tensor) -> Tensor:
-        return rank[:, :, self.index // self._config.block_size]
+        return shares(self.mass), shares(self.peaks)
+
+    def _at_rows(self, blocks: Tensor) -> Tensor:
+        return blocks[:, :, self.index // self._config.block_size]
+
+
+def _forced(selection: Selection, config: ProxyConfig) -> Tensor:
+    """Blocks that a row keeps in any case: bool ``[b, h, Nq, Nk]``."""
+    admissible = selection._admissible.any
+    num_blocks = admissible.shape[-1]
+    end = (admissible * torch.arange(1, num_blocks + 1, device=admissible.device)).amax(-1)
+    offset = torch.zeros(1, dtype=torch.int64, device=admissible.device)
+    sizes = selection._seq_lengths[0], num_blocks, config.block_size
+    return forced_blocks(offset, end, *sizes, config.sink_blocks, config.local_blocks)
 
 
 class Kept(NamedTuple):

@@ -96,9 +96,9 @@ def _draw_similarity(figure: Any, layers: dict[str, Any], rows: int) -> None:
         axis.set_title(f"layer {index}", fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
-    axes[-1, 0].set_xlabel("mass of head", fontsize=8)
+    axes[-1, 0].set_xlabel("peaks of head", fontsize=8)
     axes[-1, 0].set_ylabel("ranked by head", fontsize=8)
-    figure.colorbar(image, ax=axes, label="mass recovered, less what\nits own ranking recovers", aspect=12)
+    figure.colorbar(image, ax=axes, label="peaks kept, less what\nits own ranking keeps", aspect=12)
 
 
 def _beside_own(similarity: list[list[float]]) -> list[list[float]]:

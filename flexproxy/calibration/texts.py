@@ -48,7 +48,7 @@ def split(texts: Sequence[Any], length: int | None, longest: int, number: int, u
 
 
 def marks(sequences: Iterable[Tensor]) -> list[str]:
-    """Hashes of some windows of 32 tokens, sorted; two texts that have 256 tokens in a row in common share one at least.
+    """Hashes of some windows of 32 tokens, sorted; texts that have 256 tokens in a row in common share one at least.
 
     Of the windows in any 256 tokens the one with the lowest hash is taken ("Winnowing", Schleimer and others, 2003), so
     it does not matter where a text was cut.

@@ -129,32 +129,35 @@ def _check_layers(model: PreTrainedModel) -> None:
 def _show(found: Calibration, output: Path) -> None:
     console = Console(highlight=False)
     evidence = found.evidence
-    used = evidence["sequences"]
-    table = Table(
-        title=f"On {used['confirmed_on']} sequences of {evidence['length']} tokens, kept aside", caption_justify="left"
-    )
-    for heading in ("layer", "proxies", "setting", "density", "mass recovered", "worst head", "same in all layers"):
+    used = evidence["sequences"]["confirmed_on"]
+    number = "1 sequence" if used == 1 else f"{used} sequences"
+    table = Table(title=f"Measured on {number} of {evidence['length']} tokens, kept aside")
+    (target,) = evidence["target"]
+    setting = "gamma" if target == "quality" else "density"
+    for heading in ("layer", "proxies", f"set {setting}", "kept", "mass recovered", "worst head", "same in all layers"):
         table.add_column(heading, justify="right")
     for index, config in found.layers.items():
         layer = evidence["layers"][str(index)]
         kept, uniform = layer["confirmed_on"], layer["uniform"]
-        proxies = config.num_proxies if config.groups is None else max(config.groups) + 1
-        setting = f"gamma {config.gamma:g}" if config.density is None else f"density {config.density:g}"
         table.add_row(
             str(index),
-            f"{proxies}{'' if config.groups is None else ' (grouped)'}",
-            setting,
-            *(f"{fmean(kept[name]):.3f}" for name in ("density", "recovered")),
+            str(config.num_proxies if config.groups is None else max(config.groups) + 1),
+            f"{getattr(config, setting):g}",
+            f"{fmean(kept['density']):.3f}",
+            f"{fmean(kept['recovered']):.3f}",
             f"{min(kept['recovered']):.3f}",
-            f"{fmean(uniform['recovered']):.3f} at {fmean(uniform['density']):.3f}",
+            _recovered(fmean(uniform["recovered"]), fmean(uniform["density"])),
         )
-    ours, theirs = evidence["mean"]["confirmed_on"], evidence["mean"]["uniform"]
+    ours, uniform = evidence["mean"]["confirmed_on"], evidence["mean"]["uniform"]
+    means = f"{ours['density']:.3f}", f"{ours['recovered']:.3f}"
     table.add_section()
-    table.add_row(
-        "mean", "", "", f"{ours['density']:.3f}", f"{ours['recovered']:.3f}", "",
-        f"{theirs['recovered']:.3f} at {theirs['density']:.3f}",
-    )  # fmt: skip
+    table.add_row("mean", "", "", *means, "", _recovered(uniform["recovered"], uniform["density"]))
     console.print(table)
-    console.print(
-        f"The settings, for flexproxy.integrations.transformers.configure(model, path): {output}", soft_wrap=True
-    )
+    grouped = [str(index) for index, config in found.layers.items() if config.groups is not None]
+    if grouped:
+        console.print(f"Heads that do not lie side by side share proxies in layers {', '.join(grouped)}.")
+    console.print(f"The settings are in {output}: configure(model, path) reads them.", soft_wrap=True)
+
+
+def _recovered(mass: float, density: float) -> str:
+    return f"{mass:.3f} of {density:.3f}"
