@@ -108,7 +108,8 @@ def peaks_of(layer: Layer, selection: Selection, index: Tensor, sink: int, local
     row, block = index // BLOCK, torch.arange(LENGTH // BLOCK)
     squares *= ((block >= sink) & (block <= row[:, None] - local)).float()
     kept = selection.block_map()[:, :, row]
-    return (squares * kept).sum((0, 2, 3)) / squares.sum((0, 2, 3)).clamp(min=0.01 * 2 * len(index))
+    share: Tensor = (squares * kept).sum((0, 2, 3)) / squares.sum((0, 2, 3)).clamp(min=0.01 * 2 * len(index))
+    return share
 
 
 def test_merging_ends_with_one_group() -> None:

@@ -60,10 +60,9 @@ class Target(NamedTuple):
 
     def reference(self) -> int:
         """Index of the level that is as the target says."""
-        wanted = self.density if self.density is not None else self.quality
-        assert wanted is not None
-        levels = self.levels()
-        return min(range(len(levels)), key=lambda index: abs(levels[index] - wanted))
+        wanted = self.density if self.quality is None else self.quality
+        distance = [abs(level - (wanted or 0.0)) for level in self.levels()]
+        return distance.index(min(distance))
 
 
 def best_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
