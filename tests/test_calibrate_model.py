@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import subprocess
+import typing
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,11 +19,13 @@ pytest.importorskip("transformers")
 import transformers
 
 import flexproxy
-from flexproxy import ProxyConfig, stats
-from flexproxy.calibration import Calibration, CalibrationError, choose
+from benchmarks import bench_calibrate
+from flexproxy import ProxyConfig, _inputs, stats
+from flexproxy.calibration import Calibration, CalibrationError, calibrate, choose
 from flexproxy.calibration.collect import Layer, read
 from flexproxy.integrations.transformers import configuration, configure, record_selections, save_configuration
-from tests.transformers_models import VOCABULARY, interpreted, make_model, make_tokens, make_vision_language_model, use
+from flexproxy.needle import plant
+from tests.transformers_models import interpreted, make_model, make_tokens, make_vision_language_model, use
 
 BLOCK, LENGTH = 16, 256
 CONFIG = ProxyConfig(block_size=BLOCK, min_budget=BLOCK, stride=2)
@@ -35,7 +39,7 @@ def few_levels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def calibrated(model: Any, **options: Any) -> Calibration:
     default: dict[str, Any] = {"config": CONFIG, "rows": 64} | ({} if "quality" in options else {"density": 0.4})
-    return flexproxy.calibrate(model, TEXTS, **(default | options))
+    return calibrate(model, TEXTS, **(default | options))
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +77,17 @@ def test_layers_are_looked_at_with_the_attention_that_they_have(family: str) -> 
     assert record
 
 
-def test_a_model_is_left_as_it_was() -> None:
+def test_a_model_is_left_as_it_was(result: Calibration) -> None:
+    """And neither its attention nor its settings matter; a second calibration finds the same."""
     model, other = make_model("llama"), make_model("llama")
     use(model, "eager")
     configure(model, {1: ProxyConfig(gamma=0.7)})
     before = configuration(model)
     attention = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
     registered = attention["flexproxy"]
-    calibrated(model)
+    again = calibrated(model)
+    assert (again.layers, again.model, again.versions) == (result.layers, result.model, result.versions)
+    assert dict(again.evidence, seconds=0) == dict(result.evidence, seconds=0)
     assert model.config._attn_implementation == "eager"
     assert configuration(model) == before
     assert attention["flexproxy"] is registered
@@ -154,11 +161,17 @@ def test_a_text_that_was_used_is_known(result: Calibration) -> None:
     assert not result.has_seen(make_tokens(1, 4 * LENGTH, 77))
 
 
-def test_it_is_the_same_each_time(model: Any, result: Calibration) -> None:
-    again = calibrated(model)
-    assert again.layers == result.layers
-    evidence = dict(again.evidence, seconds=0) == dict(result.evidence, seconds=0)
-    assert evidence
+def test_the_needle_model_recovers_more_than_with_the_same_settings_everywhere() -> None:
+    """On texts kept aside, at no more density: the mean over its layers, and the worst of them."""
+    model = _inputs.load_model(_inputs.default_model(), torch.device("cpu"))
+    sources = [_inputs.read_text(Path(str(module.__file__)), 1024).long() for module in (typing, subprocess)]
+    texts = [plant(text, 16, torch.Generator().manual_seed(seed)).tokens for seed, text in enumerate(sources)]
+    config = ProxyConfig(block_size=64, min_budget=64)
+    found = flexproxy.calibrate(model, texts, density=0.3, config=config, max_proxies=2, rows=256)
+    ours, uniform = found.evidence["mean"]["confirmed_on"], found.evidence["mean"]["uniform"]
+    assert ours["density"] <= uniform["density"] + 0.005
+    assert ours["recovered"] > uniform["recovered"]
+    assert ours["recovered_worst_layer"] > uniform["recovered_worst_layer"]
 
 
 # --------------------------------------------------------------------------------------------------------- the file
@@ -268,6 +281,13 @@ def test_mistakes_are_named(model: Any, options: dict[str, Any], message: str) -
 
 
 def test_a_model_without_the_interface() -> None:
+    linear: Any = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match="model: expected a model of transformers, got Linear"):
-        flexproxy.calibrate(torch.nn.Linear(2, 2), TEXTS, density=0.4)  # type: ignore[arg-type]
-    assert VOCABULARY > 7
+        flexproxy.calibrate(linear, TEXTS, density=0.4)
+
+
+def test_the_benchmark_measures_a_calibration(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flexproxy, "calibrate", lambda model, texts, **options: calibrated(model, **options))
+    row = bench_calibrate.measure(model, bench_calibrate.Case(LENGTH, 2, {"density": 0.4}))
+    assert row["seconds"] > 0
+    assert row["confirmed"] == pytest.approx(0.4, abs=0.03)

@@ -17,8 +17,8 @@ pytest.importorskip("typer")
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from flexproxy import ProxyConfig, cli
-from flexproxy.calibration import choose
+from flexproxy import ProxyConfig, calibration, cli
+from flexproxy.calibration import Calibration, choose
 from tests.tiny_model import LAYERS, save_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +51,25 @@ def command(model_folder: Path, tmp_path: Path) -> list[str]:
     }
     (tmp_path / "out").mkdir()
     return ["calibrate", str(model_folder), *(str(word) for pair in options.items() for word in pair)]
+
+
+@pytest.fixture
+def known(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A calibration that takes no time, for tests of what becomes of it."""
+    found = Calibration({0: ProxyConfig(density=0.5)}, {}, _evidence(), {})
+    monkeypatch.setattr(calibration, "calibrate", lambda *_, **__: found)
+
+
+def _evidence() -> dict[str, Any]:
+    kept = {"density": [0.5], "recovered": [0.9]}
+    mean = {"density": 0.5, "recovered": 0.9}
+    return {
+        "target": {"density": 0.5},
+        "length": 1,
+        "sequences": {"decided_on": 1, "confirmed_on": 1},
+        "mean": {"confirmed_on": mean, "uniform": mean},
+        "layers": {"0": {"confirmed_on": kept, "uniform": kept}},
+    }
 
 
 def test_files_and_table(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,7 +166,7 @@ def test_an_unknown_model(command: list[str], tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_file_is_replaced_only_when_told_to(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], tmp_path: Path, known: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "out" / "calibration.json"
     path.write_text("precious")
@@ -159,7 +178,7 @@ def test_a_file_is_replaced_only_when_told_to(
 
 
 def test_a_full_disk(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str], tmp_path: Path, known: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
