@@ -225,7 +225,7 @@ def _layer_evidence(measured: Measured, decided: Kept, confirmed: Kept, uniform:
         "similarity": _rounded(measured.similarity.tolist()),
         "groupings": [
             {
-                "groups": grouping.groups,
+                "groups": [list(heads) for heads in grouping.groups],
                 "recovered": _rounded([point.recovered for point in grouping.curve]),
                 "peaks_of_heads": _rounded(grouping.peaks.mT.tolist()),
             }

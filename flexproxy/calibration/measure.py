@@ -41,8 +41,7 @@ def levels_of(layer: Layer, config: ProxyConfig, settings: Sequence[Mapping[str,
     """Counts and densities of a layer. settings: fields of ProxyConfig that take the place of those in ``config``."""
     counts, densities = [], []
     for setting in settings:
-        # Budgets do not depend on the scores, so these are made as cheap as they can be.
-        sparse = replace(replace(config, **setting), num_proxies=1, groups=None, stride=config.block_size)
+        sparse = _without_scores(replace(config, **setting))
         selection = flexproxy.select(layer.q, layer.k, block_mask=layer.block_mask, config=sparse, scale=layer.scale)
         counts.append(selection.count.to(torch.int64))
         densities.append(selection.density().double().mean())
@@ -72,8 +71,8 @@ class Rows:
         self._layer = layer
         self._config = replace(config, groups=None, gamma=1.0, density=None, max_budget=None)
         self.index = row_index(layer.q.shape[2], number, layer.q.device)
-        cheap = replace(self._config, num_proxies=1, stride=config.block_size)
-        selection = flexproxy.select(layer.q, layer.k, block_mask=layer.block_mask, config=cheap, scale=layer.scale)
+        plain = _without_scores(self._config)
+        selection = flexproxy.select(layer.q, layer.k, block_mask=layer.block_mask, config=plain, scale=layer.scale)
         masses = row_masses(layer.q, layer.k, selection, self.index, layer.scale)
         rows = masses.shape[0] * masses.shape[2]
         self.mass = masses / rows
@@ -125,6 +124,11 @@ class Rows:
 
     def _at_rows(self, blocks: Tensor) -> Tensor:
         return blocks[:, :, self.index // self._config.block_size]
+
+
+def _without_scores(config: ProxyConfig) -> ProxyConfig:
+    """The settings, with scores as cheap as they can be: budgets and the mask do not depend on them."""
+    return replace(config, num_proxies=1, groups=None, stride=config.block_size, query_stride=None)
 
 
 def _forced(selection: Selection, config: ProxyConfig) -> Tensor:

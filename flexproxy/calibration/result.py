@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexproxy._files import replacing, write_problem
 from flexproxy.calibration.texts import marks
-from flexproxy.config import ProxyConfig, changed_fields
+from flexproxy.config import ProxyConfig, changed_fields, read_settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,6 +67,19 @@ class Calibration:
         text = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text)  # a list of numbers on a line
         with replacing(path) as unfinished:
             unfinished.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read back what ``save`` wrote.
+
+        Raises:
+            ValueError: there is no such file, or it is not of a calibration.
+        """
+        model, layers = read_settings(path, "path")
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if "evidence" not in data:
+            raise ValueError(f"path: expected a file of flexproxy calibrate, got {path}, which has settings alone")
+        return cls(layers, model, data["evidence"], data.get("versions", {}))
 
     def has_seen(self, tokens: Tensor) -> bool:
         """Whether a text repeats 256 tokens in a row of what this calibration used: do not evaluate it on such a text.
