@@ -203,6 +203,14 @@ def test_levels_of_a_quality() -> None:
     assert found == min(level for level in levels if level - 0.02 >= 0.98)
 
 
+def test_min_budget_does_not_hide_a_gamma_that_is_too_low() -> None:
+    """Of the levels that keep no more than min_budget, the highest is taken: longer prompts will need it."""
+    target = Target.of(None, 0.9)
+    levels = target.levels()
+    curve = [Point(max(0.3, level / 2), max(0.95, level)) for level in levels]
+    assert choose.levels_for([curve], target) == [max(level for level in levels if level <= 0.6)]
+
+
 @pytest.mark.parametrize(
     ("density", "quality", "message"),
     [

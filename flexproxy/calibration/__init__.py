@@ -94,13 +94,24 @@ def calibrate(
     target, config = Target.of(density, quality), check_config(config)
     _check_numbers(sequences=(sequences, 2), max_proxies=(max_proxies, 1), rows=(rows, 1))
     layers = attention_layers(model)
+    if model.training:
+        raise CalibrationError(
+            "model: expected one in eval mode, got one that is in training; call model.eval() before"
+        )
+    identity = identity_of(model, all_modules(layers))
+    if "weights" not in identity:
+        raise CalibrationError(
+            "model: expected one with all of its weights in this process, got shards of them, or weights that are "
+            "elsewhere; load it without tensor parallelism, FSDP and offloading"
+        )
     decide, confirm = _split(model, texts, length, sequences, config)
     passes = _Passes(model, config.block_size, len(layers), 3 if quality is None else 4, progress)
 
     measured = passes.over(
         "measuring heads", decide, lambda _, layer: measure(layer, config, target, max_proxies, rows)
     )
-    chosen = _choose(measured, target, tolerance)
+    at = _levels_with_best_rankings(measured, target)
+    chosen = _choose(measured, at, target, tolerance)
     if quality is not None:
         chosen = passes.over(
             "reaching the quality", confirm, lambda index, layer: _raise(layer, chosen[index], quality, target, rows)
@@ -132,10 +143,11 @@ def calibrate(
             "uniform": _mean(theirs for _, theirs in confirmed.values()),
         },
         "layers": {
-            str(index): _layer_evidence(measured[index], decided[index], *confirmed[index]) for index in measured
+            str(index): _layer_evidence(measured[index], at[index], decided[index], *confirmed[index])
+            for index in measured
         },
     }
-    return Calibration(chosen, identity_of(model, all_modules(layers)), evidence, _versions())
+    return Calibration(chosen, identity, evidence, _versions())
 
 
 class _Passes(NamedTuple):
@@ -187,13 +199,20 @@ def _split(
     return decide, confirm
 
 
-def _choose(measured: dict[int, Measured], target: Target, tolerance: float) -> dict[int, ProxyConfig]:
-    # First as if every layer had its best ranking; then with the fewest proxies that rank as well at what this gives.
+def _levels_with_best_rankings(measured: dict[int, Measured], target: Target) -> dict[int, int]:
+    """Index of the level that each layer would have if it had its best ranking."""
     best = [choose.best_curve([grouping.curve for grouping in layer.groupings]) for layer in measured.values()]
-    groupings = [
-        layer.groupings[choose.fewest([grouping.peaks[:, level].tolist() for grouping in layer.groupings], tolerance)]
-        for layer, level in zip(measured.values(), choose.nearest_levels(best, target), strict=True)
-    ]
+    return dict(zip(measured, choose.nearest_levels(best, target), strict=True))
+
+
+def _choose(
+    measured: dict[int, Measured], at: dict[int, int], target: Target, tolerance: float
+) -> dict[int, ProxyConfig]:
+    """The settings: the fewest proxies that rank well enough at a level of each layer, and what then is its level."""
+    groupings = []
+    for index, layer in measured.items():
+        kept = [grouping.peaks[:, at[index]].tolist() for grouping in layer.groupings]
+        groupings.append(layer.groupings[choose.fewest(kept, tolerance)])
     levels = choose.levels_for([grouping.curve for grouping in groupings], target)
     return {
         index: replace(grouping.config, **target.setting(level))
@@ -220,18 +239,20 @@ def _mean(kept: Iterable[Kept]) -> dict[str, float]:
     }
 
 
-def _layer_evidence(measured: Measured, decided: Kept, confirmed: Kept, uniform: Kept) -> dict[str, Any]:
+def _layer_evidence(measured: Measured, at: int, decided: Kept, confirmed: Kept, uniform: Kept) -> dict[str, Any]:
+    density = [point.density for point in measured.groupings[0].curve]
     return {
         "similarity": _rounded(measured.similarity.tolist()),
         "groupings": [
             {
                 "groups": [list(heads) for heads in grouping.groups],
                 "recovered": _rounded([point.recovered for point in grouping.curve]),
-                "peaks_of_heads": _rounded(grouping.peaks.mT.tolist()),
+                "peaks": _rounded(grouping.peaks[:, at].tolist()),
             }
             for grouping in measured.groupings
         ],
-        "density": _rounded([point.density for point in measured.groupings[0].curve]),
+        "density": _rounded(density),
+        "peaks_at_density": round(density[at], 4),
         "decided_on": _rounded(decided._asdict()),
         "confirmed_on": _rounded(confirmed._asdict()),
         "uniform": _rounded(uniform._asdict()),

@@ -129,11 +129,18 @@ def nearest_levels(curves: Sequence[Sequence[Point]], target: Target) -> list[in
             min(range(len(curve)), key=lambda index: abs(curve[index].density - share))
             for share, curve in zip(shares, curves, strict=True)
         ]
-    quality = target.quality or 0.0
-    return [
-        next((index for index, point in enumerate(curve) if point.recovered >= quality), len(curve) - 1)
-        for curve in curves
-    ]
+    return [_lowest(curve, target.quality or 0.0) for curve in curves]
+
+
+def _lowest(curve: Sequence[Point], quality: float) -> int:
+    """Index of the sparsest level that recovers a quality; of those that keep the same, the last.
+
+    Where min_budget decides what is kept, a gamma too low would not show before prompts are longer.
+    """
+    index = next((index for index, point in enumerate(curve) if point.recovered >= quality), len(curve) - 1)
+    while index + 1 < len(curve) and curve[index + 1].density == curve[index].density:
+        index += 1
+    return index
 
 
 def _neighbours(values: Sequence[Any]) -> list[tuple[Any, Any]]:

@@ -28,10 +28,11 @@ class Calibration:
         model: the shape of the model, and a hash that tells its weights from others.
         evidence: what was asked for, and what was measured, as plain data. ``layers[str(index)]`` has of each layer the
             ``similarity`` of its heads (share of the peaks of head j that the ranking of head i keeps), the
-            ``groupings`` that were tried with the mass that they recover and the peaks that heads keep at every
-            ``density`` tried, and under ``decided_on``, ``confirmed_on`` and ``uniform`` what is kept: of the sequences
-            that decided, of those that were kept aside, and of the latter with the same settings in all layers at the
-            same mean density. Peaks are explained in NOTE [Peaks].
+            ``groupings`` that were tried with the mass that they recover at every ``density`` tried and the peaks that
+            heads keep at one of them, ``peaks_at_density``, by which one was chosen; and under ``decided_on``,
+            ``confirmed_on`` and ``uniform`` what is kept: of the sequences that decided, of those that were kept aside,
+            and of the latter with the same settings in all layers at the same mean density. *Peaks* are the blocks on
+            which attention is concentrated, apart from those nearby.
         versions: of what it was made with.
     """
 

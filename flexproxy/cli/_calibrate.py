@@ -146,18 +146,15 @@ def _show(found: Calibration, output: Path) -> None:
             f"{fmean(kept['density']):.3f}",
             f"{fmean(kept['recovered']):.3f}",
             f"{min(kept['recovered']):.3f}",
-            _recovered(fmean(uniform["recovered"]), fmean(uniform["density"])),
+            f"{fmean(uniform['recovered']):.3f}",
         )
     ours, uniform = evidence["mean"]["confirmed_on"], evidence["mean"]["uniform"]
-    means = f"{ours['density']:.3f}", f"{ours['recovered']:.3f}"
     table.add_section()
-    table.add_row("mean", "", "", *means, "", _recovered(uniform["recovered"], uniform["density"]))
+    means = f"{ours['density']:.3f}", f"{ours['recovered']:.3f}", "", f"{uniform['recovered']:.3f}"
+    table.add_row("mean", "", "", *means)
+    table.caption = f"Same in all layers: one setting for all of them, which keeps {uniform['density']:.3f}"
     console.print(table)
     grouped = [str(index) for index, config in found.layers.items() if config.groups is not None]
     if grouped:
         console.print(f"Heads that do not lie side by side share proxies in layers {', '.join(grouped)}.")
     console.print(f"The settings are in {output}: configure(model, path) reads them.", soft_wrap=True)
-
-
-def _recovered(mass: float, density: float) -> str:
-    return f"{mass:.3f} of {density:.3f}"
