@@ -129,6 +129,18 @@ def test_the_density_is_reached_on_texts_kept_aside(result: Calibration) -> None
         assert len(layer["similarity"]) == 4
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_reaches_the_same(model: Any, result: Calibration) -> None:
+    found = calibrated(copy.deepcopy(model).cuda())
+    assert found.model == result.model
+    for kind in ("decided_on", "confirmed_on"):
+        for name in ("density", "recovered"):
+            assert found.evidence["mean"][kind][name] == pytest.approx(result.evidence["mean"][kind][name], abs=0.03)
+    half = copy.deepcopy(model).to("cuda", torch.bfloat16)
+    assert calibrated(half, quality=0.8).evidence["mean"]["confirmed_on"]["recovered_worst_layer"] >= 0.8
+
+
 def test_the_quality_is_reached_on_texts_kept_aside(model: Any) -> None:
     """And with a lower gamma it is not: by statistics of the prefill itself, not by what calibration says."""
     found = calibrated(model, quality=0.9)
@@ -304,7 +316,14 @@ def test_a_model_in_training() -> None:
 
 
 def test_the_benchmark_measures_a_calibration(model: Any, result: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flexproxy, "calibrate", lambda model, texts, **options: result)
-    row = bench_calibrate.measure(model, bench_calibrate.Case(LENGTH, 2, {"density": 0.4}))
-    assert row["seconds"] > 0
-    assert row["confirmed"] == pytest.approx(0.4, abs=0.03)
+    asked: list[Any] = []
+
+    def run(model: Any, texts: Any, **options: Any) -> Calibration:
+        asked.append(([len(text) for text in texts], options))
+        return result
+
+    monkeypatch.setattr(flexproxy, "calibrate", run)
+    row = bench_calibrate.measure(model, bench_calibrate.Case(LENGTH, 2, {"quality": 0.8}))
+    assert asked == [([LENGTH] * 2, {"sequences": 2, "quality": 0.8})]
+    mean = result.evidence["mean"]
+    assert (row["decided"], row["confirmed"]) == tuple(mean[kind]["density"] for kind in ("decided_on", "confirmed_on"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import flexproxy
 from flexproxy import ProxyConfig, Selection, masks, stats
-from flexproxy.calibration import choose, texts
+from flexproxy.calibration import _raise, choose, texts
 from flexproxy.calibration.choose import Point, Target
 from flexproxy.calibration.collect import Layer
 from flexproxy.calibration.errors import CalibrationError
@@ -59,9 +60,10 @@ def few_levels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("patterns", [[0, 1, 0, 1], [0, 0, 1, 2, 1, 2, 0, 1]])
-def test_planted_groups_are_found(patterns: list[int]) -> None:
+def test_planted_groups_are_found(patterns: list[int], device: str) -> None:
     """Heads that look alike, and do not lie side by side, share a proxy; and no more proxies are taken than that."""
-    layer = planted_layer(patterns)
+    planted = planted_layer(patterns)
+    layer = make_layer(planted.q.to(device), planted.k.to(device))
     measured = measure(layer, CONFIG, Target.of(0.2, None), len(patterns), 64)
     number = max(patterns) + 1
     (found,) = [g for g in measured.groupings if len(g.groups) == number and g.config.groups is not None]
@@ -209,6 +211,19 @@ def test_min_budget_does_not_hide_a_gamma_that_is_too_low() -> None:
     levels = target.levels()
     curve = [Point(max(0.3, level / 2), max(0.95, level)) for level in levels]
     assert choose.levels_for([curve], target) == [max(level for level in levels if level <= 0.6)]
+
+
+def test_texts_kept_aside_raise_a_gamma_that_does_not_reach_the_quality_on_them() -> None:
+    target = Target.of(None, 0.9)
+    layer = planted_layer([0, 1, 0, 1])
+
+    def recovered(gamma: float) -> float:
+        return fmean(evaluate(layer, replace(CONFIG, gamma=gamma), 64).recovered)
+
+    reaching = [level for level in target.levels() if recovered(level) >= 0.9]
+    assert target.levels()[1] < reaching[0] < reaching[-1] == 1.0
+    for gamma, raised in ((target.levels()[0], reaching[0]), (reaching[0], reaching[0]), (reaching[-2], reaching[-2])):
+        assert _raise(layer, replace(CONFIG, gamma=gamma), 0.9, target, 64) == replace(CONFIG, gamma=raised)
 
 
 @pytest.mark.parametrize(
