@@ -215,7 +215,7 @@ def test_min_budget_does_not_hide_a_gamma_that_is_too_low() -> None:
 
 def test_texts_kept_aside_raise_a_gamma_that_does_not_reach_the_quality_on_them() -> None:
     target = Target.of(None, 0.9)
-    layer = planted_layer([0, 1, 0, 1])
+    layer = planted_layer([0, 0, 0, 0], 8.0)
 
     def recovered(gamma: float) -> float:
         return fmean(evaluate(layer, replace(CONFIG, gamma=gamma), 64).recovered)
