@@ -3,6 +3,9 @@
 flex_attention(q, k, v, block_mask=flexproxy.build(q, k), enable_gqa=True)
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from flexproxy import masks
 from flexproxy.attention import attention
 from flexproxy.block_mask import and_block_masks
@@ -10,6 +13,9 @@ from flexproxy.config import ProxyConfig
 from flexproxy.kernel_options import kernel_options
 from flexproxy.pipeline import build, select
 from flexproxy.selection import Selection
+
+if TYPE_CHECKING:
+    from flexproxy.calibration import calibrate
 
 __version__ = "0.1.0"
 
@@ -19,7 +25,17 @@ __all__ = [
     "and_block_masks",
     "attention",
     "build",
+    "calibrate",
     "kernel_options",
     "masks",
     "select",
 ]
+
+# What needs more than torch and einops is imported when it is first asked for.
+_LAZY = {"calibrate": "flexproxy.calibration"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

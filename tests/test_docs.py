@@ -37,7 +37,7 @@ def run(page: str, names: dict[str, Any]) -> None:
         exec(compile(block, page, "exec"), names)
 
 
-NEED_TRANSFORMERS = ("transformers.md", "quickstart.md", "concepts.md")
+NEED_TRANSFORMERS = ("transformers.md", "quickstart.md", "concepts.md", "choosing.md")
 DRAWN = ("concepts.md",)  # test_pictures runs it
 
 
@@ -56,6 +56,11 @@ def test_code_of_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     run("quickstart.md", names)
     assert {config.min_budget for config in configuration(names["model"]).values()} == {1024}
+
+
+def test_code_of_choosing() -> None:
+    pytest.importorskip("transformers")
+    run("choosing.md", {})
 
 
 @pytest.mark.slow

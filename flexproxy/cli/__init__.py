@@ -39,11 +39,13 @@ def _options(
 
 
 def _app() -> typer.Typer:
+    from flexproxy.cli._calibrate import calibrate
     from flexproxy.cli._demo import demo
     from flexproxy.cli._info import info
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.callback()(_options)
+    app.command()(calibrate)
     app.command()(demo)
     app.command()(info)
     return app
