@@ -127,14 +127,7 @@ def peak_memory(run: Callable[[], Any]) -> Row:
 
 
 def environment() -> dict[str, Any]:
-    """The device, the versions, and the day."""
-
-    def version(package: str) -> str:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return "absent"
-
+    """The GPU, the versions, and the day."""
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "gpu": device.name,
@@ -142,11 +135,26 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(device.total_memory / 2**30, 1),
         "multiprocessors": device.multi_processor_count,
         "l2_cache_mib": round(device.L2_cache_size / 2**20, 1),
+        **versions(),
+    }
+
+
+def versions() -> dict[str, Any]:
+    """Of what results depend on, and the day."""
+
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "absent"
+
+    return {
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
         "triton": version("triton"),
         "flash-attn-4": version("flash-attn-4"),
+        "transformers": version("transformers"),
         "python": platform.python_version(),
         "flexproxy": flexproxy.__version__,
         "date": datetime.now(timezone.utc).date().isoformat(),

@@ -15,6 +15,7 @@ from flexproxy.pipeline import build, select
 from flexproxy.selection import Selection
 
 if TYPE_CHECKING:
+    from flexproxy.calibration import calibrate
     from flexproxy.recording import record
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "and_block_masks",
     "attention",
     "build",
+    "calibrate",
     "kernel_options",
     "masks",
     "record",
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 # What needs more than torch and einops is imported when it is first asked for.
-_LAZY = {"record": "flexproxy.recording"}
+_LAZY = {"calibrate": "flexproxy.calibration", "record": "flexproxy.recording"}
 
 
 def __getattr__(name: str) -> Any:

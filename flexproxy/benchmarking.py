@@ -48,6 +48,7 @@ BENCHMARKS = {
         ("part", "length", "contender", "density"),
         ("median_ms", "peak_mib", "layer_ms", "flexproxy_ms"),
     ),
+    "calibrate": Benchmark("a calibration", ("length", "sequences", "target"), ("seconds", "peak_mib")),
 }
 
 
@@ -93,8 +94,8 @@ def compare(name: str, measured: Sequence[Row], committed: Sequence[Row]) -> lis
     return found
 
 
-def _case(row: Row, keys: Sequence[str]) -> tuple[Any, ...]:
-    return tuple(row.get(key) for key in keys)
+def _case(row: Row, keys: Sequence[str]) -> str:
+    return json.dumps([row.get(key) for key in keys], sort_keys=True)  # a target is a dict
 
 
 def root() -> Path:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 __all__ = ["ProxyConfig"]
@@ -115,6 +118,18 @@ class ProxyConfig:
         """Tokens from one sampled query to the next, and from one sampled key to the next."""
         return self.stride if self.query_stride is None else self.query_stride, self.stride
 
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> dict[int, ProxyConfig]:
+        """The settings of each layer, by index, from a file of ``flexproxy calibrate`` or of ``save_configuration``.
+
+        Which model the file was made for is not looked at here: ``configure(model, path)`` of the transformers
+        integration refuses a file of another model.
+
+        Raises:
+            ValueError: there is no such file, or it holds something else; the message says what.
+        """
+        return read_settings(path, "path")[1]
+
     @property
     def min_blocks(self) -> int:
         """Blocks that every row keeps at least."""
@@ -170,3 +185,54 @@ def _check_groups(groups: object) -> tuple[int, ...]:
             f"{missing or 'all of them'}; number the proxies without gaps"
         )
     return tuple(groups)
+
+
+def changed_fields(config: ProxyConfig) -> dict[str, Any]:
+    """The fields that differ from their defaults: how a file holds the settings of a layer."""
+    default = ProxyConfig()
+    names = (field.name for field in fields(ProxyConfig))
+    return {name: value for name in names if (value := getattr(config, name)) != getattr(default, name)}
+
+
+def read_settings(path: str | os.PathLike[str], argument: str) -> tuple[Any, dict[int, ProxyConfig]]:
+    """What a file says of its model, and the settings of its layers by index. argument: whom errors name.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{argument}: cannot read {path}: {error.strerror}; pass the path of a JSON file") from error
+    except ValueError as error:
+        raise ValueError(
+            f"{argument}: expected JSON in {path}, got {error}; write it with save_configuration or flexproxy calibrate"
+        ) from error
+    if not isinstance(data, dict) or data.get("flexproxy") != 1 or not isinstance(data.get("layers"), dict):
+        raise ValueError(
+            f'{argument}: expected {{"flexproxy": 1, "model": ..., "layers": ...}} in {path}, got something else; '
+            "write it with save_configuration or flexproxy calibrate"
+        )
+    layers = data["layers"].items()
+    return data.get("model"), {_layer(index, path, argument): _config(x, index, path, argument) for index, x in layers}
+
+
+def _layer(index: str, path: Path, argument: str) -> int:
+    if not index.isdecimal():
+        raise ValueError(f'{argument}: expected layers by number in {path}, got {index!r}; write "0", "1" and so on')
+    return int(index)
+
+
+def _config(values: Any, index: str, path: Path, argument: str) -> ProxyConfig:
+    names = [field.name for field in fields(ProxyConfig)]
+    unknown = sorted(set(values) - set(names)) if isinstance(values, dict) else [values]
+    if unknown:
+        raise ValueError(
+            f"{argument}: expected fields of ProxyConfig for layer {index} in {path}, got {unknown}; use some of "
+            f"{', '.join(names)}"
+        )
+    try:
+        return ProxyConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{argument}: layer {index} in {path}: {error}") from error

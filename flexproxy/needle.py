@@ -16,8 +16,8 @@ KEY, VAL, QRY, END = 256, 257, 258, 259
 VOCAB_SIZE = 260
 ANSWER_LENGTH = 4
 
-_ALPHABET = b"abcdefghijklmnopqrstuvwxyz0123456789"
-_NUM_WORDS = len(_ALPHABET) ** ANSWER_LENGTH  # different keys, and different values
+ALPHABET = b"abcdefghijklmnopqrstuvwxyz0123456789"
+NUM_WORDS = len(ALPHABET) ** ANSWER_LENGTH  # different keys, and different values
 _SLOT = 16  # a needle or a query lies somewhere inside an aligned window of 16 tokens
 _LENGTH = 3 + 2 * ANSWER_LENGTH
 
@@ -35,11 +35,11 @@ class NeedleBatch(NamedTuple):
     planted: Tensor
 
 
-def _words(ids: Tensor) -> Tensor:
+def spell(ids: Tensor) -> Tensor:
     """Spell numbers ``[...]`` below 36**4 as four letters each: ``[..., 4]``."""
-    alphabet = torch.tensor(list(_ALPHABET), device=ids.device)
-    powers = len(_ALPHABET) ** torch.arange(ANSWER_LENGTH - 1, -1, -1, device=ids.device)
-    return alphabet[ids[..., None] // powers % len(_ALPHABET)]
+    alphabet = torch.tensor(list(ALPHABET), device=ids.device)
+    powers = len(ALPHABET) ** torch.arange(ANSWER_LENGTH - 1, -1, -1, device=ids.device)
+    return alphabet[ids[..., None] // powers % len(ALPHABET)]
 
 
 def plant(text: Tensor, num_needles: int, generator: torch.Generator) -> NeedleBatch:
@@ -71,9 +71,9 @@ def plant(text: Tensor, num_needles: int, generator: torch.Generator) -> NeedleB
     start = slot * _SLOT + randint(_SLOT - _LENGTH + 1, batch, num_needles, 2)
 
     # One key from each of num_needles ranges of words: random, and never the same twice.
-    span = _NUM_WORDS // num_needles
-    key = _words(torch.arange(num_needles, device=device) * span + randint(span, batch, num_needles))
-    value = _words(randint(_NUM_WORDS, batch, num_needles))
+    span = NUM_WORDS // num_needles
+    key = spell(torch.arange(num_needles, device=device) * span + randint(span, batch, num_needles))
+    value = spell(randint(NUM_WORDS, batch, num_needles))
     pattern = torch.empty(batch, num_needles, 2, _LENGTH, dtype=torch.long, device=device)
     pattern[:, :, 0, 0], pattern[:, :, 1, 0] = KEY, QRY
     pattern[..., 1:5] = key[:, :, None]

@@ -19,7 +19,7 @@ import torch
 import flexproxy
 from flexproxy._files import replacing
 from flexproxy._info import version_of
-from flexproxy.config import ProxyConfig
+from flexproxy.config import ProxyConfig, changed_fields
 from flexproxy.stats import recovered_mass
 from flexproxy.summary import PerHead, PerHeadCount, as_tuples
 from flexproxy.totals import table_of
@@ -67,10 +67,7 @@ class Pass:
 
     def to_json(self) -> dict[str, Any]:
         """The pass as plain data; of the settings, those that differ from their defaults."""
-        default = ProxyConfig()
-        config = None
-        if self.config is not None:
-            config = {name: x for name, x in asdict(self.config).items() if x != getattr(default, name)}
+        config = None if self.config is None else changed_fields(self.config)
         mass = self.mass and [[None if math.isnan(x) else x for x in heads] for heads in self.mass]
         return asdict(self) | {"config": config, "density": self.density, "mass": mass}
 
@@ -139,7 +136,8 @@ def record(model: PreTrainedModel, *, mass: bool = False) -> Iterator[Record]:
         ModuleNotFoundError: transformers is not installed.
         TypeError, ValueError: ``model`` is something else, its attention is another, or it is compiled.
     """
-    from flexproxy.integrations.transformers.configuration import attention_layers, shape_of
+    from flexproxy.integrations.transformers.configuration import attention_layers
+    from flexproxy.integrations.transformers.identity import shape_of
     from flexproxy.integrations.transformers.observing import observe
 
     modules = [module for layer in attention_layers(model).values() for module in layer]

@@ -60,6 +60,11 @@ def test_what_failed_is_a_row_too() -> None:
     ]
 
 
+def test_a_target_is_part_of_the_case() -> None:
+    rows = [{"length": 8192, "sequences": 4, "target": {"density": x}, "seconds": x} for x in (0.1, 0.2)]
+    assert [x.committed for x in compare("calibrate", rows, rows[::-1])] == [0.1, 0.2]
+
+
 def test_keys_that_a_row_lacks_tell_it_apart() -> None:
     common = {"length": 8192, "contender": "flexproxy", "part": "total", "target_density": 0.1}
     rows = [common | {"kernel": name, "median_ms": ms} for name, ms in (("default", 1.0), ("triton", 2.0))]
@@ -74,7 +79,7 @@ def test_committed_rows_have_the_keys_and_no_two_the_same_case(name: str) -> Non
     if result is None:
         pytest.skip("not committed yet")
     keys, values = BENCHMARKS[name].keys, BENCHMARKS[name].values
-    cases = [tuple(row.get(key) for key in keys) for row in result["rows"]]
+    cases = [json.dumps([row.get(key) for key in keys]) for row in result["rows"]]
     assert len(set(cases)) == len(cases)
     assert all(set(row) & set(keys) for row in result["rows"])
     assert any(row.get(values[0]) for row in result["rows"])

@@ -38,7 +38,7 @@ def run(page: str, names: dict[str, Any]) -> None:
         exec(compile(block, page, "exec"), names)
 
 
-NEED_TRANSFORMERS = ("transformers.md", "quickstart.md", "concepts.md", "inspection.md")
+NEED_TRANSFORMERS = ("transformers.md", "quickstart.md", "concepts.md", "choosing.md", "inspection.md")
 DRAWN = ("concepts.md",)  # test_pictures runs it
 
 
@@ -57,6 +57,11 @@ def test_code_of_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     run("quickstart.md", names)
     assert {config.min_budget for config in configuration(names["model"]).values()} == {1024}
+
+
+def test_code_of_choosing() -> None:
+    pytest.importorskip("transformers")
+    run("choosing.md", {})
 
 
 @pytest.mark.slow
@@ -162,6 +167,18 @@ def test_names_exist(page: str) -> None:
             if not hasattr(found, part):
                 importlib.import_module(".".join(parts[:depth]))
             found = getattr(found, part)
+
+
+def test_figures_of_quality() -> None:
+    """The tables are those of the committed result, and its plot is there."""
+    report = pytest.importorskip("benchmarks.quality.report")
+    data = json.loads((ROOT / "benchmarks/results/quality_cpu.json").read_text())
+    assert data["complete"]
+    page = (DOCS / "quality.md").read_text()
+    tables = [report.markdown(data["rows"], length, task) for length, task in report.panels(data["rows"])]
+    assert len(tables) == 2
+    assert all(table in page for table in tables)
+    assert (ROOT / "benchmarks/results/quality_cpu.png").exists()
 
 
 def test_figures_of_the_stages() -> None:

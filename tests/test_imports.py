@@ -145,6 +145,7 @@ def test_public_names() -> None:
         "and_block_masks",
         "attention",
         "build",
+        "calibrate",
         "kernel_options",
         "masks",
         "record",
@@ -166,6 +167,8 @@ def test_public_names() -> None:
         "ProxyConfig.paper": "**changes",
         "kernel_options": "q, k",
         "and_block_masks": "a, b",
+        "calibrate": "model, texts, *, density=None, quality=None, config=None, length=None, sequences=4, "
+        "max_proxies=8, tolerance=0.03, rows=512, progress=None",
         "masks.causal": "b, h, q_idx, kv_idx",
         "masks.full": "b, h, q_idx, kv_idx",
         "masks.sliding_window": "window",
@@ -218,7 +221,17 @@ def test_core_imports_only_what_is_required() -> None:
     allowed = set(sys.stdlib_module_names) | {"torch", "einops", "flexproxy"}
     assert {"attention", *BUILD_PATH} <= core()
     assert {*STAGES, *FOUNDATIONS, "block_mask", "pipeline", "selection"} <= set(BUILD_PATH)
-    assert not core() & {"cli", "demo", "reference", "needle", "integrations", "stats", "plot", "recording"}
+    assert not core() & {
+        "calibration",
+        "cli",
+        "demo",
+        "reference",
+        "needle",
+        "integrations",
+        "stats",
+        "plot",
+        "recording",
+    }
     for module in sorted(core()):
         foreign = {name.partition(".")[0] for name in imported_names(tree_of(module))} - allowed
         assert not foreign, f"{module} imports {foreign}"

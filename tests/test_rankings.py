@@ -21,7 +21,7 @@ BUDGETED: dict[str, Callable[..., Tensor]] = {
     "sink + recent": sink_recent,
     "random": random_blocks,
 }
-SMALL: dict[str, int] = {"min_budget": 0, "block_size": SIZE}
+SMALL: dict[str, Any] = {"min_budget": 0, "block_size": SIZE}
 
 
 @pytest.mark.parametrize("name", BUDGETED)

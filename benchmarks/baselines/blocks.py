@@ -16,7 +16,8 @@ from flexproxy.block_mask import compile_block_mask
 from flexproxy.selection import membership
 
 BLOCK_SIZE = 128
-CHUNK_ELEMENTS = 2**27  # logits in one piece: 256 MiB in bf16, 512 MiB in fp32
+# Logits in one piece: on a GPU 256 MiB in bf16, 512 MiB in fp32; on a CPU what its caches hold.
+CHUNK_ELEMENTS = 2**27 if torch.cuda.is_available() else 2**22
 
 P = ParamSpec("P")
 

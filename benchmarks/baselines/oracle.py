@@ -50,7 +50,12 @@ def oracle(
 
 
 def oracle_per_row(
-    q: Tensor, k: Tensor, coverage: float = 0.95, min_budget: int = 2048, block_size: int = BLOCK_SIZE
+    q: Tensor,
+    k: Tensor,
+    coverage: float = 0.95,
+    min_budget: int = 2048,
+    block_size: int = BLOCK_SIZE,
+    mass: Tensor | None = None,
 ) -> Tensor:
     """The fewest blocks of every row that hold a share of its attention, causal: bool ``[B, Hq, N, N]``.
 
@@ -59,12 +64,13 @@ def oracle_per_row(
         k: ``[B, Hkv, S, D]``.
         coverage: share of a row's attention, in [0, 1]; 1 keeps every block.
         min_budget: tokens that every row keeps at least.
+        mass: ``block_mass`` of q and k, where it is known already: it is nearly all of the work.
 
     Raises:
         ValueError: shapes do not fit.
     """
     check_prompt(q, k)
-    mass = block_mass(q, k, block_size)
+    mass = block_mass(q, k, block_size) if mass is None else mass
     num_blocks = mass.shape[-1]
     diagonal = torch.eye(num_blocks, dtype=torch.bool, device=q.device)
     kept = smallest_cover(mass, coverage, diagonal, -(-min_budget // block_size))

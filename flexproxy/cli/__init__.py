@@ -40,12 +40,14 @@ def _options(
 
 def _app() -> typer.Typer:
     from flexproxy.cli._bench import bench
+    from flexproxy.cli._calibrate import calibrate
     from flexproxy.cli._demo import demo
     from flexproxy.cli._info import info
     from flexproxy.cli._inspect import inspect
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.callback()(_options)
+    app.command()(calibrate)
     app.command()(demo)
     app.command()(info)
     app.command()(inspect)

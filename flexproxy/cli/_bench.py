@@ -26,7 +26,7 @@ def bench(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="NAME", help="Among build, attention, memory, tiles, cold, prefill; by default all of them."
+            metavar="NAME", help="Among build, attention, memory, tiles, cold, prefill, calibrate; by default all."
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few, short cases, to see that everything runs.")] = False,

@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -16,14 +15,14 @@ from transformers import PreTrainedModel
 
 from flexproxy import ProxyConfig
 from flexproxy._files import replacing
+from flexproxy.config import changed_fields, read_settings
+from flexproxy.integrations.transformers.identity import check_identity, shape_of
 from flexproxy.proxy import head_groups
 
 Settings: TypeAlias = "ProxyConfig | Mapping[int, ProxyConfig] | str | os.PathLike[str]"
 
 _ATTRIBUTE = "flexproxy_config"
 _DEFAULT = ProxyConfig()
-_FIELDS = tuple(field.name for field in dataclasses.fields(ProxyConfig))
-_SHAPE = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
 def configure(model: PreTrainedModel, settings: Settings) -> None:
@@ -36,16 +35,19 @@ def configure(model: PreTrainedModel, settings: Settings) -> None:
     Args:
         model: a model whose attention goes through transformers' ``AttentionInterface``.
         settings: one ProxyConfig for all layers; or a ProxyConfig for each of some layers, by index, where the others
-            keep theirs; or a file that ``save_configuration`` wrote.
+            keep theirs; or a file that ``save_configuration`` or ``flexproxy calibrate`` wrote.
 
     Raises:
         TypeError: ``model`` or ``settings`` is something else.
         ValueError: the model has no such attention, there is no such layer, the settings do not fit the heads, or the
-            file is damaged or was made for a model of another shape. Nothing is set then.
+            file is damaged or was made for another model: of another shape, and, if it was calibrated, with other
+            weights. Nothing is set then.
     """
     layers = attention_layers(model)
     if isinstance(settings, (str, os.PathLike)):
-        settings = _read(Path(settings), model)
+        made_for, by_layer = read_settings(settings, "settings")
+        check_identity(model, made_for, all_modules(layers), settings)
+        settings = by_layer
     if isinstance(settings, ProxyConfig):
         settings = dict.fromkeys(layers, settings)
     if not isinstance(settings, Mapping):
@@ -87,7 +89,7 @@ def save_configuration(model: PreTrainedModel, path: str | os.PathLike[str]) -> 
         TypeError, ValueError: as ``configure``.
         OSError: the file cannot be written; there is then none, or the old one.
     """
-    layers = {str(index): _changes(config) for index, config in configuration(model).items()}
+    layers = {str(index): changed_fields(config) for index, config in configuration(model).items()}
     text = json.dumps({"flexproxy": 1, "model": shape_of(model), "layers": layers}, indent=1) + "\n"
     with replacing(path) as unfinished:
         unfinished.write_text(text)
@@ -138,6 +140,11 @@ def attention_layers(model: Any) -> dict[int, list[nn.Module]]:
     return dict(sorted(layers.items()))
 
 
+def all_modules(layers: Mapping[int, list[nn.Module]]) -> list[nn.Module]:
+    """The attention modules of all layers, in order."""
+    return [module for modules in layers.values() for module in modules]
+
+
 def _check_heads(module: nn.Module, config: ProxyConfig) -> None:
     shape: Any = getattr(module, "config", None)
     q_heads, kv_heads = (getattr(shape, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
@@ -171,56 +178,6 @@ def _share(module: nn.Module, config: ProxyConfig, num_heads: int) -> ProxyConfi
         )
     place = {proxy: index for index, proxy in enumerate(sorted(set(own)))}
     return dataclasses.replace(config, groups=tuple(place[proxy] for proxy in own))
-
-
-def shape_of(model: PreTrainedModel) -> dict[str, Any]:
-    """What a file of settings is made for."""
-    config: Any = model.config.get_text_config()
-    return {name: getattr(config, name, None) for name in _SHAPE}
-
-
-def _changes(config: ProxyConfig) -> dict[str, Any]:
-    """The fields that differ from their defaults."""
-    return {name: value for name in _FIELDS if (value := getattr(config, name)) != getattr(_DEFAULT, name)}
-
-
-def _read(path: Path, model: PreTrainedModel) -> dict[int, ProxyConfig]:
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"settings: cannot read {path}: {error.strerror}; pass the path of a JSON file") from error
-    except ValueError as error:
-        raise ValueError(f"settings: expected JSON in {path}, got {error}; write it with save_configuration") from error
-    if not isinstance(data, dict) or data.get("flexproxy") != 1 or not isinstance(data.get("layers"), dict):
-        raise ValueError(
-            f'settings: expected {{"flexproxy": 1, "model": ..., "layers": ...}} in {path}, got something else; write '
-            "it with save_configuration"
-        )
-    if data.get("model") != (shape := shape_of(model)):
-        raise ValueError(
-            f"settings: expected a file for {shape}, got {path} for {data.get('model')}; calibrate this model, or "
-            "configure it with a ProxyConfig"
-        )
-    return {_layer(index, path): _config(fields, index, path) for index, fields in data["layers"].items()}
-
-
-def _layer(index: str, path: Path) -> int:
-    if not index.isdecimal():
-        raise ValueError(f'settings: expected layers by number in {path}, got {index!r}; write "0", "1" and so on')
-    return int(index)
-
-
-def _config(fields: Any, index: str, path: Path) -> ProxyConfig:
-    unknown = sorted(set(fields) - set(_FIELDS)) if isinstance(fields, dict) else [fields]
-    if unknown:
-        raise ValueError(
-            f"settings: expected fields of ProxyConfig for layer {index} in {path}, got {unknown}; use some of "
-            f"{', '.join(_FIELDS)}"
-        )
-    try:
-        return ProxyConfig(**fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"settings: layer {index} in {path}: {error}") from error
 
 
 def _ranges(layers: Mapping[int, Any]) -> str:

@@ -1,0 +1,50 @@
+"""The model under test, and what its tasks are made from."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks.quality import byte_tasks, prompt_tasks
+from benchmarks.quality.samples import Task
+from benchmarks.quality.texts import Text
+from flexproxy.needle import VOCAB_SIZE
+
+
+def reads_bytes(model: Any) -> bool:
+    """Whether a model has the needle models' vocabulary: bytes and four marks."""
+    return bool(model.config.get_text_config().vocab_size == VOCAB_SIZE)
+
+
+def tasks_for(model: Any, name: str, text: Text) -> tuple[dict[str, Task], Any]:
+    """The tasks that a model can read, by name, and the haystack that they are made from."""
+    if reads_bytes(model):
+        return byte_tasks.TASKS, torch.frombuffer(bytearray(text.content), dtype=torch.uint8)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    return prompt_tasks.TASKS, prompt_tasks.PromptHaystack(text.content.decode(errors="replace"), tokenizer)
+
+
+def fingerprint(model: Any) -> str:
+    """Tells models apart: a hash of names, shapes and first values of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()[:1024].float().cpu()
+        digest.update(f"{name} {list(parameter.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def name_of(model: str) -> str:
+    """What a result calls the model: the last part of a folder's path, or the name on the hub."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def attention_shape(model: Any) -> tuple[int, int, int]:
+    """Hq, Hkv and D."""
+    config = model.config.get_text_config()
+    heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    return heads, kv_heads, int(getattr(config, "head_dim", None) or config.hidden_size // heads)

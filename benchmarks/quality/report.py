@@ -1,0 +1,237 @@
+"""Results to look at: tables for the terminal and for the documentation, and the plot of quality against density."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from benchmarks.harness import Row
+from benchmarks.plots import save, tokens
+from benchmarks.quality.intervals import bootstrap
+from benchmarks.quality.methods import COMPENSATED
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+LABELS = {"exact": "exact answers, %", "bits_per_byte": "bits per byte"}
+AXES = {"exact": "exact answers, %", "bits_per_byte": "bits per byte, more than dense"}
+DECIMALS = {"exact": 1, "bits_per_byte": 4}
+
+# Mostly Okabe and Ito's colours: flexproxy in blues and solid lines, what it is compared with in others and dashed.
+OURS = ("#08306b", "#2171b5", "#6baed6", "#7b3fa0")
+OTHERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#882255", "#44AA99", "#999933", "#661100", "#BBBBBB", "#DDBB55")
+MARKERS = "os^DvPXhd<>p"
+ORACLES = {"oracle": "#000000", "oracle, per row": "#777777"}
+
+
+class Estimate(NamedTuple):
+    """A mean and its interval of 95 %, which one sequence does not have; answers in percent."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    def text(self, decimals: int, sign: str = "") -> str:
+        if self.low is None or self.high is None:
+            return f"{self.mean:{sign}.{decimals}f}"
+        return f"{self.mean:{sign}.{decimals}f} ({self.low:{sign}.{decimals}f} to {self.high:{sign}.{decimals}f})"
+
+
+# What is shown, from rows
+
+
+def panels(rows: Sequence[Row]) -> dict[tuple[int, str], list[Row]]:
+    """What was measured, by length and task, in the order of the file."""
+    found: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        if row["error"] is None:
+            found.setdefault((row["length"], row["task"]), []).append(row)
+    return found
+
+
+def estimate(row: Row) -> Estimate:
+    """What a row says."""
+    factor = _factor(row)
+    interval = (None if row[end] is None else factor * row[end] for end in ("low", "high"))
+    return Estimate(factor * row["mean"], *interval)
+
+
+def against_dense(row: Row, dense: Row) -> Estimate:
+    """Difference from dense, with an interval by bootstrap over the sequences, which are the same for both.
+
+    Most of what makes bits per byte vary is the text, which does not count here.
+    """
+    metric, factor = row["metric"], _factor(row)
+    pairs = zip(row["cases"], dense["cases"], strict=True)
+    differences = [factor * (_value(case, metric) - _value(other, metric)) for case, other in pairs]
+    return Estimate(statistics.mean(differences), *(bootstrap(differences) or (None, None)))
+
+
+def _factor(row: Row) -> float:
+    return 100.0 if row["metric"] == "exact" else 1.0
+
+
+def _value(case: Row, metric: str) -> float:
+    """Of one sequence: its bits, or the share of its answers that is right."""
+    return float(statistics.mean(case["exact"]) if metric == "exact" else case[metric])
+
+
+def dense_of(rows: Sequence[Row]) -> Row | None:
+    """The dense row of a panel; None where it failed."""
+    return next((row for row in rows if row["method"] == "dense"), None)
+
+
+def shown(row: Row, dense: Row | None) -> Estimate | None:
+    """Of answers the share that is right, of bits those beyond dense: then the interval is not that of the texts."""
+    if row["metric"] == "exact":
+        return estimate(row)
+    return None if dense is None else against_dense(row, dense)
+
+
+def series(rows: Sequence[Row]) -> dict[str, list[tuple[float, Estimate]]]:
+    """One line for each method but dense: density and what is shown, by density."""
+    dense = dense_of(rows)
+    lines: dict[str, list[tuple[float, Estimate]]] = {}
+    for row in rows:
+        drawn = shown(row, dense)
+        if drawn is not None and row is not dense:
+            lines.setdefault(row["method"], []).append((row["density"], drawn))
+    return {name: sorted(points) for name, points in lines.items()}
+
+
+# Tables
+
+
+def cells(row: Row, dense: Row | None) -> tuple[str, ...]:
+    """Method, setting, density, what was measured, and its difference from dense.
+
+    Bits alone have no interval: it would be that of the texts.
+    """
+    decimals, own = DECIMALS[row["metric"]], estimate(row)
+    measured = own.text(decimals) if row["metric"] == "exact" else f"{own.mean:.{decimals}f}"
+    difference = "" if dense is None or row is dense else against_dense(row, dense).text(decimals, "+")
+    return row["method"], row["setting"], f"{row['density']:.3f}", measured, difference
+
+
+def tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """One table for each length and task, and one of what failed."""
+    from rich.table import Table
+
+    for (length, task), members in panels(rows).items():
+        unit = "answers" if members[0]["metric"] == "exact" else "sequences"
+        title = f"{task}, {tokens(length)} tokens, {members[0]['number']} {unit}; in brackets intervals of 95 %"
+        table = Table(title=title, title_justify="left", box=None)
+        for n, name in enumerate(("method", "brought to", "density", LABELS[members[0]["metric"]], "minus dense")):
+            table.add_column(name, justify="left" if n < 2 else "right", no_wrap=n > 0)
+        for row in members:
+            table.add_row(*cells(row, dense_of(members)))
+        yield table
+    failed = [row for row in rows if row["error"] is not None]
+    if failed:
+        table = Table("length", "task", "method", "error", title="failed", title_justify="left", box=None)
+        for row in failed:
+            table.add_row(str(row["length"]), row["task"], f"{row['method']}, {row['setting']}", row["error"])
+        yield table
+
+
+def markdown(rows: Sequence[Row], length: int, task: str) -> str:
+    """A table of one length and task for the documentation: a line for each method, a column for each setting.
+
+    Its figures are those of the plot. A density stands beside those that have another one than the setting says.
+    """
+    found = panels(rows)[length, task]
+    dense = dense_of(found)
+    settings = list(dict.fromkeys(row["setting"] for row in found if row is not dense))
+    lines = [["method", *settings], ["---"] * (1 + len(settings))]
+    for method in dict.fromkeys(row["method"] for row in found if row is not dense):
+        own = {row["setting"]: row for row in found if row["method"] == method}
+        lines.append([method, *(_short(own[name], dense) if name in own else "" for name in settings)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _short(row: Row, dense: Row | None) -> str:
+    drawn = shown(row, dense)
+    text = "" if drawn is None else drawn.text(DECIMALS[row["metric"]], "" if row["metric"] == "exact" else "+")
+    kind, target = row["setting"].split()
+    met = kind != "density" or abs(row["density"] - float(target)) <= 0.01
+    return text if met else f"{text}, density {row['density']:.3f}"
+
+
+# The plot
+
+
+def draw(data: Row, path: Path) -> None:
+    """Write the plot of a result as a PNG, whole or not at all."""
+    found = panels(data["rows"])
+    if found:
+        save(figure(data, found), path)
+
+
+def figure(data: Row, found: dict[tuple[int, str], list[Row]]) -> Figure:
+    """One panel for each length and task, tasks side by side."""
+    from matplotlib.figure import Figure
+
+    lengths = list(dict.fromkeys(length for length, _ in found))
+    tasks = list(dict.fromkeys(task for _, task in found))
+    drawing = Figure(figsize=(max(6.4 * len(tasks), 8.0), 4.6 * len(lengths) + 1.6), facecolor="white")
+    drawing.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
+    model, device = data["settings"]["model"]["name"], data["environment"]["device"]
+    drawing.suptitle(f"Quality against density: {model}, {device}; bars are intervals of 95 %", fontsize=12)
+    axes = drawing.subplots(len(lengths), len(tasks), squeeze=False)
+    style = styles([row["method"] for row in data["rows"]])
+    for n, length in enumerate(lengths):
+        for m, task in enumerate(tasks):
+            draw_panel(axes[n][m], found.get((length, task), []), style)
+            axes[n][m].set_title(f"{task}, {tokens(length)} tokens", fontsize=11)
+    known: dict[str, Any] = {}
+    for pane in axes.flat:
+        handles, labels = pane.get_legend_handles_labels()
+        known |= dict(zip(labels, handles, strict=True))
+    columns = 5 if len(tasks) > 1 else 3
+    drawing.legend(known.values(), known.keys(), loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    return drawing
+
+
+def styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How each is drawn. Of flexproxy the colour is the stride, the marker the proxies, a broken line compensation."""
+    names = list(dict.fromkeys(methods))
+    ours = [name for name in names if name.startswith("flexproxy")]
+    plain = [name.removesuffix(COMPENSATED) for name in ours]
+    others = [name for name in names if name not in (*ours, *ORACLES, "dense")]
+    proxies, strides = (list(dict.fromkeys(name.rpartition(", ")[part] for name in plain)) for part in (0, 2))
+    found: dict[str, dict[str, Any]] = {}
+    for name, settings in zip(ours, plain, strict=True):
+        first, _, last = settings.rpartition(", ")
+        colour, marker = OURS[strides.index(last) % len(OURS)], MARKERS[proxies.index(first) % len(MARKERS)]
+        found[name] = {"color": colour, "marker": marker, "linewidth": 2.0, "zorder": 4}
+        found[name]["linestyle"] = "-" if name == settings else "-."
+    for name, colour in ORACLES.items():
+        found[name] = {"color": colour, "marker": "*", "linestyle": "-", "linewidth": 1.2, "zorder": 5}
+    for n, name in enumerate(others):
+        marker = MARKERS[(n + 2) % len(MARKERS)]
+        found[name] = {"color": OTHERS[n % len(OTHERS)], "marker": marker, "linestyle": "--", "linewidth": 1.2}
+    return found
+
+
+def draw_panel(axes: Axes, rows: Sequence[Row], style: dict[str, dict[str, Any]]) -> None:
+    axes.set_facecolor("white")
+    axes.grid(True, color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    dense = dense_of(rows)
+    if dense is not None:
+        value = estimate(dense).mean if dense["metric"] == "exact" else 0.0
+        axes.axhline(value, color="#444444", linewidth=1.2, linestyle=":", label="dense")
+    for name, points in series(rows).items():
+        x = [density for density, _ in points]
+        y = [drawn.mean for _, drawn in points]
+        below = [0.0 if drawn.low is None else drawn.mean - drawn.low for _, drawn in points]
+        above = [0.0 if drawn.high is None else drawn.high - drawn.mean for _, drawn in points]
+        axes.errorbar(x, y, yerr=(below, above), label=name, markersize=6, elinewidth=0.7, alpha=0.95, **style[name])
+    axes.set_xlabel("density (kept / causal blocks)", fontsize=10)
+    if rows:
+        axes.set_ylabel(AXES[rows[0]["metric"]], fontsize=10)

@@ -1,0 +1,101 @@
+"""What a calibration found, and the file of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from flexproxy._files import replacing, write_problem
+from flexproxy.calibration.texts import marks
+from flexproxy.config import ProxyConfig, changed_fields, read_settings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Settings for the layers of one model, and what they were chosen from.
+
+    Attributes:
+        layers: the settings of each layer, for ``configure(model, calibration.layers)``.
+        model: the shape of the model, and a hash that tells its weights from others.
+        evidence: what was asked for, and what was measured, as plain data. ``layers[str(index)]`` has of each layer the
+            ``similarity`` of its heads (share of the peaks of head j that the ranking of head i keeps), the
+            ``groupings`` that were tried with the mass that they recover at every ``density`` tried and the peaks that
+            heads keep at one of them, ``peaks_at_density``, by which one was chosen; and under ``decided_on``,
+            ``confirmed_on`` and ``uniform`` what is kept: of the sequences that decided, of those that were kept aside,
+            and of the latter with the same settings in all layers at the same mean density. *Peaks* are the blocks on
+            which attention is concentrated, apart from those nearby.
+        versions: of what it was made with.
+    """
+
+    layers: dict[int, ProxyConfig]
+    model: dict[str, Any]
+    evidence: dict[str, Any] = field(repr=False)
+    versions: dict[str, str] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of the file, as plain data."""
+        return {
+            "flexproxy": 1,
+            "model": self.model,
+            "layers": {str(index): changed_fields(config) for index, config in self.layers.items()},
+            "versions": self.versions,
+            "evidence": self.evidence,
+        }
+
+    def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
+        """Write a file for ``configure(model, path)`` and ``ProxyConfig.load(path)``, whole or not at all.
+
+        Args:
+            force: replace the file if it exists.
+
+        Raises:
+            ValueError: nothing can be written there; the message says why.
+            OSError: writing failed; what was there before still is.
+        """
+        problem = write_problem(Path(path), force)
+        if problem is not None:
+            raise ValueError(f"path: expected a file to write, got {path}: {problem}")
+        text = json.dumps(self.to_json(), indent=1)
+        text = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text)  # a list of numbers on a line
+        with replacing(path) as unfinished:
+            unfinished.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read back what ``save`` wrote.
+
+        Raises:
+            ValueError: there is no such file, or it is not of a calibration.
+        """
+        model, layers = read_settings(path, "path")
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if "evidence" not in data:
+            raise ValueError(f"path: expected a file of flexproxy calibrate, got {path}, which has settings alone")
+        return cls(layers, model, data["evidence"], data.get("versions", {}))
+
+    def has_seen(self, tokens: Tensor) -> bool:
+        """Whether a text repeats 256 tokens in a row of what this calibration used: do not evaluate it on such a text.
+
+        Args:
+            tokens: token ids ``[S]`` or ``[1, S]``.
+        """
+        return not set(marks([tokens])).isdisjoint(self.evidence["texts"]["marks"])
+
+    def figure(self) -> Figure:
+        """A picture of it, a matplotlib Figure: proxies, density and recovered mass by layer, and how alike heads are.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        from flexproxy.calibration.picture import draw
+
+        return draw(self)

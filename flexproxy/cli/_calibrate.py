@@ -1,0 +1,161 @@
+"""``flexproxy calibrate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flexproxy.cli._common import Device, fail, progress_bar, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from flexproxy.calibration import Calibration
+
+
+def calibrate(
+    model: Annotated[
+        str, typer.Argument(help="Folder of a model of transformers, or its name on the Hugging Face hub.")
+    ],
+    text: Annotated[
+        list[Path],
+        typer.Option(
+            help="File of text like what the model will read; repeat it for several. Not what it is tested on."
+        ),
+    ],
+    density: Annotated[
+        float | None,
+        typer.Option(help="Target: blocks kept / admissible, the mean over layers, in (0, 1]. This or --quality."),
+    ] = None,
+    quality: Annotated[
+        float | None,
+        typer.Option(help="Target: share of attention mass that every layer recovers, in (0, 1]. This or --density."),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of a sequence; by default the longest of which the texts have two, up to 32768."
+        ),
+    ] = None,
+    sequences: Annotated[
+        int, typer.Option(min=2, help="Sequences to use at most; half of them decide, the others confirm.")
+    ] = 4,
+    max_proxies: Annotated[int, typer.Option(min=1, help="Proxy heads of a layer at most.")] = 8,
+    min_budget: Annotated[int, typer.Option(min=0, help="Tokens that every row keeps at least.")] = 2048,
+    stride: Annotated[int, typer.Option(min=1, help="Every how many tokens one is sampled for the scores.")] = 4,
+    output: Annotated[Path, typer.Option(help="Where to write the settings, for configure(model, PATH).")] = Path(
+        "calibration.json"
+    ),
+    picture: Annotated[Path | None, typer.Option(help="Where to draw what was found (.png, .svg, .pdf).")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    device: Annotated[Device, typer.Option(help="Where to run; auto takes a GPU if there is one.")] = Device.auto,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the file's content, and nothing else.")] = False,
+) -> None:
+    """Choose proxies and budgets for every layer of a model, from a few texts."""
+    require("transformers", "transformers", "safetensors")
+    if picture is not None:
+        require("plot", "matplotlib")
+    from flexproxy import ProxyConfig, _inputs
+    from flexproxy._files import write_problem
+    from flexproxy.calibration import CalibrationError, Target
+    from flexproxy.calibration import calibrate as run
+
+    problem = write_problem(output, force)
+    if problem is not None:
+        raise fail(f"--output {output}: {problem}")
+    if picture is not None:
+        from flexproxy import plot
+        from flexproxy.plot.figures import save_problem
+
+        problem = save_problem(picture, force)
+        if problem is not None:
+            raise fail(f"--picture {picture}: {problem}")
+    try:
+        Target.of(density, quality)
+        config = ProxyConfig(min_budget=min_budget, stride=stride)
+    except ValueError as error:
+        raise fail(error) from error
+
+    notes = Console(stderr=True, highlight=False)
+    try:
+        where = _inputs.pick_device(device.value)
+        loaded = _inputs.load_decoder(model, where, "sdpa")
+        _check_layers(loaded)
+        texts = [_inputs.read_tokens(path, loaded, model, None) for path in text]
+        with progress_bar(notes) as progress:
+            found = run(
+                loaded,
+                texts,
+                density=density,
+                quality=quality,
+                config=config,
+                length=length,
+                sequences=sequences,
+                max_proxies=max_proxies,
+                progress=progress,
+            )
+    except (_inputs.InputError, CalibrationError) as error:
+        raise fail(error) from error
+    try:
+        found.save(output, force)
+    except OSError as error:
+        raise fail(f"--output {output}: {error.strerror}") from error
+    if picture is not None:
+        try:
+            plot.save(found.figure(), picture, force)
+        except OSError as error:
+            raise fail(f"--picture {picture}: {error.strerror}; the settings are in {output}") from error
+
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        _show(found, output)
+
+
+def _check_layers(model: PreTrainedModel) -> None:
+    from flexproxy.integrations.transformers.configuration import attention_layers
+
+    try:
+        attention_layers(model)
+    except ValueError as error:
+        raise fail(error) from error
+
+
+def _show(found: Calibration, output: Path) -> None:
+    console = Console(highlight=False)
+    evidence = found.evidence
+    used = evidence["sequences"]["confirmed_on"]
+    number = "1 sequence" if used == 1 else f"{used} sequences"
+    table = Table(title=f"Measured on {number} of {evidence['length']} tokens, kept aside")
+    (target,) = evidence["target"]
+    setting = "gamma" if target == "quality" else "density"
+    for heading in ("layer", "proxies", f"set {setting}", "kept", "mass recovered", "worst head", "same in all layers"):
+        table.add_column(heading, justify="right")
+    for index, config in found.layers.items():
+        layer = evidence["layers"][str(index)]
+        kept, uniform = layer["confirmed_on"], layer["uniform"]
+        table.add_row(
+            str(index),
+            str(config.num_proxies if config.groups is None else max(config.groups) + 1),
+            f"{getattr(config, setting):g}",
+            f"{fmean(kept['density']):.3f}",
+            f"{fmean(kept['recovered']):.3f}",
+            f"{min(kept['recovered']):.3f}",
+            f"{fmean(uniform['recovered']):.3f}",
+        )
+    ours, uniform = evidence["mean"]["confirmed_on"], evidence["mean"]["uniform"]
+    table.add_section()
+    means = f"{ours['density']:.3f}", f"{ours['recovered']:.3f}", "", f"{uniform['recovered']:.3f}"
+    table.add_row("mean", "", "", *means)
+    table.caption = f"Same in all layers: one setting for all of them, which keeps {uniform['density']:.3f}"
+    console.print(table)
+    grouped = [str(index) for index, config in found.layers.items() if config.groups is not None]
+    if grouped:
+        console.print(f"Heads that do not lie side by side share proxies in layers {', '.join(grouped)}.")
+    console.print(f"The settings are in {output}: configure(model, path) reads them.", soft_wrap=True)
