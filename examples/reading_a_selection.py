@@ -40,7 +40,7 @@ selection = flexproxy.select(q, k, config=config)
 print(selection.summary())  # .as_dict() is the same as numbers
 
 kept = selection.block_map()  # [B, Hq, Nq, Nk], what each row of blocks keeps
-mass = stats.recovered_mass(q, k, selection)  # [B, Hq], of the attention of 256 queries, evenly spaced
+mass = stats.recovered_mass(q, k, selection)  # [B, Hq], of the attention of 256 queries from all parts
 print("\nhead  proxy  blocks a row  density  recovered mass  keys of the last row of blocks")
 for head in range(kept.shape[1]):
     count, density = selection.count[0, head], selection.density()[0, head]

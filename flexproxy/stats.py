@@ -68,8 +68,8 @@ def recovered_mass(
         mask_mod: the mask of dense attention beside a BlockMask, which does not say it; None is causal, aligned at the
             end. A Selection knows its own.
         scale: factor of the scores; None is 1 / sqrt(D).
-        rows: queries to look at: a number, that many evenly spaced and all of the last block; or their indices, an int
-            tensor ``[m]``. Queries without an admissible key are left out.
+        rows: queries to look at: a number, that many at random from all parts of the sequence, always the same ones; or
+            their indices, an int tensor ``[m]``. Queries without an admissible key are left out.
 
     Returns:
         1 where everything is kept; not-a-number where none of the queries looked at has an admissible key.
@@ -82,7 +82,7 @@ def recovered_mass(
     dense, kept = _pairs(q, k, mask, mask_mod)
     total = torch.zeros(q.shape[:2], dtype=torch.float64, device=q.device)
     number = torch.zeros_like(total)
-    for part, allowed, probability in _probabilities(q, k, dense, _row_indices(rows, q, block_size_of(mask)[0]), scale):
+    for part, allowed, probability in _probabilities(q, k, dense, _row_indices(rows, q), scale):
         valid = allowed.any(-1)
         share = probability.masked_fill_(~kept.at(part, k.shape[2]), 0.0).sum(-1)
         total += torch.where(valid, share, 0.0).sum(-1)
@@ -243,7 +243,7 @@ def _probabilities(
         yield part, allowed, scores.masked_fill_(~allowed, -torch.inf).softmax(-1)
 
 
-def _row_indices(rows: Any, q: Tensor, block_size: int) -> Tensor:
+def _row_indices(rows: Any, q: Tensor) -> Tensor:
     """The queries to look at, each once, ascending: int64 ``[m]``."""
     num_queries = q.shape[2]
     if isinstance(rows, Tensor):
@@ -259,12 +259,20 @@ def _row_indices(rows: Any, q: Tensor, block_size: int) -> Tensor:
             )
         indices: Tensor = rows.to(q.device, torch.int64).unique()
         return indices
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise ValueError(f"rows: expected a number of queries or their indices, got {rows!r}; use for example 256")
-    number = min(rows, num_queries)
-    spread = {index * num_queries // number for index in range(number)}
-    last = range((num_queries - 1) // block_size * block_size, num_queries)
-    return torch.tensor(sorted(spread.union(last)), device=q.device)
+    return spread_rows(num_queries, rows).to(q.device)
+
+
+def spread_rows(num_queries: int, number: int) -> Tensor:
+    """One query of each of ``number`` runs of equal length, ascending, the same ones every time: int64 ``[m]``.
+
+    At random, for evenly spaced ones can all be among those that the scores sample.
+    """
+    number = min(number, num_queries)
+    ends = torch.arange(number + 1) * num_queries // number
+    within = torch.rand(number, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return ends[:-1] + (within * ends.diff()).to(torch.int64)
 
 
 def _check(q: Tensor, k: Tensor, mask: Any, mask_mod: Any) -> None:

@@ -19,7 +19,7 @@ from flexproxy.calibration.choose import Point, Target
 from flexproxy.calibration.collect import Layer
 from flexproxy.calibration.errors import CalibrationError
 from flexproxy.calibration.heads import Measured, measure, merge, proxy_indices
-from flexproxy.calibration.measure import Rows, evaluate, levels_of, row_index
+from flexproxy.calibration.measure import Rows, evaluate, levels_of
 from flexproxy.pipeline import dense_block_mask
 
 BLOCK, LENGTH = 16, 512
@@ -124,14 +124,6 @@ def test_merging_ends_with_one_group() -> None:
         assert sorted(head for heads in groups for head in heads) == [0, 1, 2, 3]
         ProxyConfig(groups=proxy_indices(groups))
     assert merged[2] == ((0, 3), (1, 2))
-
-
-def test_rows_are_not_those_that_the_estimate_samples() -> None:
-    rows = row_index(4096, 256, torch.device("cpu"))
-    assert len(rows.unique()) == 256
-    assert torch.equal(rows, rows.sort().values)
-    by_phase = torch.bincount(rows % 4, minlength=4)
-    assert by_phase.min() > 32
 
 
 # ----------------------------------------------------------------------------------------------------------- choosing

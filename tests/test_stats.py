@@ -48,10 +48,14 @@ def listed_pairs(mask: BlockMask, batch: int, heads: int, num_queries: int, num_
     return read
 
 
-def default_rows(num_queries: int, block_size: int, number: int) -> list[int]:
-    number = min(number, num_queries)
-    spread = [i * num_queries // number for i in range(number)]
-    return sorted({*spread, *range((num_queries - 1) // block_size * block_size, num_queries)})
+def test_rows_are_spread_over_the_queries_and_not_those_that_the_scores_sample() -> None:
+    rows = stats.spread_rows(4096, 256)
+    assert torch.equal(rows // 16, torch.arange(256))
+    assert torch.bincount(rows % 4, minlength=4).min() > 32
+    assert torch.equal(rows, stats.spread_rows(4096, 256))
+    assert torch.equal(stats.spread_rows(100, 256), torch.arange(100))
+    ragged = stats.spread_rows(1000, 7)
+    assert all(i * 1000 // 7 <= row < (i + 1) * 1000 // 7 for i, row in enumerate(ragged.tolist()))
 
 
 @pytest.mark.parametrize("first", range(0, 36, 12))
@@ -64,7 +68,7 @@ def test_recovered_mass_is_that_of_dense_attention(first: int, monkeypatch: pyte
         selection = flexproxy.select(q, k, mask_mod=case.mask_mod, config=case.config)
         mask_mod = case.mask_mod or masks.shift(masks.causal, k.shape[2] - q.shape[2])
         kept = allowed_pairs(selection, mask_mod, *case.lengths, case.config.block_size)
-        rows = default_rows(q.shape[2], case.config.block_size, 20)
+        rows = stats.spread_rows(q.shape[2], 20).tolist()
         want = dense_recovered(q, k, case.token_mask(), kept, case.scale, rows)
         got = stats.recovered_mass(q, k, selection, rows=20)
         assert got.dtype == torch.float32
@@ -144,7 +148,7 @@ def test_a_block_mask_of_others(name: str, block_size: tuple[int, int]) -> None:
             seq_lengths=(200, 200),
         )  # fmt: skip
     read = listed_pairs(mask, 2, 4, 200, 200)
-    rows = default_rows(200, block_size[0], 256)
+    rows = list(range(200))
     want = dense_recovered(q, k, allowed, read, 0.25, rows)
     got = stats.recovered_mass(q, k, mask)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
@@ -203,7 +207,7 @@ def test_mistakes_are_named() -> None:
         (selection, {"mask_mod": masks.causal}, "mask_mod: expected None beside a Selection"),
         (flexproxy.select(q[:1], k[:1]), {}, r"mask: expected a Selection for B, Hq, Sq, Skv = \(2, 4, 200, 200\)"),
         (flexproxy.build(q[:, :, :9], k), {}, r"mask: expected a mask for Sq, Skv"),
-        (selection, {"rows": -1}, "rows: expected a number of queries"),
+        (selection, {"rows": 0}, "rows: expected a number of queries"),
         (selection, {"rows": torch.tensor([200])}, "rows: expected indices from 0 to 199, got 200 to 200"),
         (selection, {"rows": torch.tensor([0.5])}, r"rows: expected indices \[m\]"),
         (selection, {"scale": math.inf}, "scale: expected a finite number"),

@@ -17,7 +17,7 @@ from flexproxy import ProxyConfig, Selection
 from flexproxy.calibration.collect import Layer
 from flexproxy.proxy import head_groups, pool_heads
 from flexproxy.ranking import forced_blocks
-from flexproxy.stats import recovered_mass, row_masses
+from flexproxy.stats import recovered_mass, row_masses, spread_rows
 
 _POOLED_ELEMENTS = 2**28  # of the pooled queries in one piece, 512 MiB in 16 bits
 _FEW_PEAKS = 0.01  # peaks of a row, on average, below which a head matters less
@@ -70,7 +70,7 @@ class Rows:
     def __init__(self, layer: Layer, config: ProxyConfig, number: int) -> None:
         self._layer = layer
         self._config = replace(config, groups=None, gamma=1.0, density=None, max_budget=None)
-        self.index = row_index(layer.q.shape[2], number, layer.q.device)
+        self.index = spread_rows(layer.q.shape[2], number).to(layer.q.device)
         plain = _without_scores(self._config)
         selection = flexproxy.select(layer.q, layer.k, block_mask=layer.block_mask, config=plain, scale=layer.scale)
         masses = row_masses(layer.q, layer.k, selection, self.index, layer.scale)
@@ -151,7 +151,7 @@ class Kept(NamedTuple):
 def evaluate(layer: Layer, config: ProxyConfig, number: int) -> Kept:
     """Density and recovered mass of a layer, as ``flexproxy.select`` and ``flexproxy.stats`` give them."""
     selection = flexproxy.select(layer.q, layer.k, block_mask=layer.block_mask, config=config, scale=layer.scale)
-    rows = row_index(layer.q.shape[2], number, layer.q.device)
+    rows = spread_rows(layer.q.shape[2], number).to(layer.q.device)
     recovered = recovered_mass(layer.q, layer.k, selection, scale=layer.scale, rows=rows)
     return Kept(selection.density().double().mean(0).tolist(), recovered.double().mean(0).tolist())
 
@@ -162,9 +162,3 @@ def contiguous(num_proxies: int, num_q_heads: int, num_kv_heads: int) -> tuple[H
         return head_groups(num_proxies, None, num_q_heads, num_kv_heads)[0]
     except ValueError:
         return None
-
-
-def row_index(length: int, number: int, device: torch.device) -> Tensor:
-    """Rows to look at, ascending: spread at random, for evenly spaced ones could all be among the sampled."""
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(0))
-    return order[:number].sort().values.to(device)
