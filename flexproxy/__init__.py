@@ -16,6 +16,7 @@ from flexproxy.selection import Selection
 
 if TYPE_CHECKING:
     from flexproxy.calibration import calibrate
+    from flexproxy.recording import record
 
 __version__ = "0.1.0"
 
@@ -28,11 +29,12 @@ __all__ = [
     "calibrate",
     "kernel_options",
     "masks",
+    "record",
     "select",
 ]
 
 # What needs more than torch and einops is imported when it is first asked for.
-_LAZY = {"calibrate": "flexproxy.calibration"}
+_LAZY = {"calibrate": "flexproxy.calibration", "record": "flexproxy.recording"}
 
 
 def __getattr__(name: str) -> Any:

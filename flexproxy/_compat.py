@@ -110,6 +110,11 @@ def _flex_attention(*args: Any, **kwargs: Any) -> Any:
     return flex.flex_attention(*args, **kwargs)
 
 
+def in_backward() -> bool:
+    """Whether this runs inside of a backward pass, as what gradient checkpointing computes again does."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 @contextlib.contextmanager
 def fastest_sdpa(q: Tensor) -> Iterator[None]:
     """Prefer cuDNN's kernel for dense attention inside, where it is the fastest: Hopper GPUs, inference."""

@@ -36,7 +36,7 @@ def cpp_compiler() -> tuple[str, str | None]:
     return name, shutil.which(name)
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -75,7 +75,7 @@ def collect() -> dict[str, Any]:
         "flexproxy": flexproxy.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: {"version": _version(name), "needed_for": use} for name, use in _PACKAGES.items()},
+        "packages": {name: {"version": version_of(name), "needed_for": use} for name, use in _PACKAGES.items()},
         "cpp_compiler": dict(zip(("name", "path"), cpp_compiler(), strict=True)),
         "devices": devices,
         "shape": _SHAPE,

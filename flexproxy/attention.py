@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, overload
 
 import torch
@@ -25,6 +26,7 @@ from flexproxy.pipeline import dense_block_mask, select_for
 from flexproxy.selection import Selection
 
 Output: TypeAlias = Tensor | tuple[Tensor, Tensor]  # the latter: output and log-sum-exp
+Built: TypeAlias = Callable[[Selection], None]  # called with a selection once its BlockMask is made
 
 
 @overload
@@ -97,6 +99,24 @@ def attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
     """
+    return attend(q, k, v, mask_mod, block_mask, config, scale, score_mod, kernel_options, return_lse, compensate)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask_mod: MaskMod | None,
+    block_mask: BlockMask | None,
+    config: ProxyConfig | None,
+    scale: float | None,
+    score_mod: Any = None,
+    kernel_options: dict[str, Any] | None = None,
+    return_lse: bool = False,
+    compensate: bool = False,
+    built: Built | None = None,
+) -> Output:
+    """``attention``, which can be watched; built: not called where it is dense."""
     config = check_config(config)
     check_queries_and_keys(q, k)
     check_values(v, q, k)
@@ -132,33 +152,43 @@ def attention(
     arguments: dict[str, Any] = {"score_mod": score_mod, "scale": scale, "enable_gqa": gqa, "kernel_options": options}
     if selection is not None and compensate:
         if q.device.type == "cpu":  # whose kernel returns no log-sum-exp to merge by
-            return _run_joined(q, k, v, selection, arguments)
-        merged = _run_merged(q, k, v, selection, arguments, kernel_options is None, gradients)
+            return _run_joined(q, k, v, selection, arguments, built)
+        merged = _run_merged(q, k, v, selection, arguments, kernel_options is None, gradients, built)
         return merged if return_lse else merged[0]
     if return_lse:
         arguments |= _compat.lse_arguments()
     if selection is not None:
-        return _run_selected(q, k, v, selection, arguments)
+        return _run_selected(q, k, v, selection, arguments, built)
     return run_flex(q, k, v, block_mask, arguments)
 
 
-def _run_selected(q: Tensor, k: Tensor, v: Tensor, selection: Selection, arguments: dict[str, Any]) -> Output:
+def _run_selected(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, arguments: dict[str, Any], built: Built | None = None
+) -> Output:
     """``run_flex`` with the mask of a selection that suits how it runs."""
     # FLASH forgets the lists where a mask_mod is trivial, which only ours are known not to be.
     known = masks.structure_of(selection._mask_mod).clauses is not None
     forgets = not known and arguments["kernel_options"].get("BACKEND") == "FLASH"
-    if torch.compiler.is_compiling() or forgets:
-        return run_flex(q, k, v, selection.block_mask(), arguments)
+    listed = not torch.compiler.is_compiling() and not forgets
+    block_mask = selection.listed_block_mask() if listed else selection.block_mask()
+    if built is not None:
+        built(selection)
+    if not listed:
+        return run_flex(q, k, v, block_mask, arguments)
     try:
-        return _run_compiled(q, k, v, selection.listed_block_mask(), arguments)
+        return _run_compiled(q, k, v, block_mask, arguments)
     except _compat.NotCompiledError:  # eager flex_attention sees the function alone, and not the lists
         return _run_eager(q, k, v, selection.block_mask(), arguments)
 
 
-def _run_joined(q: Tensor, k: Tensor, v: Tensor, selection: Selection, arguments: dict[str, Any]) -> Output:
+def _run_joined(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, arguments: dict[str, Any], built: Built | None = None
+) -> Output:
     """Attention to kept tokens and means of dropped blocks in one softmax."""
     means = compensation.means_of(k, v, selection)
     keys, values, block_mask, score_mod = compensation.join(k, v, means, selection)
+    if built is not None:
+        built(selection)
     return run_flex(q, keys, values, block_mask, arguments | {"score_mod": score_mod})
 
 
@@ -170,6 +200,7 @@ def _run_merged(
     arguments: dict[str, Any],
     choose_options: bool,
     gradients: bool,
+    built: Built | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same by two softmaxes, merged by their log-sum-exps: each in the kernel, and with the options, that suit it.
 
@@ -177,7 +208,7 @@ def _run_merged(
     """
     means, size = compensation.means_of(k, v, selection), selection._block_size
     arguments = arguments | _compat.lse_arguments()
-    out, lse = _run_selected(q, k, v, selection, arguments)
+    out, lse = _run_selected(q, k, v, selection, arguments, built)
     if choose_options:
         arguments["kernel_options"] = options_for(q, means.keys, None, True, True, size, gradients)
     arguments["score_mod"] = means.score_mod()
@@ -221,7 +252,12 @@ SPARSE_COST = 1.3
 
 
 def dense_pays(q: Tensor, k: Tensor, config: ProxyConfig) -> bool:
-    """Whether the estimate would save nothing, as far as lengths and settings tell.
+    """Whether the estimate would save nothing, as far as lengths and settings tell."""
+    return why_dense(q, k, config) is not None
+
+
+def why_dense(q: Tensor, k: Tensor, config: ProxyConfig) -> str | None:
+    """Why the estimate would save nothing, in a few words; None where it may save something.
 
     It reads all keys for a block of queries, and needs blocks to drop. On a GPU its kernels take a time of their own,
     which short sequences do not save: a row keeps ``min_budget`` tokens, and all rows the target density, if there is
@@ -229,11 +265,16 @@ def dense_pays(q: Tensor, k: Tensor, config: ProxyConfig) -> bool:
     """
     num_queries, num_keys = q.shape[2], k.shape[2]
     kept = config.min_blocks * config.block_size / num_keys
-    if num_queries < config.block_size or kept >= 1 or config.keeps_all:
-        return True
+    if num_queries < config.block_size:
+        return "fewer queries than a block"
+    if config.keeps_all:
+        return "the settings keep every block"
+    if kept >= 1:
+        return "min_budget covers all keys"
     if not q.is_cuda:
-        return False
+        return None
     rows = num_queries / num_keys  # the last rows of a triangle (of a causal mask; of others it is a guess)
     dense_flops = 4 * q.shape[0] * q.shape[1] * q.shape[3] * num_queries * num_keys * (1 - rows / 2)
     density = max(1 - (1 - kept) ** 2, config.density or 0.0)
-    return SPARSE_COST * density * dense_flops + BUILD_FLOPS > dense_flops
+    pays = SPARSE_COST * density * dense_flops + BUILD_FLOPS > dense_flops
+    return "an estimate would take longer than it saves" if pays else None

@@ -44,9 +44,13 @@ class Selection:
 
     def density(self) -> Tensor:
         """Kept blocks divided by admissible blocks: fp32 ``[B, Hq]``; 1 where no block is admissible."""
-        kept = self.block_map().sum((-2, -1))
-        admissible = self._admissible.any.sum((-2, -1)).expand_as(kept)
+        kept, admissible = self._numbers()
         return torch.where(admissible > 0, kept / admissible.clamp(min=1), 1.0).to(torch.float32)
+
+    def _numbers(self) -> tuple[Tensor, Tensor]:
+        """How many blocks are kept, and how many are admissible: int64 ``[B, Hq]``."""
+        kept = self.block_map().sum((-2, -1))
+        return kept, self._admissible.any.sum((-2, -1)).expand_as(kept)
 
     def summary(self) -> Summary:
         """Densities, budgets, forced blocks and dense rows of every head, in numbers; ``print`` it for a table.

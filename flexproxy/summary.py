@@ -83,12 +83,12 @@ def summarize(selection: Selection) -> Summary:
         num_q_blocks=num_q_blocks,
         num_k_blocks=num_k_blocks,
         block_size=selection._block_size,
-        density=_as_tuples(selection.density().tolist()),
-        count=_as_tuples(selection.count.tolist()),
-        budget=_as_tuples((selection.count * selection._block_size).clamp(max=num_keys).tolist()),
-        forced=_as_tuples(selection._forced.expand(batch, num_q_heads).tolist()),
-        dense_rows=_as_tuples(dense.sum(-1).tolist()),
-        rows=_as_tuples(some.sum(-1).tolist()),
+        density=as_tuples(selection.density().tolist()),
+        count=as_tuples(selection.count.tolist()),
+        budget=as_tuples((selection.count * selection._block_size).clamp(max=num_keys).tolist()),
+        forced=as_tuples(selection._forced.expand(batch, num_q_heads).tolist()),
+        dense_rows=as_tuples(dense.sum(-1).tolist()),
+        rows=as_tuples(some.sum(-1).tolist()),
     )
 
 
@@ -98,7 +98,7 @@ def _row(name: str, values: Sequence[Sequence[float]], form: str) -> str:
     return f"{name:<30}{min(flat):>10{form}}{mean:>10}{max(flat):>10{form}}"
 
 
-def _as_tuples(values: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:
+def as_tuples(values: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:
     return tuple(tuple(heads) for heads in values)
 
 

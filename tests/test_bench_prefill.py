@@ -21,6 +21,7 @@ import flexproxy
 from benchmarks import bench_prefill, harness
 from benchmarks.harness import Row
 from flexproxy import ProxyConfig
+from flexproxy.attention import attend
 from flexproxy.integrations.transformers import attention as hf_attention
 from tests.transformers_models import interpreted
 
@@ -106,11 +107,12 @@ def test_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     with interpreted("cpu"):
         bench_prefill.check_correctness(model, 1024)
 
-    def dense(q: Tensor, k: Tensor, v: Tensor, *, config: ProxyConfig, **arguments: Any) -> Tensor:
-        out: Tensor = attention(q, k, v, config=ProxyConfig(gamma=1.0), **arguments)
-        return out
+    def dense(
+        q: Tensor, k: Tensor, v: Tensor, _: None, block_mask: Any, config: Any, scale: Any, *rest: Any, **others: Any
+    ) -> Any:
+        others.pop("built")(flexproxy.select(q, k, block_mask=block_mask, config=config, scale=scale))
+        return attend(q, k, v, None, block_mask, ProxyConfig(gamma=1.0), scale, *rest, **others)
 
-    attention = flexproxy.attention
-    monkeypatch.setattr(hf_attention.flexproxy, "attention", dense)  # type: ignore[attr-defined]
+    monkeypatch.setattr(hf_attention, "attend", dense)
     with interpreted("cpu"), pytest.raises(SystemExit, match="correctness gate failed: error"):
         bench_prefill.check_correctness(model, 1024)

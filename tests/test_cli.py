@@ -145,7 +145,7 @@ def test_info_as_json(model_folder: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_info_says_what_is_missing(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_info, "_version", lambda name: None if name == "triton" else "1.0")
+    monkeypatch.setattr(_info, "version_of", lambda name: None if name == "triton" else "1.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks import plots
+from flexproxy import _compat
 from tests.accuracy import skip_unless_flex_compiles
 from tests.test_imports import core
 from tests.tiny_model import LAYERS, save_tiny_model
@@ -37,7 +38,7 @@ def run(page: str, names: dict[str, Any]) -> None:
         exec(compile(block, page, "exec"), names)
 
 
-NEED_TRANSFORMERS = ("transformers.md", "quickstart.md", "concepts.md", "choosing.md")
+NEED_TRANSFORMERS = ("transformers.md", "quickstart.md", "concepts.md", "choosing.md", "inspection.md")
 DRAWN = ("concepts.md",)  # test_pictures runs it
 
 
@@ -74,8 +75,22 @@ def test_code_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with torch.no_grad():
         run("transformers.md", names)
     assert json.loads((tmp_path / "settings.json").read_text())["layers"]["0"]["gamma"] == 0.99
-    assert set(names["record"]) == set(range(LAYERS))
-    assert 0 < names["density"].min() <= names["density"].max() <= 1
+    assert set(names["record"].layers) == set(range(LAYERS))
+    assert 0 < min(names["density"][0]) <= max(names["density"][0]) <= 1
+
+
+def test_code_of_inspection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder that has the repository's examples, and with nothing compiled."""
+    for package in ("transformers", "safetensors", "matplotlib"):
+        pytest.importorskip(package)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_compat, "compiled_flex_attention", lambda _: _compat._flex_attention)
+    names: dict[str, Any] = {}
+    run("inspection.md", names)
+    assert {x.dense for passes in names["record"].layers.values() for x in passes} == {None}
+    written = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert written == set(re.findall(r'"([\w-]+\.(?:png|json))"', "".join(code_of("inspection.md"))))
 
 
 def pictures_of(page: str) -> list[str]:
@@ -208,7 +223,9 @@ def test_every_public_name_is_in_the_api(module: str) -> None:
 
 def messages() -> Iterator[tuple[str, str]]:
     """Where the library raises, and the message, with an ellipsis for what is filled in."""
-    modules = [ROOT / "flexproxy" / name for name in {*core(), "stats", "plot", "implementations", "integrations"}]
+    modules = [
+        ROOT / "flexproxy" / name for name in {*core(), "stats", "plot", "recording", "implementations", "integrations"}
+    ]
     files = [path for module in modules for path in (module.with_suffix(".py"), *module.rglob("*.py"))]
     for path in sorted(path for path in files if path.is_file()):
         for node in ast.walk(ast.parse(path.read_text())):

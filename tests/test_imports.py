@@ -148,6 +148,7 @@ def test_public_names() -> None:
         "calibrate",
         "kernel_options",
         "masks",
+        "record",
         "select",
     ]
     assert sorted(masks.__all__) == ["causal", "document", "full", "padding", "prefix_lm", "shift", "sliding_window"]
@@ -175,6 +176,7 @@ def test_public_names() -> None:
         "masks.padding": "attention_mask",
         "masks.prefix_lm": "prefix_lengths",
         "masks.shift": "mask_mod, q_offset",
+        "record": "model, *, mass=False",
         "Selection.block_map": "self",
         "Selection.density": "self",
         "Selection.mask_mod": "self",
@@ -219,7 +221,17 @@ def test_core_imports_only_what_is_required() -> None:
     allowed = set(sys.stdlib_module_names) | {"torch", "einops", "flexproxy"}
     assert {"attention", *BUILD_PATH} <= core()
     assert {*STAGES, *FOUNDATIONS, "block_mask", "pipeline", "selection"} <= set(BUILD_PATH)
-    assert not core() & {"calibration", "cli", "demo", "reference", "needle", "integrations", "stats", "plot"}
+    assert not core() & {
+        "calibration",
+        "cli",
+        "demo",
+        "reference",
+        "needle",
+        "integrations",
+        "stats",
+        "plot",
+        "recording",
+    }
     for module in sorted(core()):
         foreign = {name.partition(".")[0] for name in imported_names(tree_of(module))} - allowed
         assert not foreign, f"{module} imports {foreign}"
@@ -292,7 +304,8 @@ def test_nothing_waits_for_the_device(module: str) -> None:
 
 def test_no_assert_for_what_a_user_passes() -> None:
     """Checks of arguments survive ``python -O``."""
-    for module in ("_checks", "config", "masks", "attention", "pipeline", "block_mask", "stats", "summary", "plot"):
+    modules = ["_checks", "config", "masks", "attention", "pipeline", "block_mask", "stats", "summary", "totals"]
+    for module in modules + [f"plot/{name}" for name in ("blocks", "layers", "figures")]:
         assert not [node for node in ast.walk(tree_of(module)) if isinstance(node, ast.Assert)], module
 
 

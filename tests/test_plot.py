@@ -13,6 +13,8 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
 import flexproxy
 from flexproxy import ProxyConfig, Selection, masks, plot, stats
+from flexproxy.plot.figures import save_problem
+from flexproxy.recording import Pass, Record
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -118,6 +120,94 @@ def test_ranking_beside_the_true_mass() -> None:
     assert float(ranked[0]) < float(best[0])
 
 
+def test_recovered_mass_begins_where_the_least_is() -> None:
+    masses = torch.tensor([[0.97, 0.72], [0.99, torch.nan]])
+    figure = plot.recovered_mass(masses, title="mine")
+    axis = figure.axes[0]
+    torch.testing.assert_close(drawn(axis), masses, equal_nan=True)
+    assert list(axis.images[0].get_clim()) == pytest.approx([0.7, 1.0])
+    assert figure.axes[1].get_ylabel() == "recovered attention mass"
+    assert figure.get_suptitle() == "mine"
+
+
+def pass_of(kept: tuple[int, ...], mass: tuple[float, ...] | None, times: tuple[float, float]) -> Pass:
+    masses = None if mass is None else (mass,)
+    return Pass(640, 640, None, ProxyConfig(), (kept,), (kept,), ((10,) * len(kept),), masses, *times)
+
+
+def dense_pass(milliseconds: float) -> Pass:
+    return Pass(1, 641, "fewer than 128 new tokens", None, None, None, None, None, None, milliseconds)
+
+
+def record_of(passes: dict[int, list[Pass]]) -> Record:
+    record = Record({"class": "LlamaForCausalLM"}, {"device": "CPU"}, False)
+    record._passes.update({layer: list(some) for layer, some in passes.items()})
+    return record
+
+
+def test_a_record_shows_density_mass_and_time() -> None:
+    """Two chunks are taken together; a layer without a sparse pass is grey."""
+    chunks = [pass_of((5, 2), (0.98, 0.96), (1.0, 3.0)), pass_of((7, 4), (0.96, 0.94), (2.0, 5.0))]
+    figure = plot.record(record_of({0: [*chunks, dense_pass(0.5)], 3: [dense_pass(4.0)]}))
+    density, mass, times, *_ = figure.axes
+    nan = [torch.nan, torch.nan]
+    torch.testing.assert_close(drawn(density), torch.tensor([[0.6, 0.3], nan]), equal_nan=True)
+    torch.testing.assert_close(drawn(mass), torch.tensor([[0.97, 0.95], nan]), equal_nan=True)
+    assert [axis.get_title() for axis in (density, mass)] == [
+        "kept blocks / admissible blocks",
+        "recovered attention mass",
+    ]
+    assert [label.get_text() for label in density.get_yticklabels()] == ["0", "3"]
+    containers: list[Any] = list(times.containers)
+    bars = {c.get_label(): [(bar.get_x(), bar.get_width()) for bar in c.patches] for c in containers}
+    assert bars == {
+        "building the mask": [(0.0, 3.0), (0.0, 0.0)],
+        "sparse attention": [(3.0, 5.0), (0.0, 0.0)],
+        "dense passes": [(8.0, 0.5), (0.0, 4.0)],
+    }
+    assert times.get_xlabel() == "time of attention, ms"
+    assert figure.get_suptitle() == (
+        "LlamaForCausalLM: attention of 2 layers in 12.5 ms, density 0.450, recovered mass 0.960"
+    )
+
+
+def test_a_record_without_mass_has_no_map_of_it() -> None:
+    figure = plot.record(record_of({0: [pass_of((5, 2), None, (1.0, 3.0))]}), title="mine")
+    assert [axis.get_title() for axis in figure.axes if axis.images] == ["kept blocks / admissible blocks"]
+    assert figure.get_suptitle() == "mine"
+    figure = plot.record(record_of({0: [dense_pass(1.0)]}))
+    assert drawn(figure.axes[0]).isnan().all()
+
+
+def sticks_out(figure: Any) -> float:
+    """Inches by which something of a figure lies beyond its border, and would be cut off; 0 if nothing does."""
+    figure.draw_without_rendering()
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    return float(max(-box.x0, -box.y0, box.x1 - width, box.y1 - height, 0.0))
+
+
+@pytest.mark.parametrize("heads", [8, 32, 64])
+def test_nothing_is_cut_off(heads: int) -> None:
+    layers = {layer: [pass_of((5,) * heads, (0.98,) * heads, (1.0, 3.0)), dense_pass(1.0)] for layer in range(heads)}
+    figure = plot.record(record_of(layers))
+    assert sticks_out(figure) == 0
+    assert sticks_out(plot.block_map(selection_of(heads)[0])) == 0
+    figure.text(0.99, 0.5, "cut off at the border")
+    assert sticks_out(figure) > 0.5
+
+
+def test_nothing_is_cut_off_with_a_thousand_blocks() -> None:
+    """A picture has fewer pixels than the map has blocks; its labels are as many as before."""
+    q, k = torch.randn(1, 2, 16384, 16), torch.randn(1, 1, 16384, 16)
+    selection = flexproxy.select(q, k, config=ProxyConfig(block_size=16, stride=16, gamma=0.4))
+    figure = plot.block_map(selection)
+    axis = figure.axes[0]
+    assert drawn(axis).shape == (1024, 1024)
+    assert sticks_out(figure) == 0
+    (low, high), ticks = axis.get_xlim(), axis.get_xticks()
+    assert 2 <= sum(low <= tick <= high for tick in ticks) <= 6
+
+
 @pytest.mark.parametrize("surroundings", ["default", "dark_background"])
 def test_pictures_are_dark_on_white(surroundings: str, tmp_path: Path) -> None:
     from matplotlib import colors, style
@@ -156,9 +246,9 @@ def test_what_is_wrong_with_a_path(tmp_path: Path) -> None:
     (tmp_path / "old.png").touch()
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
-    assert plot.save_problem(tmp_path / "new.png", force=False) is None
-    assert plot.save_problem(tmp_path / "new.PDF", force=False) is None
-    assert plot.save_problem(tmp_path / "old.png", force=True) is None
+    assert save_problem(tmp_path / "new.png", force=False) is None
+    assert save_problem(tmp_path / "new.PDF", force=False) is None
+    assert save_problem(tmp_path / "old.png", force=True) is None
     for name, force, problem in (
         ("old.png", False, "exists already"),
         ("dangling.png", False, "exists already"),
@@ -167,7 +257,7 @@ def test_what_is_wrong_with_a_path(tmp_path: Path) -> None:
         ("new", False, "no picture format ends in ''"),
         ("nowhere/new.png", False, f"the folder {tmp_path / 'nowhere'} does not exist"),
     ):
-        assert str(plot.save_problem(tmp_path / name, force)).startswith(problem), name
+        assert str(save_problem(tmp_path / name, force)).startswith(problem), name
     with pytest.raises(ValueError, match="exists already"):
         plot.save(Figure(), tmp_path / "old.png")
     assert (tmp_path / "old.png").read_bytes() == b""
@@ -183,6 +273,9 @@ def test_mistakes_are_named() -> None:
         (lambda: plot.block_map(selection, batch=2), "batch: expected an index from 0 to 1, got 2"),
         (lambda: plot.density(torch.ones(3)), r"densities: expected a tensor \[layers, Hq\]"),
         (lambda: plot.density([]), "densities: expected a Selection for each layer"),
+        (lambda: plot.record(selection), "record: expected what flexproxy.record gives, got Selection"),  # type: ignore[arg-type]
+        (lambda: plot.record(record_of({})), "record: expected at least one forward pass, got none"),
+        (lambda: plot.recovered_mass(torch.ones(3)), r"masses: expected a tensor \[layers, Hq\]"),
         (lambda: plot.ranking(selection, q, k, head=9), "head: expected an index from 0 to 1, got 9"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):

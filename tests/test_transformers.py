@@ -20,7 +20,6 @@ pytest.importorskip("transformers")
 import transformers
 from transformers import AttentionInterface
 
-import flexproxy
 from flexproxy import ProxyConfig
 from flexproxy.integrations.transformers import attention as hf_attention
 from flexproxy.integrations.transformers import configuration, configure, record_selections
@@ -293,13 +292,13 @@ def test_a_window_that_the_least_budget_covers_is_dense(monkeypatch: pytest.Monk
     model, tokens = model_of("gemma3"), make_tokens(1, 300)  # a window of 100 in layer 0
     estimated = []
 
-    def recorded(q: Tensor, k: Tensor, v: Tensor, *, config: ProxyConfig, **arguments: Any) -> Tensor:
-        estimated.append(not config.keeps_all)
-        out: Tensor = attention(q, k, v, config=config, **arguments)
-        return out
+    def recorded(*arguments: Any, **others: Any) -> Any:
+        estimated.append(not arguments[5].keeps_all)
+        return attend(*arguments, **others)
 
-    attention = flexproxy.attention
-    monkeypatch.setattr(flexproxy, "attention", recorded)
+    from flexproxy.attention import attend
+
+    monkeypatch.setattr(hf_attention, "attend", recorded)
     monkeypatch.setattr(hf_attention, "_MAX_TOKEN_PAIRS", 0)
     # Blocks of 32 queries and a window of 100 reach over 131 tokens, so over 6 blocks at most.
     for min_budget, expected in ((5 * BLOCK, [True, True]), (6 * BLOCK, [False, True])):
@@ -361,7 +360,7 @@ def test_recorded_selections() -> None:
     with record_selections(model) as record:
         logits(model, tokens)
     assert not record
-    assert not any("flexproxy_record" in vars(module) for module in model.modules())
+    assert not any("flexproxy_observers" in vars(module) for module in model.modules())
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

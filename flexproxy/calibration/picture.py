@@ -6,7 +6,7 @@ import math
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from flexproxy.plot import DARK, MIDDLE, _style
+from flexproxy.plot.figures import DARK, MIDDLE, plain_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ def draw(calibration: Calibration) -> Figure:
     """Above, by layer: proxies, density, recovered mass; below, how alike the heads of each layer are."""
     layers: dict[str, Any] = calibration.evidence["layers"]
     rows = math.ceil(len(layers) / _COLUMNS)
-    with _style():
+    with plain_style():
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(11.0, 5.8 + 1.5 * rows), layout="constrained")

@@ -39,20 +39,24 @@ def _options(
 
 
 def _app() -> typer.Typer:
+    from flexproxy.cli._bench import bench
     from flexproxy.cli._calibrate import calibrate
     from flexproxy.cli._demo import demo
     from flexproxy.cli._info import info
+    from flexproxy.cli._inspect import inspect
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.callback()(_options)
     app.command()(calibrate)
     app.command()(demo)
     app.command()(info)
+    app.command()(inspect)
+    app.command()(bench)
     return app
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 (something is not installed), 2 (misuse), 130 (interrupted)."""
+    """Run the command line; returns the exit code: 0, 1 (not possible here), 2 (misuse), 130 (interrupted)."""
     if _missing is not None:
         print(f'flexproxy: {_missing} is not installed: pip install "flexproxy[cli]"', file=sys.stderr)
         return 1

@@ -71,8 +71,9 @@ def calibrate(
         raise fail(f"--output {output}: {problem}")
     if picture is not None:
         from flexproxy import plot
+        from flexproxy.plot.figures import save_problem
 
-        problem = plot.save_problem(picture, force)
+        problem = save_problem(picture, force)
         if problem is not None:
             raise fail(f"--picture {picture}: {problem}")
     try:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexproxy.cli._common import Device, fail, progress_bar, require
+from flexproxy.cli._common import Device, fail, progress_bar, require, writing
 
 if TYPE_CHECKING:
     from flexproxy import demo as demo_module
@@ -58,8 +58,9 @@ def demo(
     require("plot", "matplotlib")
     from flexproxy import ProxyConfig, _inputs, plot
     from flexproxy import demo as demo_module
+    from flexproxy.plot.figures import save_problem
 
-    problem = plot.save_problem(picture, force)
+    problem = save_problem(picture, force)
     if problem is not None:
         raise fail(f"--picture {picture}: {problem}")
     try:
@@ -85,11 +86,11 @@ def demo(
             f"Blocks that the heads of layer {result.layer} keep: {length} tokens, blocks of {config.block_size}, "
             f"gamma {gamma:g}"
         )
-        plot.save(plot.block_map(result.selection, title=title), picture, force)
+        figure = plot.block_map(result.selection, title=title)
     except _inputs.InputError as error:
         raise fail(error) from error
-    except OSError as error:
-        raise fail(f"--picture {picture}: {error.strerror}") from error
+    with writing("--picture", picture):
+        plot.save(figure, picture, force)
 
     if as_json:
         files = {"text": str(text), "model": str(model), "picture": str(picture)}

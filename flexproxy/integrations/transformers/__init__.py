@@ -28,9 +28,10 @@ except ImportError as error:
         name="transformers",
     ) from error
 
-from flexproxy.integrations.transformers.attention import attention_forward, record_selections
+from flexproxy.integrations.transformers.attention import attention_forward
 from flexproxy.integrations.transformers.configuration import configuration, configure, save_configuration
 from flexproxy.integrations.transformers.masks import forward_mask
+from flexproxy.integrations.transformers.observing import record_selections
 
 __all__ = ["NAME", "configuration", "configure", "record_selections", "save_configuration"]
 

@@ -5,25 +5,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 
-import flexproxy
-from flexproxy import ProxyConfig, Selection
-from flexproxy.attention import dense_pays
-from flexproxy.integrations.transformers.configuration import attention_layers, is_decoder_attention, local_config
+from flexproxy import ProxyConfig
+from flexproxy.attention import Built, attend, why_dense
+from flexproxy.integrations.transformers.configuration import is_decoder_attention, local_config
 from flexproxy.integrations.transformers.masks import BLOCK_SIZE, ForwardMask, forward_mask_of
+from flexproxy.integrations.transformers.observing import Call, now, observers_of
+from flexproxy.pipeline import select_for
 
 # Token pairs up to which a dense layer takes a mask token by token, as it does in transformers.
 _MAX_TOKEN_PAIRS = 2048**2
-_RECORD = "flexproxy_record"  # attribute of the attention modules while selections are recorded
 # What changes the scores or the keys, and has no counterpart here.
 _NOT_SUPPORTED = ("position_bias", "indices", "block_indices", "head_mask")
 
@@ -66,13 +64,46 @@ def attention_forward(
             "output_attentions: expected False, for no attention weights are ever formed, got True; use "
             'model.set_attn_implementation("eager") for them'
         )
+    arguments = module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, others
+    observers = observers_of(module)
+    if not observers:
+        return _forward(*arguments), None
+    call = Call(module, query, key, now(query.device))
+    out = _forward(*arguments, call=call)
+    call.end = now(query.device)
+    for observer in observers:
+        observer(call)
+    return out, None
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    others: dict[str, Any],
+    call: Call | None = None,
+) -> Tensor:
+    """``attention_forward``, ``[B, Sq, Hq, Dv]``; call: where it is told what is done and why."""
     if not isinstance(attention_mask, BlockMask):
-        _tell_if_dense(module, query, attention_mask)
+        why = _why_no_blocks(module, query, attention_mask)
+        if query.shape[2] >= BLOCK_SIZE and not torch.compiler.is_compiling():
+            _warn_once(why)
+        if call is not None:
+            call.dense = why
         return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, others)
     _check_parallelism()
     config = local_config(module, query.shape[1])
     shared = forward_mask_of(attention_mask)
-    if _is_dense(module, query, key, config, shared):
+    why_all = _why_all_blocks(module, query, key, config, shared)
+    if call is not None:
+        call.config, call.scale, call.dense = config, scaling, why_all
+    if why_all is not None:
         plain = softcap is None and s_aux is None and shared is not None and shared.is_causal
         if shared is not None and (plain or query.shape[2] * key.shape[2] <= _MAX_TOKEN_PAIRS):
             tokens = shared.token_mask()
@@ -83,42 +114,35 @@ def attention_forward(
     block_mask = attention_mask
     if shared is not None and (query.device, config.block_size) != (block_mask.kv_indices.device, BLOCK_SIZE):
         block_mask = shared.block_mask(query.device, config.block_size)
-    record = getattr(module, _RECORD, None)
-    if record is not None and not config.keeps_all:
-        record[module.layer_idx] = flexproxy.select(query, key, block_mask=block_mask, config=config, scale=scaling)
-    out = _flex(query, key, value, block_mask, config, scaling, softcap, _local(s_aux))
-    return out.transpose(1, 2).contiguous(), None
+    built = None if call is None else call.note
+    out = _flex(query, key, value, block_mask, config, scaling, softcap, _local(s_aux), built)
+    return out.transpose(1, 2).contiguous()
 
 
-@contextmanager
-def record_selections(model: PreTrainedModel) -> Iterator[dict[int, Selection]]:
-    """Note what the layers keep in the forward passes inside of a ``with`` statement, by layer, the last pass of each.
-
-    Every sparse layer then estimates twice, so time nothing inside. Dense layers note nothing.
-
-    Raises:
-        TypeError, ValueError: as ``configure``.
-    """
-    modules = [module for layer in attention_layers(model).values() for module in layer]
-    record: dict[int, Selection] = {}
-    for module in modules:
-        setattr(module, _RECORD, record)
-    try:
-        yield record
-    finally:
-        for module in modules:
-            delattr(module, _RECORD)
+def _why_no_blocks(module: nn.Module, query: Tensor, mask: Tensor | None) -> str:
+    """Why a layer without a mask by blocks is dense."""
+    if query.shape[2] < BLOCK_SIZE:
+        return f"fewer than {BLOCK_SIZE} new tokens"
+    if not is_decoder_attention(module):
+        return "encoders, cross-attention and other attention that is not causal run dense, as sdpa runs them"
+    return (
+        f"a causal layer got {'no mask' if mask is None else 'a mask by tokens'} instead of one that transformers' "
+        "mask functions make, and runs dense; pass attention_mask as [B, S], or a BlockMask, for sparse attention"
+    )
 
 
-def _is_dense(module: nn.Module, q: Tensor, k: Tensor, config: ProxyConfig, shared: ForwardMask | None) -> bool:
-    """Whether an estimate would save nothing: ``flexproxy.attention`` says so, or the window is within every budget."""
-    if dense_pays(q, k, config) or not is_decoder_attention(module):
-        return True
-    if shared is None or shared.window is None:
-        return False
+def _why_all_blocks(
+    module: nn.Module, q: Tensor, k: Tensor, config: ProxyConfig, shared: ForwardMask | None
+) -> str | None:
+    """Why an estimate would save nothing, by lengths, settings and the mask's window; None where it may save."""
+    if not is_decoder_attention(module):
+        return "the layer is not causal"
+    why = why_dense(q, k, config)
+    if why is not None or shared is None or shared.window is None:
+        return why
     # The keys of a row of blocks lie within window + block_size - 1 tokens, which may begin anywhere in a block.
     blocks = (shared.window + config.block_size - 3) // config.block_size + 2
-    return blocks <= config.min_blocks
+    return "min_budget covers the sliding window" if blocks <= config.min_blocks else None
 
 
 def _flex(
@@ -130,23 +154,24 @@ def _flex(
     scale: float | None,
     softcap: float | None,
     sinks: Tensor | None,
+    built: Built | None,
 ) -> Tensor:
-    """Attention under the selection, ``[B, Hq, Sq, Dv]``."""
+    """Attention under the selection, ``[B, Hq, Sq, Dv]``; built: as in ``attend``."""
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if q.device.type == "cpu" and (sinks is not None or gradients):
         # The CPU kernel has neither a log-sum-exp nor gradients.
         if not config.keeps_all:
-            block_mask = flexproxy.build(q, k, block_mask=block_mask, config=config, scale=scale)
+            selection = select_for(q, k, None, block_mask, config, scale, gradients=False, lists=True)
+            block_mask = selection.block_mask()
+            if built is not None:
+                built(selection)
         batch, heads = block_mask.kv_indices.shape[:2]
         mask = create_mask(block_mask.mask_mod, batch, heads, q.shape[2], k.shape[2], device="cpu")
         return _with_scores(q, k, v, mask, scale, softcap, sinks)
     score_mod = None if softcap is None else _softcap_mod(softcap)
-    if sinks is None:
-        return flexproxy.attention(q, k, v, block_mask=block_mask, config=config, scale=scale, score_mod=score_mod)
-    out, lse = flexproxy.attention(
-        q, k, v, block_mask=block_mask, config=config, scale=scale, score_mod=score_mod, return_lse=True
-    )
-    return _with_sinks(out, lse, sinks)
+    wants_lse = sinks is not None
+    result: Any = attend(q, k, v, None, block_mask, config, scale, score_mod, return_lse=wants_lse, built=built)
+    return result if sinks is None else _with_sinks(result[0], result[1], sinks)
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
@@ -176,18 +201,18 @@ def _dense(
     softcap: float | None,
     sinks: Tensor | None,
     others: dict[str, Any],
-) -> tuple[Tensor, None]:
-    """As transformers' ``sdpa``, which has neither softcap nor sinks: with these, scores are formed all at once."""
+) -> Tensor:
+    """As transformers' ``sdpa``, ``[B, Sq, Hq, Dv]``; with softcap or sinks, which it lacks, all scores at once."""
     if softcap is None and sinks is None:
         sdpa = AttentionInterface()["sdpa"]
         out: Tensor = sdpa(module, query, key, value, mask, scaling=scaling, dropout=dropout, **others)[0]
-        return out, None
+        return out
     _check(dropout, others)
     if mask is None and query.shape[2] > 1:  # as sdpa takes it: causal from the first key on
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
     out = _with_scores(query, key, value, mask, scaling, softcap, _local(sinks))
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous()
 
 
 def _with_scores(
@@ -254,19 +279,6 @@ def _check_parallelism() -> None:
         raise ValueError(
             "context_parallel: expected whole sequences, got pieces, between which only sdpa attends; use tensor "
             'parallelism, or attn_implementation="sdpa"'
-        )
-
-
-def _tell_if_dense(module: nn.Module, query: Tensor, mask: Tensor | None) -> None:
-    """Say once that a long input runs dense, and why."""
-    if query.shape[2] < BLOCK_SIZE or torch.compiler.is_compiling():
-        return
-    if not is_decoder_attention(module):
-        _warn_once("encoders, cross-attention and other attention that is not causal run dense, as sdpa runs them")
-    else:
-        _warn_once(
-            f"a causal layer got {'no mask' if mask is None else 'a mask by tokens'} instead of one that transformers' "
-            "mask functions make, and runs dense; pass attention_mask as [B, S], or a BlockMask, for sparse attention"
         )
 
 

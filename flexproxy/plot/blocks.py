@@ -1,22 +1,16 @@
-"""Pictures of what a mask keeps: of a Selection, of any BlockMask, of the densities of a model.
-
-Each function returns a matplotlib Figure, on white whatever surrounds it; ``save`` writes it. Needs matplotlib, which
-is imported when it is first used. Like ``flexproxy.stats``, these functions wait for the device.
-"""
+"""Pictures by block: which are kept, and the ranking beside the true mass."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexproxy._files import replacing, write_problem
+from flexproxy.plot.figures import DARK, LIGHT, MIDDLE, plain_style
 from flexproxy.selection import Selection
 from flexproxy.stats import block_mass, block_size_of, check_index, kept_and_full_blocks
 
@@ -24,10 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["block_map", "density", "ranking", "save"]
-
-# Told apart by their lightness alone, so also in print and by colour-blind readers.
-LIGHT, MIDDLE, DARK = "#e8e8e8", "#f0b44c", "#1f3b73"
 SELECTION_CLASSES = {"not admissible": LIGHT, "admissible, dropped": MIDDLE, "kept": DARK}
 BLOCK_MASK_CLASSES = {"not listed": LIGHT, "partial": MIDDLE, "full": DARK}
 
@@ -57,7 +47,7 @@ def block_map(
     columns = min(len(chosen), 4 if len(chosen) <= 8 else 8)
     rows = math.ceil(len(chosen) / columns)
     q_size, k_size = block_size_of(mask)
-    with _style():
+    with plain_style():
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
@@ -78,45 +68,6 @@ def block_map(
         figure.suptitle(title)
         patches = [Patch(facecolor=colour, edgecolor="#808080", label=name) for name, colour in names.items()]
         figure.legend(handles=patches[::-1], loc="outside lower center", ncols=3, frameon=False)
-    return figure
-
-
-def density(
-    densities: Tensor | Sequence[Selection] | Mapping[int, Selection], *, batch: int = 0, title: str | None = None
-) -> Figure:
-    """A heat map of kept / admissible blocks, a row for every layer and a column for every head.
-
-    Args:
-        densities: one Selection for each layer, in a sequence or by the layer's index as ``record_selections`` notes
-            them; or a tensor ``[layers, Hq]``.
-        batch: which sequence of the selections.
-        title: line above the map; None describes it.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message says which, and what to do.
-        ModuleNotFoundError: matplotlib is not installed.
-    """
-    layers, values = _layers(densities, batch)
-    num_layers, num_heads = values.shape
-    if title is None:
-        found = values[~values.isnan()]
-        span = f"mean {found.mean():.3f}, from {found.min():.3f} to {found.max():.3f}" if found.numel() else "no layers"
-        title = f"Density of every layer and head: {span}"
-    with _style():
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-
-        size = (min(max(0.28 * num_heads + 2.4, 6.5), 14.0), min(max(0.28 * num_layers + 1.6, 3.0), 13.0))
-        figure = Figure(figsize=size, layout="constrained")
-        axis = figure.subplots()
-        image = axis.imshow(values.numpy(), cmap="viridis", vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
-        axis.set_xlabel("query head")
-        axis.set_ylabel("layer")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        step = math.ceil(num_layers / 40)
-        axis.set_yticks(range(0, num_layers, step), [str(layer) for layer in layers[::step]])
-        figure.colorbar(image, aspect=40, label="kept blocks / admissible blocks")
-        figure.suptitle(title)
     return figure
 
 
@@ -152,7 +103,7 @@ def ranking(
     count = int(selection.count[batch, head])
     ranked, best = _mean_coverage(rank, mass, admissible)
     blocks = torch.arange(1, len(ranked) + 1)
-    with _style():
+    with plain_style():
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
 
@@ -182,34 +133,6 @@ def ranking(
     return figure
 
 
-def save(figure: Figure, path: str | Path, force: bool = False) -> None:
-    """Write a figure whole or not at all; the suffix of the path is the format.
-
-    Args:
-        force: replace the file if it exists.
-
-    Raises:
-        ValueError: nothing can be written there; the message says why.
-        OSError: writing failed; what was there before still is.
-    """
-    path = Path(path)
-    problem = save_problem(path, force)
-    if problem is not None:
-        raise ValueError(f"path: expected a file to write, got {path}: {problem}")
-    with replacing(path) as unfinished, _style():
-        figure.savefig(unfinished, format=path.suffix.lstrip(".").lower(), dpi=130, facecolor="white")
-
-
-def save_problem(path: Path, force: bool) -> str | None:
-    """Why no picture can be written to ``path``, in a few words; None if it can."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    formats = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in formats:
-        return f"no picture format ends in {path.suffix!r}; use .png, .svg or .pdf"
-    return write_problem(path, force)
-
-
 # What is drawn
 
 
@@ -235,30 +158,6 @@ def _classes_of(mask: Any, heads: Any, batch: int) -> tuple[Tensor, dict[str, st
     return (lower.to(torch.int8) + (upper & lower).to(torch.int8)).cpu(), names, notes
 
 
-def _layers(densities: Any, batch: int) -> tuple[list[int], Tensor]:
-    """Indices of the layers, and fp32 ``[layers, Hq]``, not-a-number where a layer has fewer heads than others."""
-    if isinstance(densities, Tensor):
-        if densities.dim() != 2 or 0 in densities.shape:
-            raise ValueError(
-                f"densities: expected a tensor [layers, Hq], got shape {list(densities.shape)}; take one sequence of "
-                "Selection.density() for each layer"
-            )
-        return list(range(densities.shape[0])), densities.detach().float().cpu()
-    by_layer = dict(densities) if isinstance(densities, Mapping) else dict(enumerate(densities))
-    if not by_layer or not all(isinstance(selection, Selection) for selection in by_layer.values()):
-        raise TypeError(
-            "densities: expected a Selection for each layer, or a tensor [layers, Hq], got "
-            f"{sorted({type(x).__name__ for x in by_layer.values()}) or 'none'}; use record_selections, or select"
-        )
-    rows = []
-    for _, selection in sorted(by_layer.items()):
-        check_index("batch", batch, selection.count.shape[0])
-        rows.append(selection.density()[batch].cpu())
-    width = max(len(row) for row in rows)
-    padded = [torch.nn.functional.pad(row, (0, width - len(row)), value=torch.nan) for row in rows]
-    return sorted(by_layer), torch.stack(padded)
-
-
 def _mean_coverage(rank: Tensor, mass: Tensor, admissible: Tensor) -> tuple[Tensor, Tensor]:
     """Mass of the first n + 1 blocks of a row, by rank and by mass, the mean over rows with any: ``[Nk]`` each."""
     rows = admissible.any(-1)
@@ -268,19 +167,6 @@ def _mean_coverage(rank: Tensor, mass: Tensor, admissible: Tensor) -> tuple[Tens
 
 
 # How it is drawn
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    """matplotlib's own style inside, whatever the user's is: dark on white, so it reads on any page."""
-    try:
-        from matplotlib import style
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'{error.name} is not installed, which flexproxy.plot needs: pip install "flexproxy[plot]"', name=error.name
-        ) from error
-    with style.context("default"):
-        yield
 
 
 def _draw_blocks(axis: Axes, values: Tensor, **colours: Any) -> Any:

@@ -1,0 +1,57 @@
+"""How pictures look, and how they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexproxy._files import replacing, write_problem
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Told apart by their lightness alone, so also in print and by colour-blind readers.
+LIGHT, MIDDLE, DARK = "#e8e8e8", "#f0b44c", "#1f3b73"
+
+
+def save(figure: Figure, path: str | Path, force: bool = False) -> None:
+    """Write a figure whole or not at all; the suffix of the path is the format.
+
+    Args:
+        force: replace the file if it exists.
+
+    Raises:
+        ValueError: nothing can be written there; the message says why.
+        OSError: writing failed; what was there before still is.
+    """
+    path = Path(path)
+    problem = save_problem(path, force)
+    if problem is not None:
+        raise ValueError(f"path: expected a file to write, got {path}: {problem}")
+    with replacing(path) as unfinished, plain_style():
+        figure.savefig(unfinished, format=path.suffix.lstrip(".").lower(), dpi=130, facecolor="white")
+
+
+def save_problem(path: Path, force: bool) -> str | None:
+    """Why no picture can be written to ``path``, in a few words; None if it can."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    formats = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in formats:
+        return f"no picture format ends in {path.suffix!r}; use .png, .svg or .pdf"
+    return write_problem(path, force)
+
+
+@contextmanager
+def plain_style() -> Iterator[None]:
+    """matplotlib's own style inside, whatever the user's is: dark on white, so it reads on any page."""
+    try:
+        from matplotlib import style
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'{error.name} is not installed, which flexproxy.plot needs: pip install "flexproxy[plot]"', name=error.name
+        ) from error
+    with style.context("default"):
+        yield

@@ -1,0 +1,262 @@
+"""Every command fed bad input: one clear line, the right exit code, and nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
+pytest.importorskip("matplotlib")
+
+import huggingface_hub
+import transformers
+
+from flexproxy import _info, benchmarking, cli, inspection
+from flexproxy import demo as demo_module
+from tests.tiny_model import save_tiny_model
+from tests.transformers_models import interpreted
+
+FULL = OSError(28, "No space left on device")
+DENIED = PermissionError(13, "Permission denied")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No network, and nothing compiled."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with interpreted("cpu"):
+        yield
+
+
+@pytest.fixture
+def commands(model_folder: Path, tmp_path: Path) -> dict[str, list[str]]:
+    """Each works as it is."""
+    common = ["--device", "cpu", "--length", "512", "--min-budget", "64", "--gamma", "0.5"]
+    picture = str(tmp_path / "map.png")
+    return {
+        "info": ["info"],
+        "demo": ["demo", "--model", str(model_folder), "--needles", "8", "--picture", picture, *common],
+        "inspect": ["inspect", str(model_folder), *common],
+        "bench": ["bench", "build", "--output", str(tmp_path / "results")],
+    }
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
+    """The last line of stderr says it; the lines before tell which text it was, and how far the command came."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[-1].startswith("flexproxy: ")
+    assert message in lines[-1]
+    assert "Traceback" not in err
+    assert sum(line.startswith("flexproxy: ") for line in lines) == 1
+
+
+@pytest.mark.parametrize("command", ["demo", "inspect"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read the text {}: No such file or directory"),
+        ("a folder", "cannot read the text {}: Is a directory"),
+        (b"", "the text {} is empty; pass a text file"),
+        (b"short", "the text {} has 5 bytes, and --length asks for 512; use a longer text or a lower --length"),
+    ],
+)
+def test_a_text_that_cannot_be_used(
+    commands: dict[str, list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    content: bytes | str | None,
+    message: str,
+) -> None:
+    text = tmp_path / "text"
+    if isinstance(content, bytes):
+        text.write_bytes(content)
+    elif content is not None:
+        text.mkdir()
+    assert cli.main([*commands[command], "--text", str(text)]) == 2
+    assert_one_line(capsys, message.format(text))
+    assert {path.name for path in tmp_path.iterdir()} <= {"text"}
+
+
+def test_a_binary_file_is_no_text_for_a_model_with_a_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For the needle model it is one: it reads bytes."""
+    model = save_tiny_model(tmp_path / "model", vocab_size=300)
+    (tmp_path / "text").write_bytes(b"text\xff\x00\xfe")
+    command = ["inspect", str(model), "--device", "cpu", "--text", str(tmp_path / "text")]
+    assert cli.main(command) == 2
+    assert_one_line(capsys, "is not UTF-8, at byte 4; pass a text file")
+    (tmp_path / "text").write_bytes(b"text")
+    assert cli.main(command) == 2
+    assert_one_line(capsys, f"cannot load the tokenizer of {model}: ")
+
+
+def test_a_binary_file_is_a_text_for_the_needle_model(
+    commands: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_bytes(bytes(range(256)) * 2)
+    assert cli.main([*commands["inspect"], "--text", str(tmp_path / "text")]) == 0
+    assert "512 queries" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["unknown", "empty folder", "damaged config", "damaged weights", "a file"])
+@pytest.mark.parametrize("command", ["demo", "inspect"])
+def test_a_model_that_cannot_be_used(
+    commands: dict[str, list[str]],
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    kind: str,
+) -> None:
+    folder = tmp_path / "other"
+    if kind == "empty folder":
+        folder.mkdir()
+    elif kind == "a file":
+        folder.write_text("{")
+    elif kind != "unknown":
+        shutil.copytree(model_folder, folder)
+        name = "config.json" if kind == "damaged config" else "model.safetensors"
+        (folder / name).write_bytes(b"\x00\xff" * 50)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    words = [word.replace(str(model_folder), str(folder)) for word in commands[command]]
+    assert cli.main(words) == 2
+    assert_one_line(capsys, str(folder))
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def outputs(commands: dict[str, list[str]], folder: Path) -> list[tuple[list[str], Path]]:
+    """The commands that write, and a file of each."""
+    return [
+        (commands["demo"], folder / "map.png"),
+        ([*commands["inspect"], "--output", str(folder / "record.json")], folder / "record.json"),
+        ([*commands["inspect"], "--pictures", str(folder / "pictures")], folder / "pictures" / "blocks.png"),
+        (commands["bench"], folder / "results" / "build.json"),
+    ]
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were a GPU, for bench, whose benchmark does nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(benchmarking, "main_of", lambda _: lambda _: pytest.fail("it was measured in vain"))
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_what_exists_is_not_replaced(
+    commands: dict[str, list[str]], measured: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], which: int
+) -> None:
+    """It is found out before the work."""
+    command, file = outputs(commands, tmp_path)[which]
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("precious")
+    assert cli.main(command) == 2
+    assert_one_line(capsys, f"{file}: exists already; name another file, or replace it with force=True (--force)")
+    assert file.read_text() == "precious"
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_folder_that_cannot_be_written_to(
+    commands: dict[str, list[str]],
+    measured: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    which: int,
+) -> None:
+    """Those who run this as root may write everywhere, so the answer of the system is made up."""
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    command, _ = outputs(commands, tmp_path)[which]
+    assert cli.main(command) == 2
+    assert_one_line(capsys, f"the folder {tmp_path} cannot be written to")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("which", "error"), [(0, FULL), (1, FULL), (2, FULL), (1, DENIED)])
+def test_a_disk_that_is_full_or_denied_in_the_end(
+    commands: dict[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: OSError,
+    which: int,
+) -> None:
+    """Half of the file is written, and is gone again; the old one stays."""
+    from matplotlib.figure import Figure
+
+    def half(target: Any, path: Any, **_: Any) -> None:
+        (target if isinstance(target, Path) else path).open("wb").write(b"half")
+        raise error
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    monkeypatch.setattr(Path, "write_text", half)
+    command, file = outputs(commands, tmp_path)[which]
+    if command[0] == "demo" and not hasattr(transformers.PreTrainedModel, "set_attn_implementation"):
+        pytest.skip("this transformers cannot switch the attention of a model, which the demo does")
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    assert cli.main([*command, "--force"]) == 1
+    assert_one_line(capsys, f": {error.strerror}")
+    assert [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] == [b""]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc")
+def test_a_folder_where_the_system_makes_no_files(
+    commands: dict[str, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even for root."""
+    code = cli.main([*commands["inspect"], "--output", "/proc/record.json"])
+    assert code in (1, 2)
+    assert_one_line(capsys, "/proc")
+
+
+@pytest.mark.parametrize("command", ["info", "demo", "inspect", "bench"])
+def test_interrupted(
+    commands: dict[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    """(A real signal is sent to the demo in tests/test_cli.py.)"""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_info, "collect", interrupted)
+    monkeypatch.setattr(demo_module, "run", interrupted)
+    monkeypatch.setattr(inspection, "prefill", interrupted)
+    monkeypatch.setattr(benchmarking, "committed", interrupted)
+    extra = ["--pictures", str(tmp_path / "pictures"), "--output", str(tmp_path / "record.json")]
+    assert cli.main([*commands[command], *(extra if command == "inspect" else [])]) == 130
+    assert_one_line(capsys, "interrupted")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["info", "demo", "inspect", "bench"])
+def test_every_option_says_what_it_is(commands: dict[str, list[str]], command: str) -> None:
+    """In help; and an option that there is none of is one line."""
+    import typer.main
+
+    (found,) = [c for c in typer.main.get_group(cli._app()).commands.values() if c.name == command]
+    for parameter in found.params:
+        assert getattr(parameter, "help", None), parameter.name
+    assert cli.main([*commands[command], "--no-such-option"]) == 2

@@ -1,0 +1,161 @@
+"""``flexproxy inspect``: what it prints and writes, and that it says in one line what cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
+pytest.importorskip("matplotlib")
+
+from flexproxy import ProxyConfig, _inputs, cli, inspection
+from flexproxy.integrations.transformers import configure, save_configuration
+from tests.tiny_model import HEADS, LAYERS, save_tiny_model
+from tests.transformers_models import interpreted
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def not_compiled() -> Any:
+    with interpreted("cpu"):
+        yield
+
+
+@pytest.fixture
+def small(model_folder: Path) -> list[str]:
+    settings = {"--device": "cpu", "--length": "512", "--min-budget": "64", "--gamma": "0.5"}
+    return ["inspect", str(model_folder), *(word for pair in settings.items() for word in pair)]
+
+
+def test_a_table_and_the_pictures(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "new"
+    assert cli.main([*small, "--pictures", str(folder), "--ranking", "1", "--mass"]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == "LlamaForCausalLM, CPU: 1 pass with 512 queries and up to 512 keys"
+    assert "mass" in lines[1]
+    assert [line.split()[:2] for line in lines[2 : 2 + LAYERS]] == [[str(i), "1"] for i in range(LAYERS)]
+    assert lines[-3:] == [str(folder / name) for name in ("record.png", "blocks.png", "ranking.png")]
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("record.png", "blocks.png"))
+    assert "The first 512 tokens of " in err
+    assert "compiling kernels" in err
+    assert "recording" in err
+
+
+def test_json_is_all_of_stdout_and_the_file_is_the_same(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*small, "--json", "--output", str(tmp_path / "record.json")]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "record.json").read_text()) == data
+    assert data["text"]["tokens"] == 512
+    assert data["pictures"] == []
+    assert sorted(data["layers"]) == [str(i) for i in range(LAYERS)]
+    for (one,) in data["layers"].values():  # the pass that compiles kernels is not among them
+        assert one["config"] == {"gamma": 0.5, "min_budget": 64}
+        assert (one["num_queries"], len(one["density"][0]), one["mass"]) == (512, HEADS, None)
+
+
+def test_the_settings_of_a_file(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = _inputs.load_decoder(str(model_folder), torch.device("cpu"), "flexproxy")
+    configure(model, {0: ProxyConfig(min_budget=512), 1: ProxyConfig(density=0.6, min_budget=64)})
+    save_configuration(model, tmp_path / "settings.json")
+    command = ["inspect", str(model_folder), "--device", "cpu", "--length", "512", "--json"]
+    assert cli.main([*command, "--config", str(tmp_path / "settings.json")]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert layers["0"][0]["dense"] == "min_budget covers all keys"
+    assert layers["1"][0]["config"] == {"density": 0.6, "min_budget": 64}
+
+
+def test_the_default_length_is_bounded(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of a short text; of a long one as much as the model is made for."""
+    taken = []
+
+    def prefill(model: Any, tokens: Any, **_: Any) -> Any:
+        taken.append(tokens.shape[1])
+        raise _inputs.InputError("enough")
+
+    monkeypatch.setattr(inspection, "prefill", prefill)
+    text, command = (
+        tmp_path / "text",
+        ["inspect", str(model_folder), "--device", "cpu", "--text", str(tmp_path / "text")],
+    )
+    for length in (300, 5000):  # the model is made for 2048
+        text.write_bytes(b"x" * length)
+        assert cli.main(command) == 2
+    assert taken == [300, 2048]
+    assert "The first 2048 tokens of " in capsys.readouterr().err
+
+
+def test_the_layer_whose_heads_differ_most_is_looked_at(model_folder: Path) -> None:
+    model: Any = _inputs.load_decoder(str(model_folder), torch.device("cpu"), "flexproxy")
+    config = ProxyConfig(gamma=0.5, min_budget=64)
+    tokens = _inputs.read_text(_inputs.default_text(), 300).long()
+    stages: list[tuple[str, int, int]] = []
+    for dense in range(LAYERS):
+        configure(model, config)
+        configure(model, {dense: ProxyConfig(gamma=1.0)})
+        result = inspection.prefill(model, tokens, progress=lambda *stage: stages.append(stage))
+        assert result.layer == 1 - dense
+        assert result.call.layer == 1 - dense
+        assert result.call.selection is not None
+    assert inspection.prefill(model, tokens, layer=0, progress=lambda *_: None).layer == 0
+    want = [(stage, i, LAYERS) for stage in ("compiling kernels", "recording") for i in range(LAYERS + 1)]
+    assert stages == want * LAYERS
+    assert not any("flexproxy_observers" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--gamma 2", "gamma: expected"),
+        ("--num-proxies 3", "num_proxies: expected"),
+        ("--length 100000000", "use a longer text or a lower --length"),
+        ("--length 0", "--length"),
+        ("--layer 1", "--pictures: expected a folder for the pictures"),
+        ("--layer 2 --pictures pictures", "--layer: expected one of 0 to 1, got 2"),
+        ("--ranking 4 --pictures pictures", "--ranking: expected a query head from 0 to 3, got 4"),
+        ("--min-budget 512 --pictures pictures", "--layer: expected a layer that is sparse, got 0, which was dense"),
+        ("--pictures nowhere/deep", "the folder nowhere does not exist"),
+        ("--output .", "--output .: is a folder; name a file"),
+        ("--config settings.json", "--config: expected all settings in the file, got --gamma, --min-budget besides"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    small: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*small, *options.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[-1].startswith("flexproxy: ")
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_for_another_model(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text, message in (("{", "expected JSON in"), ('{"flexproxy": 1, "model": {}, "layers": {}}', "a file for {")):
+        (tmp_path / "settings.json").write_text(text)
+        command = ["inspect", str(model_folder), "--device", "cpu", "--config", str(tmp_path / "settings.json")]
+        assert cli.main(command) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert message in last
