@@ -14,10 +14,6 @@ from flexproxy.kernel_options import kernel_options
 from flexproxy.pipeline import build, select
 from flexproxy.selection import Selection
 
-if TYPE_CHECKING:
-    from flexproxy.calibration import calibrate
-    from flexproxy.recording import record
-
 __version__ = "0.1.0"
 
 __all__ = [
@@ -36,8 +32,12 @@ __all__ = [
 # What needs more than torch and einops is imported when it is first asked for.
 _LAZY = {"calibrate": "flexproxy.calibration", "record": "flexproxy.recording"}
 
+if TYPE_CHECKING:
+    from flexproxy.calibration import calibrate
+    from flexproxy.recording import record
+else:  # a type checker would take any name for one of these
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            return getattr(importlib.import_module(_LAZY[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -184,7 +184,7 @@ def test_a_full_disk(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", full)
-    assert cli.main(command) == 2
+    assert cli.main(command) == 1
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("flexproxy: ")
     assert err.endswith(f"--output {tmp_path / 'out' / 'calibration.json'}: No space left on device")

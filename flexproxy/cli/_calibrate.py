@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexproxy.cli._common import Device, fail, progress_bar, require
+from flexproxy.cli._common import Device, check_output, fail, progress_bar, require, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,13 +62,10 @@ def calibrate(
     if picture is not None:
         require("plot", "matplotlib")
     from flexproxy import ProxyConfig, _inputs
-    from flexproxy._files import write_problem
     from flexproxy.calibration import CalibrationError, Target
     from flexproxy.calibration import calibrate as run
 
-    problem = write_problem(output, force)
-    if problem is not None:
-        raise fail(f"--output {output}: {problem}")
+    check_output("--output", output, force)
     if picture is not None:
         from flexproxy import plot
         from flexproxy.plot.figures import save_problem
@@ -102,15 +99,11 @@ def calibrate(
             )
     except (_inputs.InputError, CalibrationError) as error:
         raise fail(error) from error
-    try:
+    with writing("--output", output):
         found.save(output, force)
-    except OSError as error:
-        raise fail(f"--output {output}: {error.strerror}") from error
     if picture is not None:
-        try:
+        with writing("--picture", picture):
             plot.save(found.figure(), picture, force)
-        except OSError as error:
-            raise fail(f"--picture {picture}: {error.strerror}; the settings are in {output}") from error
 
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
