@@ -98,7 +98,9 @@ def _dropped_blocks_fake(kept: Tensor, whole: Tensor, block_size: int) -> tuple[
     return kept.new_empty(*rows, number * block_size), some, torch.empty_like(some)
 
 
-@opaque("(Tensor kept, Tensor whole, int block_size) -> (Tensor, Tensor, Tensor)", _dropped_blocks_fake, False)
+@opaque(
+    "(Tensor kept, Tensor whole, int block_size) -> (Tensor, Tensor, Tensor)", _dropped_blocks_fake, has_kernel=False
+)
 def dropped_blocks(kept: Tensor, whole: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """``dropped``, ``some`` and ``every`` of Means, from bool maps ``[B, Hq, Nq, Nk]`` (``whole`` is broadcast)."""
     dropped = pad_to_multiple(whole & ~kept, -1, block_size, False).contiguous()

@@ -515,7 +515,12 @@ def test_operators(device: str) -> None:
     def dense(x: Inputs) -> object:
         return flexproxy.attention(x.q, x.k, x.v, mask_mod=masks.causal, config=every)
 
+    def compensated(x: Inputs) -> object:
+        config = ProxyConfig(gamma=0.6, min_budget=64, block_size=BLOCK)
+        return flexproxy.attention(x.q, x.k, x.v, config=config, compensate=True)
+
     torch.compile(dense, fullgraph=True, backend=backend)(x)
+    torch.compile(compensated, fullgraph=True, backend=backend)(x)
     torch.compile(lambda x: flexproxy.select(x.q, x.k).block_map(), fullgraph=True, backend=backend)(x)
     different = {(str(target), signature(args)): (target, args, kwargs) for target, args, kwargs in backend.calls}
     assert {name.split(".")[1] for name, _ in different} == operators()
