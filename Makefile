@@ -63,7 +63,9 @@ bench:
 	$(PYTHON) -m benchmarks.bench_attention $(ARGS)
 	$(PYTHON) -m benchmarks.bench_memory $(ARGS)
 	$(PYTHON) -m benchmarks.bench_tiles $(ARGS)
+	$(PYTHON) -m benchmarks.bench_cold $(ARGS)
 	$(PYTHON) -m benchmarks.bench_prefill $(ARGS)
+	$(PYTHON) -m benchmarks.bench_calibrate $(ARGS)
 
 plots:
 	$(PYTHON) -m benchmarks.plots

@@ -51,7 +51,10 @@ def load_model(args: argparse.Namespace) -> Any:
 
 def read_tokens(args: argparse.Namespace, vocab_size: int) -> Tensor:
     """The first ``args.length`` tokens of the text, ``[1, S]``. The needle model reads bytes."""
-    text = args.text.read_bytes()
+    try:
+        text = args.text.read_bytes()
+    except OSError as error:
+        raise SystemExit(f"--text: expected a file to read, got {args.text}: {error.strerror}; name a text") from error
     if vocab_size == VOCAB_SIZE:
         tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()[None]
     else:
