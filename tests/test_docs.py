@@ -169,16 +169,17 @@ def test_names_exist(page: str) -> None:
             found = getattr(found, part)
 
 
-def test_figures_of_quality() -> None:
+@pytest.mark.parametrize("name", ["quality_cpu", "quality_means_cpu"])
+def test_figures_of_quality(name: str) -> None:
     """The tables are those of the committed result, and its plot is there."""
     report = pytest.importorskip("benchmarks.quality.report")
-    data = json.loads((ROOT / "benchmarks/results/quality_cpu.json").read_text())
+    data = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     assert data["complete"]
     page = (DOCS / "quality.md").read_text()
     tables = [report.markdown(data["rows"], length, task) for length, task in report.panels(data["rows"])]
     assert len(tables) == 2
     assert all(table in page for table in tables)
-    assert (ROOT / "benchmarks/results/quality_cpu.png").exists()
+    assert (ROOT / f"benchmarks/results/{name}.png").exists()
 
 
 def test_figures_of_the_stages() -> None:
