@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ pytest.importorskip("matplotlib")
 import huggingface_hub
 import transformers
 
-from flexproxy import _info, benchmarking, cli, inspection
+from flexproxy import _info, _inputs, benchmarking, calibration, cli, inspection
 from flexproxy import demo as demo_module
+from flexproxy.needle import VOCAB_SIZE
 from tests.tiny_model import save_tiny_model
 from tests.transformers_models import interpreted
 
@@ -140,6 +141,112 @@ def test_a_model_that_cannot_be_used(
     assert cli.main(words) == 2
     assert_one_line(capsys, str(folder))
     assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def any_model(
+    commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Callable[[Path], list[str]]]:
+    """Commands that take any decoder, given the folder of one."""
+    output = tmp_path_factory.mktemp("calibration") / "calibration.json"
+    text, budget = ["--text", str(_inputs.default_text()), "--density", "0.5"], ["--min-budget", "64"]
+    rest = {
+        "inspect": commands["inspect"][2:],
+        "calibrate": [
+            *text,
+            *budget,
+            "--max-proxies",
+            "1",
+            "--output",
+            str(output),
+            "--device",
+            "cpu",
+            "--length",
+            "512",
+        ],
+    }
+    return {name: lambda folder, name=name: [name, str(folder), *rest[name]] for name in rest}
+
+
+@pytest.mark.parametrize("command", ["inspect", "calibrate"])
+def test_a_length_beyond_what_the_model_is_made_for(
+    any_model: dict[str, Callable[[Path], list[str]]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    """GPT-2 has learned positions, of which there are no more."""
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB_SIZE, n_positions=512, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    words = any_model[command](tmp_path / "model")
+    assert cli.main([*words, "--length", "700"]) == 2
+    message = "--length: expected at most the 512 tokens that the model is made for, got 700; use a lower --length"
+    assert_one_line(capsys, message)
+    assert cli.main(words) == 0  # all of its positions
+
+
+@pytest.mark.parametrize("command", ["inspect", "calibrate"])
+def test_heads_that_are_too_narrow(
+    any_model: dict[str, Callable[[Path], list[str]]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    save_tiny_model(tmp_path / "model", head_dim=8)
+    assert cli.main(any_model[command](tmp_path / "model")) == 2
+    message = "model: expected heads of dimension 16 to 256, got 8 in a LlamaForCausalLM; use another model"
+    assert_one_line(capsys, message)
+
+
+@pytest.mark.parametrize("command", ["demo", "inspect", "calibrate"])
+def test_out_of_memory(
+    commands: dict[str, list[str]],
+    any_model: dict[str, Callable[[Path], list[str]]],
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more")
+
+    monkeypatch.setattr(demo_module, "run", full)
+    monkeypatch.setattr(inspection, "prefill", full)
+    monkeypatch.setattr(calibration, "calibrate", full)
+    assert cli.main(commands["demo"] if command == "demo" else any_model[command](model_folder)) == 1
+    assert_one_line(capsys, "out of memory; use a lower --length, or another --device")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["demo", "inspect", "calibrate"])
+def test_a_machine_without_a_gpu(
+    commands: dict[str, list[str]],
+    any_model: dict[str, Callable[[Path], list[str]]],
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    """It is not the user's mistake: exit code 1."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = commands["demo"] if command == "demo" else any_model[command](model_folder)
+    assert cli.main([*words, "--device", "cuda"]) == 1
+    assert_one_line(capsys, "--device cuda: torch finds no CUDA device; use --device cpu, or auto")
+
+
+@pytest.mark.parametrize("command", ["demo", "inspect"])
+def test_a_machine_without_a_compiler(
+    commands: dict[str, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert cli.main(commands[command]) == 1
+    assert_one_line(capsys, "no C++ compiler: ")
 
 
 def outputs(commands: dict[str, list[str]], folder: Path) -> list[tuple[list[str], Path]]:

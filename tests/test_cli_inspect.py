@@ -123,7 +123,7 @@ def test_the_layer_whose_heads_differ_most_is_looked_at(model_folder: Path) -> N
     [
         ("--gamma 2", "gamma: expected"),
         ("--num-proxies 3", "num_proxies: expected"),
-        ("--length 100000000", "use a longer text or a lower --length"),
+        ("--length 100000000", "--length: expected at most the 2048 tokens that the model is made for, got 100000000"),
         ("--length 0", "--length"),
         ("--layer 1", "--pictures: expected a folder for the pictures"),
         ("--layer 2 --pictures pictures", "--layer: expected one of 0 to 1, got 2"),

@@ -11,11 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexproxy.cli._common import Device, check_output, fail, progress_bar, require, writing
+from flexproxy.cli._common import Device, check_output, fail, input_errors, progress_bar, require, writing
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from flexproxy.calibration import Calibration
 
 
@@ -62,7 +60,7 @@ def calibrate(
     if picture is not None:
         require("plot", "matplotlib")
     from flexproxy import ProxyConfig, _inputs
-    from flexproxy.calibration import CalibrationError, Target
+    from flexproxy.calibration import Target
     from flexproxy.calibration import calibrate as run
 
     check_output("--output", output, force)
@@ -80,10 +78,10 @@ def calibrate(
         raise fail(error) from error
 
     notes = Console(stderr=True, highlight=False)
-    try:
+    with input_errors():
         where = _inputs.pick_device(device.value)
         loaded = _inputs.load_decoder(model, where, "sdpa")
-        _check_layers(loaded)
+        _inputs.check_decoder(loaded, length)
         texts = [_inputs.read_tokens(path, loaded, model, None) for path in text]
         with progress_bar(notes) as progress:
             found = run(
@@ -97,8 +95,6 @@ def calibrate(
                 max_proxies=max_proxies,
                 progress=progress,
             )
-    except (_inputs.InputError, CalibrationError) as error:
-        raise fail(error) from error
     with writing("--output", output):
         found.save(output, force)
     if picture is not None:
@@ -109,15 +105,6 @@ def calibrate(
         print(json.dumps(found.to_json(), indent=2))
     else:
         _show(found, output)
-
-
-def _check_layers(model: PreTrainedModel) -> None:
-    from flexproxy.integrations.transformers.configuration import attention_layers
-
-    try:
-        attention_layers(model)
-    except ValueError as error:
-        raise fail(error) from error
 
 
 def _show(found: Calibration, output: Path) -> None:

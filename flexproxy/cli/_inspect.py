@@ -15,7 +15,7 @@ from flexproxy.cli._common import (
     check_output,
     check_outputs,
     fail,
-    impossible,
+    input_errors,
     progress_bar,
     require,
     write_json,
@@ -134,17 +134,16 @@ def _run(
     device: Device,
 ) -> tuple[Inspection, dict[str, Any]]:
     """The prefill, and which text it was of."""
-    import torch
-
     from flexproxy import _inputs, inspection
     from flexproxy.integrations.transformers import configure
 
     notes = Console(stderr=True, highlight=False)
-    try:
+    with input_errors():
         path = text or _inputs.default_text()
         where = _inputs.pick_device(device.value)
         _inputs.check_compiler(where)
         model = _inputs.load_decoder(name, where, "flexproxy")
+        _inputs.check_decoder(model, length)
         tokens = _read(path, model, name, length, where.type)
         try:
             configure(model, settings)
@@ -155,10 +154,6 @@ def _run(
         notes.print(f"The first {taken['tokens']} tokens of {path}, on the {where.type.upper()}", soft_wrap=True)
         with progress_bar(notes) as progress:
             result = inspection.prefill(model, tokens.to(where), layer=layer, mass=mass, progress=progress)
-    except _inputs.InputError as error:
-        raise fail(error) from error
-    except torch.OutOfMemoryError as error:
-        raise impossible("out of memory; use a lower --length, or another --device") from error
     return result, taken
 
 
@@ -167,7 +162,7 @@ def _read(path: Path, model: PreTrainedModel, name: str, length: int | None, dev
 
     if length is not None:
         return _inputs.read_tokens(path, model, name, length)
-    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _DEFAULT_LENGTH[device]
+    made_for = _inputs.max_positions(model) or _DEFAULT_LENGTH[device]
     return _inputs.read_tokens(path, model, name, None)[:, : min(_DEFAULT_LENGTH[device], made_for)]
 
 
