@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,11 @@ def load_decoder(name: str, device: torch.device, attention: str) -> PreTrainedM
     with _quiet_transformers():
         try:
             config: Any = AutoConfig.from_pretrained(name, **loading)
+        except Exception as error:
+            missing = isinstance(error, OSError) and not local
+            begin = f"no folder {name} here, and not on the Hugging Face hub" if missing else f"cannot load {where}"
+            raise InputError(f"{begin}: {_reason(error)}") from error
+        try:
             # What transformers before 4.56 calls torch_dtype.
             argument = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
             own = getattr(config, argument)
@@ -127,8 +133,7 @@ def load_decoder(name: str, device: torch.device, attention: str) -> PreTrainedM
                 name, attn_implementation=attention, use_safetensors=True, output_loading_info=True, **loading
             )
         except Exception as error:  # a damaged file shows as any of a dozen types
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise InputError(f"cannot load {where}: {reason}") from error
+            raise InputError(f"cannot load {where}: {_reason(error)}") from error
     model, found = loaded
     if found["missing_keys"]:
         raise InputError(f"{where} lacks weights: {', '.join(sorted(found['missing_keys'])[:3])}")
@@ -190,25 +195,35 @@ def read_tokens(path: Path, model: PreTrainedModel, name: str, length: int | Non
                 name, local_files_only=Path(name).exists(), trust_remote_code=False
             )
         except Exception as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise InputError(f"cannot load the tokenizer of {name}: {reason}") from error
+            raise InputError(f"cannot load the tokenizer of {name}: {_reason(error)}") from error
         tokens: Tensor = tokenizer(text, return_tensors="pt").input_ids.long()
     _check_length(path, tokens.shape[1], "tokens", length)
     return tokens[:, :length]
 
 
+def _reason(error: Exception) -> str:
+    """The first line of a message, which may have a page."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No bars and no warnings of transformers: the command says what there is to say."""
+    """No bars and no warnings of transformers and of what it downloads with: the command says what there is to say."""
     from transformers.utils import logging as transformers_logging
 
     logging: Any = transformers_logging
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    downloading = [getLogger(library) for library in ("huggingface_hub", "urllib3")]
+    levels = [logger.level for logger in downloading]
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    for logger in downloading:
+        logger.setLevel(ERROR)
     try:
         yield
     finally:
+        for logger, level in zip(downloading, levels, strict=True):
+            logger.setLevel(level)
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

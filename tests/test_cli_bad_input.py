@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ pytest.importorskip("matplotlib")
 import huggingface_hub
 import transformers
 
-from flexproxy import _info, _inputs, benchmarking, calibration, cli, inspection
+from flexproxy import _files, _info, _inputs, benchmarking, calibration, cli, inspection
 from flexproxy import demo as demo_module
 from flexproxy.needle import VOCAB_SIZE
 from tests.tiny_model import save_tiny_model
@@ -249,6 +251,28 @@ def test_a_machine_without_a_compiler(
     assert_one_line(capsys, "no C++ compiler: ")
 
 
+def test_a_name_that_is_neither_here_nor_on_the_hub(
+    commands: dict[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """(No network, which the fixture above sees to. What would be logged of it, huggingface_hub does not log then.)"""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub.utils._http", "urllib3.connectionpool")]
+    before = [logger.getEffectiveLevel() for logger in loggers]
+    load = transformers.AutoConfig.from_pretrained
+
+    def retrying(*words: Any, **options: Any) -> Any:
+        assert not any(logger.isEnabledFor(logging.WARNING) for logger in loggers)
+        return load(*words, **options)
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", retrying)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["inspect", "nobody/nothing", *commands["inspect"][2:]]) == 2
+    assert_one_line(capsys, "no folder nobody/nothing here, and not on the Hugging Face hub: ")
+    assert [logger.getEffectiveLevel() for logger in loggers] == before
+
+
 def outputs(commands: dict[str, list[str]], folder: Path) -> list[tuple[list[str], Path]]:
     """The commands that write, and a file of each."""
     return [
@@ -278,6 +302,53 @@ def test_what_exists_is_not_replaced(
     assert_one_line(capsys, f"{file}: exists already; name another file, or replace it with force=True (--force)")
     assert file.read_text() == "precious"
     assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "folder", "link to a folder", "link to itself"])
+def test_what_is_no_file_is_never_replaced(
+    commands: dict[str, list[str]],
+    measured: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    which: int,
+    kind: str,
+) -> None:
+    command, file = outputs(commands, tmp_path)[which]
+    file.parent.mkdir(exist_ok=True)
+    target = tmp_path / "target" if kind.startswith("link") else file
+    if target != file:
+        file.symlink_to(file if kind == "link to itself" else target)
+    if kind.endswith("pipe"):
+        os.mkfifo(target)
+    elif kind.endswith("folder"):
+        target.mkdir()
+    for force in ([], ["--force"]):
+        assert cli.main([*command, *force]) == 2
+        message = "is a folder; name a file" if kind.endswith("folder") else "is no ordinary file; name another file"
+        assert_one_line(capsys, f"{file}: {message}")
+    with pytest.raises(FileExistsError, match="is no ordinary file"), _files.replacing(file):
+        pytest.fail("it was written to")
+    assert file.is_symlink() == kind.startswith("link")
+    assert file.is_fifo() == kind.endswith("pipe")
+    assert file.is_dir() == kind.endswith("folder")
+
+
+def test_a_link_stays_and_its_target_is_replaced(
+    commands: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, link = tmp_path / "deep" / "record.json", tmp_path / "link.json"
+    target.parent.mkdir()
+    target.write_text("precious")
+    link.symlink_to(target)
+    command = [*commands["inspect"], "--output", str(link)]
+    assert cli.main(command) == 2
+    assert_one_line(capsys, f"{link}: exists already")
+    assert target.read_text() == "precious"
+    assert cli.main([*command, "--force", "--json"]) == 0
+    assert json.loads(link.read_text()) == json.loads(capsys.readouterr().out)
+    assert link.readlink() == target
+    assert list(target.parent.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("which", range(4))
