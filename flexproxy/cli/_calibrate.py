@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def calibrate(
     model: Annotated[
-        str, typer.Argument(help="Folder of a model of transformers, or its name on the Hugging Face hub.")
+        str,
+        typer.Argument(metavar="MODEL", help="Folder of a model of transformers, or its name on the Hugging Face hub."),
     ],
     text: Annotated[
         list[Path],
