@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,33 +146,24 @@ def test_a_model_that_cannot_be_used(
 
 
 @pytest.fixture
-def any_model(
-    commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Callable[[Path], list[str]]]:
-    """Commands that take any decoder, given the folder of one."""
+def any_model(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Commands that take any decoder, whose folder MODEL stands for."""
     output = tmp_path_factory.mktemp("calibration") / "calibration.json"
-    text, budget = ["--text", str(_inputs.default_text()), "--density", "0.5"], ["--min-budget", "64"]
-    rest = {
-        "inspect": commands["inspect"][2:],
-        "calibrate": [
-            *text,
-            *budget,
-            "--max-proxies",
-            "1",
-            "--output",
-            str(output),
-            "--device",
-            "cpu",
-            "--length",
-            "512",
-        ],
+    text = ["--text", str(_inputs.default_text()), "--length", "512", "--device", "cpu"]
+    settings = ["--density", "0.5", "--min-budget", "64", "--max-proxies", "1", "--output", str(output)]
+    return {
+        "inspect": ["inspect", "MODEL", *commands["inspect"][2:]],
+        "calibrate": ["calibrate", "MODEL", *text, *settings],
     }
-    return {name: lambda folder, name=name: [name, str(folder), *rest[name]] for name in rest}
+
+
+def words_for(command: list[str], model: Path) -> list[str]:
+    return [str(model) if word == "MODEL" else word for word in command]
 
 
 @pytest.mark.parametrize("command", ["inspect", "calibrate"])
 def test_a_length_beyond_what_the_model_is_made_for(
-    any_model: dict[str, Callable[[Path], list[str]]],
+    any_model: dict[str, list[str]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     command: str,
@@ -182,7 +173,7 @@ def test_a_length_beyond_what_the_model_is_made_for(
         vocab_size=VOCAB_SIZE, n_positions=512, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
-    words = any_model[command](tmp_path / "model")
+    words = words_for(any_model[command], tmp_path / "model")
     assert cli.main([*words, "--length", "700"]) == 2
     message = "--length: expected at most the 512 tokens that the model is made for, got 700; use a lower --length"
     assert_one_line(capsys, message)
@@ -191,13 +182,13 @@ def test_a_length_beyond_what_the_model_is_made_for(
 
 @pytest.mark.parametrize("command", ["inspect", "calibrate"])
 def test_heads_that_are_too_narrow(
-    any_model: dict[str, Callable[[Path], list[str]]],
+    any_model: dict[str, list[str]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     command: str,
 ) -> None:
     save_tiny_model(tmp_path / "model", head_dim=8)
-    assert cli.main(any_model[command](tmp_path / "model")) == 2
+    assert cli.main(words_for(any_model[command], tmp_path / "model")) == 2
     message = "model: expected heads of dimension 16 to 256, got 8 in a LlamaForCausalLM; use another model"
     assert_one_line(capsys, message)
 
@@ -205,7 +196,7 @@ def test_heads_that_are_too_narrow(
 @pytest.mark.parametrize("command", ["demo", "inspect", "calibrate"])
 def test_out_of_memory(
     commands: dict[str, list[str]],
-    any_model: dict[str, Callable[[Path], list[str]]],
+    any_model: dict[str, list[str]],
     model_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -218,7 +209,7 @@ def test_out_of_memory(
     monkeypatch.setattr(demo_module, "run", full)
     monkeypatch.setattr(inspection, "prefill", full)
     monkeypatch.setattr(calibration, "calibrate", full)
-    assert cli.main(commands["demo"] if command == "demo" else any_model[command](model_folder)) == 1
+    assert cli.main(commands["demo"] if command == "demo" else words_for(any_model[command], model_folder)) == 1
     assert_one_line(capsys, "out of memory; use a lower --length, or another --device")
     assert not list(tmp_path.iterdir())
 
@@ -226,7 +217,7 @@ def test_out_of_memory(
 @pytest.mark.parametrize("command", ["demo", "inspect", "calibrate"])
 def test_a_machine_without_a_gpu(
     commands: dict[str, list[str]],
-    any_model: dict[str, Callable[[Path], list[str]]],
+    any_model: dict[str, list[str]],
     model_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -234,7 +225,7 @@ def test_a_machine_without_a_gpu(
 ) -> None:
     """It is not the user's mistake: exit code 1."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    words = commands["demo"] if command == "demo" else any_model[command](model_folder)
+    words = commands["demo"] if command == "demo" else words_for(any_model[command], model_folder)
     assert cli.main([*words, "--device", "cuda"]) == 1
     assert_one_line(capsys, "--device cuda: torch finds no CUDA device; use --device cpu, or auto")
 
