@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,16 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to, beside ``path``, which takes its place at the end; if writing fails, nothing has changed."""
-    path = Path(path)
+    """A path to write to, beside ``path``, which takes its place at the end; if writing fails, nothing has changed.
+
+    Where ``path`` is a symbolic link, the link stays, and what it leads to is replaced.
+
+    Raises:
+        OSError: what is there is no ordinary file.
+    """
+    path = Path(os.path.realpath(path))
+    if _is_special(path):
+        raise FileExistsError(errno.EEXIST, "is no ordinary file", str(path))
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield unfinished
@@ -24,10 +33,18 @@ def write_problem(path: Path, force: bool) -> str | None:
     """Why nothing can be written to ``path``, in a few words; None if it can."""
     if path.is_dir():
         return "is a folder; name a file"
-    if not path.parent.is_dir():
-        return f"the folder {path.parent} does not exist"
-    if not os.access(path.parent, os.W_OK):
-        return f"the folder {path.parent} cannot be written to"
+    folder = Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent
+    if not folder.is_dir():
+        return f"the folder {folder} does not exist"
+    if not os.access(folder, os.W_OK):
+        return f"the folder {folder} cannot be written to"
+    if _is_special(path):
+        return "is no ordinary file; name another file"
     if os.path.lexists(path) and not force:
         return "exists already; name another file, or replace it with force=True (--force)"
     return None
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a device, a pipe or a folder is there, which a file must not replace; or a link that leads to itself."""
+    return os.path.lexists(os.path.realpath(path)) and not path.is_file()

@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from flexproxy._checks import MAX_HEAD_DIM, MIN_HEAD_DIM
 from flexproxy._info import cpp_compiler
 from flexproxy.needle import VOCAB_SIZE
 
@@ -25,6 +27,10 @@ _CHECKPOINT = Path("examples", "needle")  # in the repository
 
 class InputError(ValueError):
     """A command cannot be run as asked; the message is one line that says why, and what would help."""
+
+
+class ImpossibleError(InputError):
+    """It cannot be done on this machine, however it is asked for."""
 
 
 def default_text() -> Path:
@@ -66,7 +72,7 @@ def _check_length(path: Path, found: int, unit: str, length: int | None) -> None
 def pick_device(name: str) -> torch.device:
     """``auto`` is the GPU if there is one; an explicit ``cuda`` never falls back."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch finds no CUDA device; use --device cpu, or auto")
+        raise ImpossibleError("--device cuda: torch finds no CUDA device; use --device cpu, or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -74,7 +80,7 @@ def check_compiler(device: torch.device) -> None:
     """A CPU's attention kernel is built by the C++ compiler that torch.compile looks for."""
     name, path = cpp_compiler()
     if device.type == "cpu" and path is None:
-        raise InputError(
+        raise ImpossibleError(
             f"no C++ compiler: torch.compile builds the CPU kernel with it, and {name} is not to be found; "
             "install it, or set CXX to another"
         )
@@ -113,6 +119,11 @@ def load_decoder(name: str, device: torch.device, attention: str) -> PreTrainedM
     with _quiet_transformers():
         try:
             config: Any = AutoConfig.from_pretrained(name, **loading)
+        except Exception as error:
+            missing = isinstance(error, OSError) and not local
+            begin = f"no folder {name} here, and not on the Hugging Face hub" if missing else f"cannot load {where}"
+            raise InputError(f"{begin}: {_reason(error)}") from error
+        try:
             # What transformers before 4.56 calls torch_dtype.
             argument = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
             own = getattr(config, argument)
@@ -122,13 +133,45 @@ def load_decoder(name: str, device: torch.device, attention: str) -> PreTrainedM
                 name, attn_implementation=attention, use_safetensors=True, output_loading_info=True, **loading
             )
         except Exception as error:  # a damaged file shows as any of a dozen types
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise InputError(f"cannot load {where}: {reason}") from error
+            raise InputError(f"cannot load {where}: {_reason(error)}") from error
     model, found = loaded
     if found["missing_keys"]:
         raise InputError(f"{where} lacks weights: {', '.join(sorted(found['missing_keys'])[:3])}")
     placed: PreTrainedModel = model.to(device).eval()
     return placed
+
+
+def check_decoder(model: PreTrainedModel, length: int | None) -> None:
+    """Find what flexproxy cannot do with a model before a minute is spent on it.
+
+    Raises:
+        InputError: it has no causal attention, heads that are too narrow or too wide, or fewer positions than
+            ``length``, if that is given.
+    """
+    from flexproxy.integrations.transformers.configuration import all_modules, attention_layers
+
+    try:
+        modules = all_modules(attention_layers(model))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    for head_dim in {getattr(module, "head_dim", None) for module in modules}:
+        if isinstance(head_dim, int) and not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+            raise InputError(
+                f"model: expected heads of dimension {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim} in a "
+                f"{type(model).__name__}; use another model"
+            )
+    positions = max_positions(model)
+    if length is not None and positions is not None and length > positions:
+        raise InputError(
+            f"--length: expected at most the {positions} tokens that the model is made for, got {length}; "
+            "use a lower --length"
+        )
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that a model is made for; None if it does not say."""
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions
 
 
 def read_tokens(path: Path, model: PreTrainedModel, name: str, length: int | None) -> Tensor:
@@ -152,25 +195,35 @@ def read_tokens(path: Path, model: PreTrainedModel, name: str, length: int | Non
                 name, local_files_only=Path(name).exists(), trust_remote_code=False
             )
         except Exception as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise InputError(f"cannot load the tokenizer of {name}: {reason}") from error
+            raise InputError(f"cannot load the tokenizer of {name}: {_reason(error)}") from error
         tokens: Tensor = tokenizer(text, return_tensors="pt").input_ids.long()
     _check_length(path, tokens.shape[1], "tokens", length)
     return tokens[:, :length]
 
 
+def _reason(error: Exception) -> str:
+    """The first line of a message, which may have a page."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No bars and no warnings of transformers: the command says what there is to say."""
+    """No bars and no warnings of transformers and of what it downloads with: the command says what there is to say."""
     from transformers.utils import logging as transformers_logging
 
     logging: Any = transformers_logging
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    downloading = [getLogger(library) for library in ("huggingface_hub", "urllib3")]
+    levels = [logger.level for logger in downloading]
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    for logger in downloading:
+        logger.setLevel(ERROR)
     try:
         yield
     finally:
+        for logger, level in zip(downloading, levels, strict=True):
+            logger.setLevel(level)
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

@@ -112,6 +112,40 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert len(err.splitlines()) <= 2  # the note about text and device may come before
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", [["info"], ["bench", "--show", "--json"]])
+def test_stdout_on_a_full_disk(model_folder: Path, command: list[str], unbuffered: str) -> None:
+    """It shows when something is printed, or when the command ends."""
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", COMMAND, *command],
+            cwd=ROOT,
+            env=environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert (done.returncode, done.stderr) == (1, "flexproxy: cannot write to stdout: No space left on device\n")
+
+
+def test_a_pipe_that_nobody_reads(model_folder: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, "info", "--json"],
+        cwd=ROOT,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_an_unknown_command(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["benchmark"]) == 2
     out, err = capsys.readouterr()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,8 +22,9 @@ pytest.importorskip("matplotlib")
 import huggingface_hub
 import transformers
 
-from flexproxy import _info, benchmarking, cli, inspection
+from flexproxy import _files, _info, _inputs, benchmarking, calibration, cli, inspection
 from flexproxy import demo as demo_module
+from flexproxy.needle import VOCAB_SIZE
 from tests.tiny_model import save_tiny_model
 from tests.transformers_models import interpreted
 
@@ -55,10 +58,10 @@ def commands(model_folder: Path, tmp_path: Path) -> dict[str, list[str]]:
     }
 
 
-def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
+def assert_one_line(capsys: pytest.CaptureFixture[str], message: str, printed: str = "") -> None:
     """The last line of stderr says it; the lines before tell which text it was, and how far the command came."""
     out, err = capsys.readouterr()
-    assert out == ""
+    assert out.partition(":")[0] == printed
     lines = err.splitlines()
     assert lines[-1].startswith("flexproxy: ")
     assert message in lines[-1]
@@ -142,6 +145,125 @@ def test_a_model_that_cannot_be_used(
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
+@pytest.fixture
+def any_model(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Commands that take any decoder, whose folder MODEL stands for."""
+    output = tmp_path_factory.mktemp("calibration") / "calibration.json"
+    text = ["--text", str(_inputs.default_text()), "--length", "512", "--device", "cpu"]
+    settings = ["--density", "0.5", "--min-budget", "64", "--max-proxies", "1", "--output", str(output)]
+    return {
+        "inspect": ["inspect", "MODEL", *commands["inspect"][2:]],
+        "calibrate": ["calibrate", "MODEL", *text, *settings],
+    }
+
+
+def words_for(command: list[str], model: Path) -> list[str]:
+    return [str(model) if word == "MODEL" else word for word in command]
+
+
+@pytest.mark.parametrize("command", ["inspect", "calibrate"])
+def test_a_length_beyond_what_the_model_is_made_for(
+    any_model: dict[str, list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    """GPT-2 has learned positions, of which there are no more."""
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB_SIZE, n_positions=512, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    words = words_for(any_model[command], tmp_path / "model")
+    assert cli.main([*words, "--length", "700"]) == 2
+    message = "--length: expected at most the 512 tokens that the model is made for, got 700; use a lower --length"
+    assert_one_line(capsys, message)
+    assert cli.main(words) == 0  # all of its positions
+
+
+@pytest.mark.parametrize("command", ["inspect", "calibrate"])
+def test_heads_that_are_too_narrow(
+    any_model: dict[str, list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    save_tiny_model(tmp_path / "model", head_dim=8)
+    assert cli.main(words_for(any_model[command], tmp_path / "model")) == 2
+    message = "model: expected heads of dimension 16 to 256, got 8 in a LlamaForCausalLM; use another model"
+    assert_one_line(capsys, message)
+
+
+@pytest.mark.parametrize("command", ["demo", "inspect", "calibrate"])
+def test_out_of_memory(
+    commands: dict[str, list[str]],
+    any_model: dict[str, list[str]],
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more")
+
+    monkeypatch.setattr(demo_module, "run", full)
+    monkeypatch.setattr(inspection, "prefill", full)
+    monkeypatch.setattr(calibration, "calibrate", full)
+    assert cli.main(commands["demo"] if command == "demo" else words_for(any_model[command], model_folder)) == 1
+    assert_one_line(capsys, "out of memory; use a lower --length, or another --device")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["demo", "inspect", "calibrate"])
+def test_a_machine_without_a_gpu(
+    commands: dict[str, list[str]],
+    any_model: dict[str, list[str]],
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    """It is not the user's mistake: exit code 1."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = commands["demo"] if command == "demo" else words_for(any_model[command], model_folder)
+    assert cli.main([*words, "--device", "cuda"]) == 1
+    assert_one_line(capsys, "--device cuda: torch finds no CUDA device; use --device cpu, or auto")
+
+
+@pytest.mark.parametrize("command", ["demo", "inspect"])
+def test_a_machine_without_a_compiler(
+    commands: dict[str, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert cli.main(commands[command]) == 1
+    assert_one_line(capsys, "no C++ compiler: ")
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub(
+    commands: dict[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """(No network, which the fixture above sees to. What would be logged of it, huggingface_hub does not log then.)"""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub.utils._http", "urllib3.connectionpool")]
+    before = [logger.getEffectiveLevel() for logger in loggers]
+    load = transformers.AutoConfig.from_pretrained
+
+    def retrying(*words: Any, **options: Any) -> Any:
+        assert not any(logger.isEnabledFor(logging.WARNING) for logger in loggers)
+        return load(*words, **options)
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", retrying)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["inspect", "nobody/nothing", *commands["inspect"][2:]]) == 2
+    assert_one_line(capsys, "no folder nobody/nothing here, and not on the Hugging Face hub: ")
+    assert [logger.getEffectiveLevel() for logger in loggers] == before
+
+
 def outputs(commands: dict[str, list[str]], folder: Path) -> list[tuple[list[str], Path]]:
     """The commands that write, and a file of each."""
     return [
@@ -171,6 +293,53 @@ def test_what_exists_is_not_replaced(
     assert_one_line(capsys, f"{file}: exists already; name another file, or replace it with force=True (--force)")
     assert file.read_text() == "precious"
     assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "folder", "link to a folder", "link to itself"])
+def test_what_is_no_file_is_never_replaced(
+    commands: dict[str, list[str]],
+    measured: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    which: int,
+    kind: str,
+) -> None:
+    command, file = outputs(commands, tmp_path)[which]
+    file.parent.mkdir(exist_ok=True)
+    target = tmp_path / "target" if kind.startswith("link") else file
+    if target != file:
+        file.symlink_to(file if kind == "link to itself" else target)
+    if kind.endswith("pipe"):
+        os.mkfifo(target)
+    elif kind.endswith("folder"):
+        target.mkdir()
+    for force in ([], ["--force"]):
+        assert cli.main([*command, *force]) == 2
+        message = "is a folder; name a file" if kind.endswith("folder") else "is no ordinary file; name another file"
+        assert_one_line(capsys, f"{file}: {message}")
+    with pytest.raises(FileExistsError, match="is no ordinary file"), _files.replacing(file):
+        pytest.fail("it was written to")
+    assert file.is_symlink() == kind.startswith("link")
+    assert file.is_fifo() == kind.endswith("pipe")
+    assert file.is_dir() == kind.endswith("folder")
+
+
+def test_a_link_stays_and_its_target_is_replaced(
+    commands: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, link = tmp_path / "deep" / "record.json", tmp_path / "link.json"
+    target.parent.mkdir()
+    target.write_text("precious")
+    link.symlink_to(target)
+    command = [*commands["inspect"], "--output", str(link)]
+    assert cli.main(command) == 2
+    assert_one_line(capsys, f"{link}: exists already")
+    assert target.read_text() == "precious"
+    assert cli.main([*command, "--force", "--json"]) == 0
+    assert json.loads(link.read_text()) == json.loads(capsys.readouterr().out)
+    assert link.readlink() == target
+    assert list(target.parent.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("which", range(4))
@@ -214,7 +383,8 @@ def test_a_disk_that_is_full_or_denied_in_the_end(
     file.parent.mkdir(exist_ok=True)
     file.touch()
     assert cli.main([*command, "--force"]) == 1
-    assert_one_line(capsys, f": {error.strerror}")
+    drawn_last = "--pictures" in command  # what was measured is shown before
+    assert_one_line(capsys, f": {error.strerror}", printed="LlamaForCausalLM, CPU" if drawn_last else "")
     assert [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] == [b""]
 
 

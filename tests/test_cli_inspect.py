@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +124,12 @@ def test_the_layer_whose_heads_differ_most_is_looked_at(model_folder: Path) -> N
     [
         ("--gamma 2", "gamma: expected"),
         ("--num-proxies 3", "num_proxies: expected"),
-        ("--length 100000000", "use a longer text or a lower --length"),
+        ("--length 100000000", "--length: expected at most the 2048 tokens that the model is made for, got 100000000"),
         ("--length 0", "--length"),
         ("--layer 1", "--pictures: expected a folder for the pictures"),
         ("--layer 2 --pictures pictures", "--layer: expected one of 0 to 1, got 2"),
         ("--ranking 4 --pictures pictures", "--ranking: expected a query head from 0 to 3, got 4"),
-        ("--min-budget 512 --pictures pictures", "--layer: expected a layer that is sparse, got 0, which was dense"),
+        ("--density 0.3", "gamma, density: expected one of the two, got gamma=0.5, density=0.3; leave one of them out"),
         ("--pictures nowhere/deep", "the folder nowhere does not exist"),
         ("--output .", "--output .: is a folder; name a file"),
         ("--config settings.json", "--config: expected all settings in the file, got --gamma, --min-budget besides"),
@@ -150,6 +151,54 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ([], 0, "no layer was sparse, so no blocks are drawn (min_budget covers all keys); use a longer text"),
+        (["--layer", "1"], 2, "--layer: expected a layer that is sparse, got layer 1, which was dense (min_budget"),
+        (["--ranking", "1"], 2, "--ranking: expected a layer that is sparse, got layer 0, which was dense (min_budget"),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_where_all_is_dense_the_record_is_kept(
+    small: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    code: int,
+    message: str,
+    as_json: bool,
+) -> None:
+    folder, record = tmp_path / "pictures", tmp_path / "record.json"
+    files = ["--pictures", str(folder), "--output", str(record)]
+    command = [*small, "--min-budget", "512", *files, *options, *(["--json"] if as_json else [])]
+    assert cli.main(command) == code
+    out, err = capsys.readouterr()
+    assert [line for line in err.splitlines() if line.startswith("flexproxy: ")] == err.splitlines()[-1:]
+    assert message in err.splitlines()[-1]
+    data = json.loads(record.read_text())
+    assert (list(data["layers"]), data["pictures"]) == (["0", "1"], [str(folder / "record.png")])
+    if as_json:
+        assert json.loads(out) == data
+    else:
+        assert out.startswith("LlamaForCausalLM, CPU: ")
+        assert out.splitlines()[-2:] == [str(folder / "record.png"), str(record)]
+    assert [path.name for path in folder.iterdir()] == ["record.png"]
+    assert (folder / "record.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("command", ["inspect", "calibrate"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert re.search(rf"flexproxy {command} \[OPTIONS\] \{{?MODEL", words)  # some releases of typer have braces
+    assert "default: (" not in words
+    config = ProxyConfig()
+    if command == "inspect":
+        values = [config.gamma, config.num_proxies, config.stride, config.min_budget]
+        assert re.findall(r"; by default ([\d.]+)\.", words) == [f"{value:g}" for value in values]
 
 
 def test_a_file_for_another_model(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

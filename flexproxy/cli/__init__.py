@@ -5,6 +5,7 @@ Typer and rich are needed here and nowhere else in flexproxy.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -55,14 +56,33 @@ def _app() -> typer.Typer:
     return app
 
 
+def _no_stdout(error: OSError) -> int:
+    """What was printed cannot be written: a full disk is said, a pipe that nobody reads any more is not."""
+    # Python tries again at its end, and must not fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not isinstance(error, BrokenPipeError):
+        print(f"flexproxy: cannot write to stdout: {error.strerror}", file=sys.stderr)
+    return 1
+
+
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 (not possible here), 2 (misuse), 130 (interrupted)."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, 1 (not possible here: a GPU, a compiler, a package, memory or space on a disk is missing),
+        2 (misuse) or 130 (interrupted).
+    """
     if _missing is not None:
         print(f'flexproxy: {_missing} is not installed: pip install "flexproxy[cli]"', file=sys.stderr)
         return 1
     args = sys.argv[1:] if args is None else list(args)
     try:
         code: Any = _app()(args or ["--help"], prog_name="flexproxy", standalone_mode=False)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None:  # not stdout, so a bug
+            raise
+        return _no_stdout(error)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except Exception as error:

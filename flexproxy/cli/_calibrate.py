@@ -11,17 +11,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexproxy.cli._common import Device, check_output, fail, progress_bar, require, writing
+from flexproxy.cli._common import Device, check_output, fail, input_errors, progress_bar, require, writing
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from flexproxy.calibration import Calibration
 
 
 def calibrate(
     model: Annotated[
-        str, typer.Argument(help="Folder of a model of transformers, or its name on the Hugging Face hub.")
+        str,
+        typer.Argument(metavar="MODEL", help="Folder of a model of transformers, or its name on the Hugging Face hub."),
     ],
     text: Annotated[
         list[Path],
@@ -62,7 +61,7 @@ def calibrate(
     if picture is not None:
         require("plot", "matplotlib")
     from flexproxy import ProxyConfig, _inputs
-    from flexproxy.calibration import CalibrationError, Target
+    from flexproxy.calibration import Target
     from flexproxy.calibration import calibrate as run
 
     check_output("--output", output, force)
@@ -80,10 +79,10 @@ def calibrate(
         raise fail(error) from error
 
     notes = Console(stderr=True, highlight=False)
-    try:
+    with input_errors():
         where = _inputs.pick_device(device.value)
         loaded = _inputs.load_decoder(model, where, "sdpa")
-        _check_layers(loaded)
+        _inputs.check_decoder(loaded, length)
         texts = [_inputs.read_tokens(path, loaded, model, None) for path in text]
         with progress_bar(notes) as progress:
             found = run(
@@ -97,8 +96,6 @@ def calibrate(
                 max_proxies=max_proxies,
                 progress=progress,
             )
-    except (_inputs.InputError, CalibrationError) as error:
-        raise fail(error) from error
     with writing("--output", output):
         found.save(output, force)
     if picture is not None:
@@ -109,15 +106,6 @@ def calibrate(
         print(json.dumps(found.to_json(), indent=2))
     else:
         _show(found, output)
-
-
-def _check_layers(model: PreTrainedModel) -> None:
-    from flexproxy.integrations.transformers.configuration import attention_layers
-
-    try:
-        attention_layers(model)
-    except ValueError as error:
-        raise fail(error) from error
 
 
 def _show(found: Calibration, output: Path) -> None:

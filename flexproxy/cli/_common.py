@@ -39,6 +39,24 @@ def impossible(message: object) -> typer.Exit:
     return typer.Exit(1)
 
 
+@contextmanager
+def input_errors() -> Iterator[None]:
+    """What goes wrong with a model, a text or a device inside, said in one line."""
+    import torch
+
+    from flexproxy._inputs import ImpossibleError, InputError
+    from flexproxy.calibration.errors import CalibrationError
+
+    try:
+        yield
+    except ImpossibleError as error:
+        raise impossible(error) from error
+    except (InputError, CalibrationError) as error:
+        raise fail(error) from error
+    except torch.OutOfMemoryError as error:
+        raise impossible("out of memory; use a lower --length, or another --device") from error
+
+
 def require(extra: str, *modules: str) -> None:
     """End the command if a package of an extra is missing."""
     for module in modules:

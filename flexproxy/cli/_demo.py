@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexproxy.cli._common import Device, fail, progress_bar, require, writing
+from flexproxy.cli._common import Device, fail, input_errors, progress_bar, require, writing
 
 if TYPE_CHECKING:
     from flexproxy import demo as demo_module
@@ -69,7 +69,7 @@ def demo(
         raise fail(error) from error
 
     notes = Console(stderr=True, highlight=False)
-    try:
+    with input_errors():
         text = text or _inputs.default_text()
         data = _inputs.read_text(text, length)
         where = _inputs.pick_device(device.value)
@@ -87,8 +87,6 @@ def demo(
             f"gamma {gamma:g}"
         )
         figure = plot.block_map(result.selection, title=title)
-    except _inputs.InputError as error:
-        raise fail(error) from error
     with writing("--picture", picture):
         plot.save(figure, picture, force)
 

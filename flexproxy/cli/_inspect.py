@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ from flexproxy.cli._common import (
     check_output,
     check_outputs,
     fail,
-    impossible,
+    input_errors,
     progress_bar,
     require,
     write_json,
@@ -39,7 +40,11 @@ _PICTURES = {
 
 def inspect(
     model: Annotated[
-        str, typer.Argument(help="Folder or Hugging Face name of a decoder; examples/needle of the repository works.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder or Hugging Face name of a decoder; examples/needle of the repository works.",
+        ),
     ],
     text: Annotated[
         Path | None, typer.Option(help="Text file to prefill; by default the source of Python's argparse.")
@@ -53,13 +58,13 @@ def inspect(
         ),
     ] = None,
     gamma: Annotated[
-        float | None, typer.Option(help="Attention mass of every budget, in (0, 1].", show_default="0.95")
+        float | None, typer.Option(help="Attention mass of every budget, in (0, 1]; by default 0.95.")
     ] = None,
     density: Annotated[float | None, typer.Option(help="Mean density to reach, instead of --gamma.")] = None,
-    num_proxies: Annotated[int | None, typer.Option(help="Proxy heads.", show_default="1")] = None,
-    stride: Annotated[int | None, typer.Option(help="Every how many tokens one is sampled.", show_default="4")] = None,
+    num_proxies: Annotated[int | None, typer.Option(help="Proxy heads; by default 1.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Every how many tokens one is sampled; by default 4.")] = None,
     min_budget: Annotated[
-        int | None, typer.Option(help="Tokens that every row keeps at least.", show_default="2048")
+        int | None, typer.Option(help="Tokens that every row keeps at least; by default 2048.")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="Settings of the layers, as save_configuration writes them, instead of options.")
@@ -96,22 +101,30 @@ def inspect(
     options |= {"stride": stride, "min_budget": min_budget}
     settings = _settings({name: value for name, value in options.items() if value is not None}, config)
     result, tokens = _run(model, text, length, settings, layer, ranking, mass, device)
-    if pictures is not None:
-        _draw(result, pictures, paths, ranking)
+    paths = paths if result.call.selection is not None else paths[:1]  # a dense layer has no blocks to draw
     data = {"text": tokens, "pictures": list(map(str, paths))} | result.record.to_json()
     if output is not None:
         write_json("--output", output, data)
     if as_json:
         print(json.dumps(data, indent=1))
-        return
-    print(result.record)
-    for path in paths if output is None else [*paths, output]:
-        print(path)
+    else:
+        print(result.record)
+    if pictures is not None:
+        with input_errors():
+            _draw(result, pictures, paths, ranking)
+    if not as_json:
+        for path in paths if output is None else [*paths, output]:
+            print(path)
+    if pictures is not None and result.call.selection is None:
+        _say_dense(result, "--layer" if layer is not None else "--ranking" if ranking is not None else None)
 
 
 def _settings(options: dict[str, Any], file: Path | None) -> ProxyConfig | Path:
     from flexproxy import ProxyConfig
 
+    if "gamma" in options and "density" in options:
+        got = ", ".join(f"{name}={options[name]}" for name in ("gamma", "density"))
+        raise fail(f"gamma, density: expected one of the two, got {got}; leave one of them out")
     if file is None:
         try:
             return ProxyConfig(**options)
@@ -134,17 +147,16 @@ def _run(
     device: Device,
 ) -> tuple[Inspection, dict[str, Any]]:
     """The prefill, and which text it was of."""
-    import torch
-
     from flexproxy import _inputs, inspection
     from flexproxy.integrations.transformers import configure
 
     notes = Console(stderr=True, highlight=False)
-    try:
+    with input_errors():
         path = text or _inputs.default_text()
         where = _inputs.pick_device(device.value)
         _inputs.check_compiler(where)
         model = _inputs.load_decoder(name, where, "flexproxy")
+        _inputs.check_decoder(model, length)
         tokens = _read(path, model, name, length, where.type)
         try:
             configure(model, settings)
@@ -155,10 +167,6 @@ def _run(
         notes.print(f"The first {taken['tokens']} tokens of {path}, on the {where.type.upper()}", soft_wrap=True)
         with progress_bar(notes) as progress:
             result = inspection.prefill(model, tokens.to(where), layer=layer, mass=mass, progress=progress)
-    except _inputs.InputError as error:
-        raise fail(error) from error
-    except torch.OutOfMemoryError as error:
-        raise impossible("out of memory; use a lower --length, or another --device") from error
     return result, taken
 
 
@@ -167,7 +175,7 @@ def _read(path: Path, model: PreTrainedModel, name: str, length: int | None, dev
 
     if length is not None:
         return _inputs.read_tokens(path, model, name, length)
-    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _DEFAULT_LENGTH[device]
+    made_for = _inputs.max_positions(model) or _DEFAULT_LENGTH[device]
     return _inputs.read_tokens(path, model, name, None)[:, : min(_DEFAULT_LENGTH[device], made_for)]
 
 
@@ -175,20 +183,23 @@ def _draw(result: Inspection, folder: Path, paths: Sequence[Path], head: int | N
     from flexproxy import plot
 
     call, layer = result.call, result.layer
-    if call.selection is None:
-        raise fail(
-            f"--layer: expected a layer that is sparse, got {layer}, which was dense ({call.dense}); use a longer "
-            "text, a lower --min-budget, or another layer"
-        )
-    figures = [
-        plot.record(result.record),
-        plot.block_map(call.selection, title=f"Blocks that the heads of layer {layer} keep"),
-    ]
-    if head is not None:
-        title = f"Ranking and true mass of layer {layer}, head {head}"
-        figures.append(plot.ranking(call.selection, call.query, call.key, head=head, scale=call.scale, title=title))
+    figures = [plot.record(result.record)]
+    if call.selection is not None:
+        figures.append(plot.block_map(call.selection, title=f"Blocks that the heads of layer {layer} keep"))
+        if head is not None:
+            title = f"Ranking and true mass of layer {layer}, head {head}"
+            figures.append(plot.ranking(call.selection, call.query, call.key, head=head, scale=call.scale, title=title))
     with writing("--pictures", folder):
         folder.mkdir(exist_ok=True)
     for figure, path in zip(figures, paths, strict=True):
         with writing("--pictures", path):
             plot.save(figure, path, force=True)
+
+
+def _say_dense(result: Inspection, asked_by: str | None) -> None:
+    """Why there is no picture of blocks; a mistake only if it was asked for."""
+    got = f"{result.layer}, which was dense ({result.call.dense})"
+    remedy = "use a longer text, or a lower --min-budget"
+    if asked_by is not None:
+        raise fail(f"{asked_by}: expected a layer that is sparse, got layer {got}; {remedy}, or another --layer")
+    print(f"flexproxy: no layer was sparse, so no blocks are drawn ({result.call.dense}); {remedy}", file=sys.stderr)
