@@ -97,6 +97,11 @@ def ranking(
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
         ModuleNotFoundError: matplotlib is not installed.
     """
+    if not isinstance(selection, Selection):
+        raise TypeError(
+            f"selection: expected a Selection, got {type(selection).__name__}; pass flexproxy.select(q, k), for no "
+            "other mask ranks its blocks"
+        )
     mass = block_mass(q, k, selection, head=head, batch=batch, scale=scale).cpu()
     rank = selection.rank[batch, int(selection.proxy_of[head])].cpu()
     admissible = selection._admissible.any.expand(*selection.count.shape, -1, -1)[batch, head].cpu()
@@ -145,6 +150,10 @@ def _classes_of(mask: Any, heads: Any, batch: int) -> tuple[Tensor, dict[str, st
         )
     kept, full = kept_and_full_blocks(mask)
     check_index("batch", batch, kept.shape[0])
+    if heads is not None and (not isinstance(heads, Sequence) or isinstance(heads, str)):
+        raise TypeError(
+            f"heads: expected indices of heads, got {type(heads).__name__}; pass a list of ints, such as [3]"
+        )
     if heads is not None and not heads:
         raise ValueError("heads: expected indices of heads, got none; None draws all heads")
     for head in heads or ():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +49,7 @@ def recovered_mass(masses: Tensor, *, title: str | None = None) -> Figure:
         title: line above the map; None describes it.
 
     Raises:
-        ValueError: an argument does not fit; the message says which, and what to do.
+        TypeError, ValueError: an argument does not fit; the message says which, and what to do.
         ModuleNotFoundError: matplotlib is not installed.
     """
     values = _checked("masses", masses)
@@ -170,6 +170,11 @@ def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
 
 
 def _checked(name: str, values: Tensor) -> Tensor:
+    if not isinstance(values, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor [layers, Hq], got {type(values).__name__}; use "
+            "torch.stack([stats.recovered_mass(q, k, mask)[0], ...])"
+        )
     if values.dim() != 2 or 0 in values.shape:
         raise ValueError(
             f"{name}: expected a tensor [layers, Hq], got shape {list(values.shape)}; take one sequence of every layer"
@@ -180,12 +185,16 @@ def _checked(name: str, values: Tensor) -> Tensor:
 def _layers(densities: Any, batch: int) -> tuple[list[int], Tensor]:
     """Indices of the layers, and fp32 ``[layers, Hq]``, not-a-number where a layer has fewer heads than others."""
     if isinstance(densities, Tensor):
-        return list(range(len(densities))), _checked("densities", densities)
-    by_layer = dict(densities) if isinstance(densities, Mapping) else dict(enumerate(densities))
+        values = _checked("densities", densities)
+        return list(range(len(values))), values
+    several = isinstance(densities, Iterable)
+    by_layer = dict(densities) if isinstance(densities, Mapping) else dict(enumerate(densities if several else ()))
     if not by_layer or not all(isinstance(selection, Selection) for selection in by_layer.values()):
+        kinds = sorted({type(x).__name__ for x in by_layer.values()}) if several else [type(densities).__name__]
         raise TypeError(
             "densities: expected a Selection for each layer, or a tensor [layers, Hq], got "
-            f"{sorted({type(x).__name__ for x in by_layer.values()}) or 'none'}; use record_selections, or select"
+            f"{', '.join(kinds) or 'none'}; use record_selections, or for other masks "
+            "torch.stack([stats.density(q, k, mask)[0], ...])"
         )
     for selection in by_layer.values():
         check_index("batch", batch, selection.count.shape[0])
