@@ -206,6 +206,28 @@ def test_nothing_is_cut_off(heads: int) -> None:
     assert sticks_out(figure) > 0.5
 
 
+@pytest.mark.parametrize("words", ["sixteen layers of WWW ", "folder/of/a-model/", "WORDS IN CAPITALS, MANY OF THEM "])
+def test_long_titles_are_wrapped(words: str) -> None:
+    """In every picture that takes one; without losing a letter."""
+    title = words * (300 // len(words))
+    selection, q, k = selection_of(2)
+    shares = torch.rand(2, 2)
+    for figure in (
+        plot.block_map(selection, title=title),
+        plot.ranking(selection, q, k, title=title),
+        plot.density(shares, title=title),
+        plot.recovered_mass(shares, title=title),
+        plot.record(record_of({0: [dense_pass(1.0)]}), title=title),
+    ):
+        assert sticks_out(figure) == 0
+        assert "".join(figure.get_suptitle().split()) == "".join(title.split())
+        assert "\n" in figure.get_suptitle()
+
+
+def test_a_title_keeps_its_own_lines() -> None:
+    assert plot.density(torch.rand(2, 2), title="one\n\ntwo").get_suptitle() == "one\n\ntwo"
+
+
 def test_nothing_is_cut_off_with_a_thousand_blocks() -> None:
     """A picture has fewer pixels than the map has blocks; its labels are as many as before."""
     q, k = torch.randn(1, 2, 16384, 16), torch.randn(1, 1, 16384, 16)

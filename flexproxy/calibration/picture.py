@@ -6,7 +6,7 @@ import math
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from flexproxy.plot.figures import DARK, MIDDLE, plain_style
+from flexproxy.plot.figures import DARK, MIDDLE, add_title, plain_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def draw(calibration: Calibration) -> Figure:
         upper, lower = parts
         _draw_layers(upper.subplots(3, 1, sharex=True, height_ratios=[1, 2, 2]), calibration)
         _draw_similarity(lower, layers, rows)
-        figure.suptitle(_title(calibration.evidence))
+        add_title(figure, _title(calibration.evidence))
     return figure
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexproxy.plot.figures import DARK, LIGHT, MIDDLE, plain_style
+from flexproxy.plot.figures import DARK, LIGHT, MIDDLE, add_title, plain_style
 from flexproxy.selection import Selection
 from flexproxy.stats import block_mass, block_size_of, check_index, kept_and_full_blocks
 
@@ -65,7 +65,7 @@ def block_map(
             axis.tick_params(labelbottom=True)
         for axis in axes[:, 0]:
             axis.set_ylabel(_block_label("query", q_size), fontsize=8)
-        figure.suptitle(title)
+        add_title(figure, title)
         patches = [Patch(facecolor=colour, edgecolor="#808080", label=name) for name, colour in names.items()]
         figure.legend(handles=patches[::-1], loc="outside lower center", ncols=3, frameon=False)
     return figure
@@ -134,7 +134,7 @@ def ranking(
         right.set_title("mass held by the first blocks")
         right.grid(color="#dddddd")
         right.legend(loc="lower right")
-        figure.suptitle(title or f"Ranking and true mass of head {head}, sequence {batch}")
+        add_title(figure, title or f"Ranking and true mass of head {head}, sequence {batch}")
     return figure
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flexproxy.plot.figures import DARK, LIGHT, MIDDLE, plain_style
+from flexproxy.plot.figures import DARK, LIGHT, MIDDLE, add_title, plain_style
 from flexproxy.recording import Record
 from flexproxy.selection import Selection
 from flexproxy.stats import check_index
@@ -92,7 +92,7 @@ def record(record: Record, *, title: str | None = None) -> Figure:
             axis.set_title(label, fontsize=10)
         _time_bars(axes[-1], list(totals.values()))
         _name_layers(axes[0], layers)
-        figure.suptitle(title or _title(record, together(list(totals.values()))))
+        add_title(figure, title or _title(record, together(list(totals.values()))))
     return figure
 
 
@@ -113,7 +113,7 @@ def _one_map(layers: Sequence[int], values: Tensor, what: str, label: str, lowes
         axis = figure.subplots()
         _heat_map(figure, axis, values, label, lowest)
         _name_layers(axis, layers)
-        figure.suptitle(title or f"{what} of every layer and head: {span}")
+        add_title(figure, title or f"{what} of every layer and head: {span}")
     return figure
 
 
