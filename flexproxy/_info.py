@@ -13,19 +13,27 @@ import torch
 
 import flexproxy
 from flexproxy import implementations
+from flexproxy.kernel_options import fastest
 
-# Distribution: what is not to be had without it.
+# Distribution: what is not to be had without it, and what pip installs it with.
 _PACKAGES = {
-    "torch": "everything",
-    "einops": "everything",
-    "triton": "compiled attention on a GPU, and the fast estimate there (PyTorch's is slower)",
-    "flash-attn-4": 'BACKEND="FLASH", the fastest attention on Hopper GPUs (else Triton\'s kernel)',
-    "transformers": "flexproxy.integrations.transformers; recording and calibrating models; demo, inspect, calibrate",
-    "safetensors": "models: demo, inspect, calibrate",
-    "matplotlib": "flexproxy.plot; the pictures of demo and inspect",
-    "typer": "this command line",
-    "rich": "this command line",
+    "torch": ("everything", "flexproxy"),
+    "einops": ("everything", "flexproxy"),
+    "triton": ("compiled attention on a GPU, and the fast estimate there (PyTorch's is slower)", "flexproxy[triton]"),
+    "flash-attn-4": (
+        'BACKEND="FLASH", the fastest attention on Hopper GPUs (else Triton\'s kernel)',
+        "flexproxy[flash]",
+    ),
+    "transformers": (
+        "flexproxy.integrations.transformers; recording and calibrating models; demo, inspect, calibrate",
+        "flexproxy[transformers]",
+    ),
+    "safetensors": ("models: demo, inspect, calibrate", "flexproxy[transformers]"),
+    "matplotlib": ("flexproxy.plot; the pictures of demo, inspect and calibrate", "flexproxy[plot]"),
+    "typer": ("this command line", "flexproxy[cli]"),
+    "rich": ("this command line", "flexproxy[cli]"),
 }
+_ONLY_PRE_RELEASES = {"flash-attn-4"}
 _SHAPE = {"Hq": 32, "Hkv": 8, "S": 4096, "D": 128}
 
 
@@ -43,30 +51,39 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
+def _package(name: str) -> dict[str, str | None]:
+    needed_for, extra = _PACKAGES[name]
+    pre = "--pre " if name in _ONLY_PRE_RELEASES else ""
+    return {"version": version_of(name), "needed_for": needed_for, "install": f'pip install {pre}"{extra}"'}
+
+
 def _device(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     q = torch.empty(1, _SHAPE["Hq"], _SHAPE["S"], _SHAPE["D"], device=device, dtype=dtype)
-    k = torch.empty(1, _SHAPE["Hkv"], _SHAPE["S"], _SHAPE["D"], device=device, dtype=dtype)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name = f"{properties.name}, capability {properties.major}.{properties.minor}"
         memory: float | None = round(properties.total_memory / 2**30, 1)
     else:
         name, memory = f"{platform.machine()}, {torch.get_num_threads()} threads", None
+    estimate, why_estimate = implementations.automatic(device)
+    options, why_options = fastest(q, gradients=False)
     return {
         "device": str(device),
         "name": name,
         "memory_gib": memory,
         "dtype": str(dtype).removeprefix("torch."),
-        "estimate": implementations.automatic(device),
-        "kernel_options": dict(flexproxy.kernel_options(q, k)),
+        "estimate": estimate,
+        "kernel_options": options,
+        "why": {"estimate": why_estimate, "kernel_options": why_options},
     }
 
 
 def collect() -> dict[str, Any]:
     """Versions, devices and kernel options, as plain data.
 
-    ``packages`` maps each to its ``version`` (None if missing) and what it is needed for; ``devices`` has one entry for
-    the CPU and one for each GPU, with the kernel options that flexproxy picks there for the shape in ``shape``.
+    ``packages`` maps each to its ``version`` (None if missing), what it is ``needed_for``, and the line that installs
+    it; ``devices`` has one entry for the CPU and one for each GPU, with the implementation of the estimate and the
+    kernel options that flexproxy picks there for the shape in ``shape``, and ``why`` it picks these.
     """
     devices = [_device(torch.device("cpu"), torch.float32)]
     if torch.cuda.is_available():
@@ -75,7 +92,7 @@ def collect() -> dict[str, Any]:
         "flexproxy": flexproxy.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: {"version": version_of(name), "needed_for": use} for name, use in _PACKAGES.items()},
+        "packages": {name: _package(name) for name in _PACKAGES},
         "cpp_compiler": dict(zip(("name", "path"), cpp_compiler(), strict=True)),
         "devices": devices,
         "shape": _SHAPE,

@@ -50,9 +50,9 @@ def use(name: Name) -> Iterator[None]:
 def kernel_of(operator: str, x: Tensor) -> Callable[..., Any] | None:
     """The Triton kernel's launcher that carries out an operator on the device of ``x``; None for PyTorch."""
     name = _chosen.get()
-    if name == "torch" or (name == "auto" and not x.is_cuda):
+    if name == "torch":
         return None
-    missing = _missing(x.device)
+    missing = _why_torch(x.device) if name == "auto" else _missing(x.device)
     if missing is None:
         return _kernels()[operator]
     if name == "triton":
@@ -60,19 +60,24 @@ def kernel_of(operator: str, x: Tensor) -> Callable[..., Any] | None:
     return None
 
 
-def automatic(device: torch.device) -> str:
-    """Which implementation "auto" is on a device, and why it is not the faster one, for people to read."""
-    if device.type != "cuda":
-        return "torch"
-    missing = _missing(device)
-    return "triton" if missing is None else f"torch, because {missing}"
+def automatic(device: torch.device) -> tuple[str, str]:
+    """Which implementation "auto" is on a device, and why, for people to read."""
+    why_torch = _why_torch(device)
+    if why_torch is None:
+        return "triton", "it is installed, and its kernels run on this GPU"
+    return "torch", why_torch
+
+
+def _why_torch(device: torch.device) -> str | None:
+    """Why "auto" is PyTorch on a device; None where it is Triton."""
+    return f"{device} is not a CUDA device" if device.type != "cuda" else _missing(device)
 
 
 @functools.cache
 def _missing(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on a device; None if they can."""
     if find_spec("triton") is None:
-        return "triton is not installed (pip install 'flexproxy[triton]')"
+        return 'triton is not installed (pip install "flexproxy[triton]")'
     if device.type != "cuda":
         interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")  # as triton reads it
         return None if interpreted else f"the tensors are on {device}, and TRITON_INTERPRET is not set"

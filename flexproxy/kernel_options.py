@@ -32,15 +32,38 @@ def kernel_options(q: Tensor, k: Tensor) -> dict[str, Any]:
         Options for ``flex_attention(kernel_options=...)``; empty where torch's own choice is the best there is.
     """
     check_queries_and_keys(q, k)
-    return _fastest(q, _needs_gradients(q, k))
+    return fastest(q, _needs_gradients(q, k))[0]
 
 
-def _fastest(q: Tensor, gradients: bool) -> dict[str, Any]:
-    if not _hopper_half_precision(q) or q.shape[2] < 128 or gradients:
-        return {}
-    if _compat.flash_backend_exists() and q.shape[3] in (64, 96, 128):
-        return {"BACKEND": "FLASH"}
-    return dict(_COPY_ENGINE) if q.shape[3] <= 128 else {}
+def fastest(q: Tensor, gradients: bool) -> tuple[dict[str, Any], str]:
+    """``kernel_options``, and why it is these, for people to read. Fixed texts, for ``attention`` may be traced."""
+    problem = _why_torchs_own(q, gradients)
+    if problem is not None:
+        return {}, problem
+    if q.shape[3] not in (64, 96, 128):
+        return dict(_COPY_ENGINE), "the copy engine, for FLASH is for head dimensions 64, 96 and 128"
+    if not _compat.flash_backend_exists():
+        return dict(_COPY_ENGINE), (
+            "the copy engine, for flash-attn-4, or this torch's backend for it, is not installed "
+            '(pip install --pre "flexproxy[flash]")'
+        )
+    return {"BACKEND": "FLASH"}, "flash-attn-4 is installed, and dtype and shape fit it"
+
+
+def _why_torchs_own(q: Tensor, gradients: bool) -> str | None:
+    """Why torch's own options are the best there are; None where others are. Only Hopper GPUs have been measured: what
+    fits one of them may fail to compile on another."""
+    if not q.is_cuda:
+        return "not a CUDA device"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return "others are for float16 and bfloat16"
+    if torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "others are for Hopper GPUs (compute capability 9.0)"
+    if q.shape[2] < 128:
+        return "there are fewer than 128 queries"
+    if gradients:
+        return "where gradients are needed, torch chooses"
+    return "others are for head dimensions up to 128" if q.shape[3] > 128 else None
 
 
 def options_for(
@@ -62,7 +85,7 @@ def options_for(
         block_size: tiles must divide the blocks.
         gradients: they are needed, also if neither q nor k requires them.
     """
-    options = _fastest(q, gradients or _needs_gradients(q, k))
+    options, _ = fastest(q, gradients or _needs_gradients(q, k))
     if block_size != 128 or not options:
         return tiles_of(block_size, q.device.type)
     tables = () if mask is None else mask.tables
@@ -86,12 +109,6 @@ def tiles_of(block_size: int, device_type: str) -> dict[str, Any]:
     if block_size >= 128 or device_type == "cpu":  # the CPU kernel has no such tiles
         return {}
     return dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), block_size)
-
-
-def _hopper_half_precision(q: Tensor) -> bool:
-    """Other GPUs have not been measured: what fits one of them may fail to compile on another."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return half and q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
 
 
 def _needs_gradients(*tensors: Tensor) -> bool:

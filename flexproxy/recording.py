@@ -12,12 +12,13 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import flexproxy
-from flexproxy._files import replacing
+from flexproxy._files import replacing, write_problem
 from flexproxy._info import version_of
 from flexproxy.config import ProxyConfig, changed_fields
 from flexproxy.stats import recovered_mass
@@ -97,12 +98,19 @@ class Record:
         layers = {str(layer): [x.to_json() for x in passes] for layer, passes in self.layers.items()}
         return {"flexproxy": 1, "environment": self.environment, "model": self.model, "layers": layers}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
         """Write it as JSON, whole or not at all.
 
+        Args:
+            force: replace the file if it exists.
+
         Raises:
-            OSError: the file cannot be written; there is then none, or the old one.
+            ValueError: nothing can be written there; the message says why.
+            OSError: writing failed; what was there before still is.
         """
+        problem = write_problem(Path(path), force)
+        if problem is not None:
+            raise ValueError(f"path: expected a file to write, got {path}: {problem}")
         text = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
         with replacing(path) as unfinished:
             unfinished.write_text(text)

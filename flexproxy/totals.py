@@ -118,8 +118,9 @@ def _lengths(layers: Mapping[int, Sequence[Pass]]) -> str:
 
 def _notes(layers: Mapping[int, Sequence[Pass]]) -> list[str]:
     """What the columns are, and why passes were dense."""
-    reasons = Counter(x.dense for passes in layers.values() for x in passes if x.dense is not None)
+    reasons = Counter(x.dense for passes in layers.values() for x in passes)
+    total = reasons.total()
     return [
         "density: blocks kept / admissible in sparse passes, the mean, least and most of the heads",
-        *(f"dense {number} times: {reason}" for reason, number in reasons.items()),
+        *(f"dense in {n} of {total} layer passes: {reason}" for reason, n in reasons.items() if reason is not None),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,6 +21,7 @@ from flexproxy.calibration.collect import Layer
 from flexproxy.calibration.errors import CalibrationError
 from flexproxy.calibration.heads import Measured, measure, merge, proxy_indices
 from flexproxy.calibration.measure import Rows, evaluate, levels_of
+from flexproxy.calibration.result import Calibration
 from flexproxy.pipeline import dense_block_mask
 
 BLOCK, LENGTH = 16, 512
@@ -312,3 +314,43 @@ def test_a_file_is_read_without_a_model(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(ValueError, match=r'path: expected \{"flexproxy": 1, '):
         ProxyConfig.load(str(path))
+
+
+def picture_of(num_layers: int, num_heads: int) -> Any:
+    part = {"density": [0.3] * num_heads, "recovered": [0.9] * num_heads}
+    similarity = (0.5 + 0.5 * torch.eye(num_heads)).tolist()
+    layer = {"similarity": similarity, "uniform": part, "confirmed_on": part}
+    mean = {"recovered": 0.9, "density": 0.3}
+    evidence = {
+        "layers": {str(index): layer for index in range(num_layers)},
+        "target": {"density": 0.3},
+        "length": 4096,
+        "mean": {"confirmed_on": mean, "uniform": mean},
+    }
+    settings = {index: ProxyConfig(num_proxies=2) for index in range(num_layers)}
+    figure = Calibration(settings, {}, evidence, {}).figure()
+    figure.draw_without_rendering()
+    return figure
+
+
+@pytest.mark.parametrize(("num_layers", "num_heads"), [(1, 1), (5, 8), (80, 64)])
+def test_the_picture_of_a_large_model_can_be_read(num_layers: int, num_heads: int) -> None:
+    """Markers do not touch, maps name their first and last head, and the colour bar is slim."""
+    pytest.importorskip("matplotlib")
+    figure = picture_of(num_layers, num_heads)
+    points = 72 / figure.dpi
+    for axis in figure.subfigs[0].axes[1:]:
+        lines = [container[0] for container in axis.containers]
+        at = sorted(points * axis.transData.transform((x, 0.3))[0] for line in lines for x in line.get_xdata())
+        assert len(at) == 2 * num_layers
+        assert min(b - a for a, b in pairwise(at)) > lines[0].get_markersize()
+    maps = [axis for axis in figure.subfigs[1].axes if axis.images]
+    assert len(maps) == num_layers
+    for axis in maps:
+        ticks = [int(tick) for tick in axis.get_xticks()]
+        assert ticks == [int(tick) for tick in axis.get_yticks()] == sorted({0, num_heads - 1})
+    bar = figure.subfigs[1].axes[-1].get_window_extent()
+    assert bar.width * points < 14
+    assert bar.height > 8 * bar.width
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert max(-box.x0, -box.y0, box.x1 - width, box.y1 - height) <= 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 import flexproxy
-from flexproxy import _info, cli
+from flexproxy import _compat, _info, cli, implementations
 from tests.tiny_model import HEADS, LAYERS, save_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,7 +174,10 @@ def test_info_as_json(model_folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert {"torch", "triton", "transformers", "einops"} <= data["packages"].keys()
     assert all(package["needed_for"] for package in data["packages"].values())
     assert data["packages"]["einops"]["version"]
+    assert data["packages"]["safetensors"]["install"] == 'pip install "flexproxy[transformers]"'
     assert data["devices"][0]["device"] == "cpu"
+    assert data["devices"][0]["estimate"] == "torch"
+    assert data["devices"][0]["why"] == {"estimate": "cpu is not a CUDA device", "kernel_options": "not a CUDA device"}
     assert len(data["devices"]) == 1 + (torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
@@ -181,10 +186,43 @@ def test_info_says_what_is_missing(
 ) -> None:
     monkeypatch.setattr(_info, "version_of", lambda name: None if name == "triton" else "1.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("COLUMNS", "250")
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert out.count("missing") == 1
+    assert 'pip install "flexproxy[triton]"' in out
+    assert out.count("not a CUDA device") == 2
     assert "No CUDA device" in out
+
+
+@pytest.mark.parametrize("name", _info._PACKAGES)
+def test_info_names_the_extra_that_brings_a_package(name: str) -> None:
+    found = re.fullmatch(r'pip install (?:--pre )?"flexproxy(?:\[(\w+)\])?"', str(_info._package(name)["install"]))
+    assert found is not None
+    entry = found[1] or "dependencies"
+    assert re.search(rf'^{entry} = \[.*"{name}\b', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+
+
+def test_info_without_triton_and_flash(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reasons are those of the places that choose."""
+    options = importlib.import_module("flexproxy.kernel_options")
+    reason = 'triton is not installed (pip install "flexproxy[triton]")'
+    monkeypatch.setattr(implementations, "_why_torch", lambda device: reason)
+    monkeypatch.setattr(options, "_why_torchs_own", lambda q, gradients: None)
+    monkeypatch.setattr(_compat, "flash_backend_exists", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["info", "--json"]) == 0
+    (device,) = json.loads(capsys.readouterr().out)["devices"]
+    assert device["why"]["estimate"] == reason
+    assert device["kernel_options"]["USE_TMA"]
+    assert 'pip install --pre "flexproxy[flash]"' in device["why"]["kernel_options"]
+    monkeypatch.setenv("COLUMNS", "250")
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert reason in out
+    assert device["why"]["kernel_options"] in out
 
 
 @pytest.mark.parametrize(

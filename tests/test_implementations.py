@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -55,6 +56,7 @@ def test_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     machine: Any = Machine(monkeypatch, interpreted=True)
     assert kernel_of("op", CPU) is None
     assert kernel_of("op", on_gpu()) is machine
+    assert implementations.automatic(on_gpu().device)[0] == "triton"
     with use("torch"):
         assert kernel_of("op", on_gpu()) is None
     with use("triton"):
@@ -62,7 +64,7 @@ def test_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 MISSING = {
-    "no triton": ({"triton": False}, CPU, r"triton is not installed \(pip install 'flexproxy\[triton\]'\)"),
+    "no triton": ({"triton": False}, CPU, r'triton is not installed \(pip install "flexproxy\[triton\]"\)'),
     "no interpreter": ({}, CPU, "the tensors are on cpu, and TRITON_INTERPRET is not set"),
     "old GPU": ({}, on_gpu(), r"cuda:0 has a compute capability below 8\.0"),
     "AMD GPU": ({}, on_gpu(), "on AMD GPUs the kernels have not been tried"),
@@ -79,6 +81,9 @@ def test_what_cannot_run_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     if name == "AMD GPU":
         monkeypatch.setattr(_compat, "IS_ROCM", True)
     assert kernel_of("op", x) is None
+    chosen, why = implementations.automatic(x.device)
+    assert chosen == "torch"
+    assert re.match("cpu is not a CUDA device" if name == "no interpreter" else f"{message}|cpu is not", why)
     with use("torch"):
         assert kernel_of("op", x) is None
     with (

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -72,6 +73,24 @@ def test_options_of_a_gpu(capability: tuple[int, int], flash: bool, monkeypatch:
         if capability == (9, 0) and dtype != torch.float32 and length >= 128 and dim <= 128:
             want = FLASH if flash and dim in (64, 96, 128) else COPY_ENGINE
         assert options.kernel_options(*pair(length, dim, dtype)) == want, (dtype, dim, length)
+
+
+def test_every_choice_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, flash, tensors, gradients, want, why in (
+        ((9, 0), True, pair(), False, FLASH, "flash-attn-4 is installed"),
+        ((9, 0), False, pair(), False, COPY_ENGINE, r'not installed \(pip install --pre "flexproxy\[flash\]"\)'),
+        ((9, 0), True, pair(dim=80), False, COPY_ENGINE, "head dimensions 64, 96 and 128"),
+        ((9, 0), True, pair(dim=256), False, {}, "head dimensions up to 128"),
+        ((9, 0), True, pair(127), False, {}, "fewer than 128 queries"),
+        ((9, 0), True, pair(dtype=torch.float32), False, {}, "float16 and bfloat16"),
+        ((9, 0), True, pair(), True, {}, "gradients"),
+        ((10, 0), True, pair(), False, {}, r"Hopper GPUs \(compute capability 9\.0\)"),
+        ((9, 0), True, (torch.empty(1, 8, 1024, 128),), False, {}, "not a CUDA device"),
+    ):
+        gpu(monkeypatch, capability, flash)
+        found, reason = options.fastest(tensors[0], gradients)
+        assert found == want
+        assert re.search(why, reason), reason
 
 
 @pytest.mark.usefixtures("hopper_with_flash")

@@ -96,6 +96,16 @@ def test_density_shows_layers_and_heads() -> None:
     assert torch.equal(drawn(plot.density([selections[2], selections[7]], batch=1).axes[0]), want)
 
 
+def test_density_of_another_mask() -> None:
+    """The remedy that the error names."""
+    q, k = torch.randn(1, 4, 512, 16), torch.randn(1, 1, 512, 16)
+    window = create_block_mask(
+        lambda b, h, q, kv: (q >= kv) & (q - kv < 100), None, None, 512, 512, device="cpu", BLOCK_SIZE=128
+    )
+    figure = plot.density(torch.stack([stats.density(q, k, window)[0]] * 2))
+    assert torch.equal(drawn(figure.axes[0]), torch.full((2, 4), 0.7))  # 7 of 10 blocks
+
+
 def test_ranking_beside_the_true_mass() -> None:
     selection, q, k = selection_of(3, 100, 250)
     figure = plot.ranking(selection, q, k, head=2, batch=1)
@@ -196,6 +206,28 @@ def test_nothing_is_cut_off(heads: int) -> None:
     assert sticks_out(figure) > 0.5
 
 
+@pytest.mark.parametrize("words", ["sixteen layers of WWW ", "folder/of/a-model/", "WORDS IN CAPITALS, MANY OF THEM "])
+def test_long_titles_are_wrapped(words: str) -> None:
+    """In every picture that takes one; without losing a letter."""
+    title = words * (300 // len(words))
+    selection, q, k = selection_of(2)
+    shares = torch.rand(2, 2)
+    for figure in (
+        plot.block_map(selection, title=title),
+        plot.ranking(selection, q, k, title=title),
+        plot.density(shares, title=title),
+        plot.recovered_mass(shares, title=title),
+        plot.record(record_of({0: [dense_pass(1.0)]}), title=title),
+    ):
+        assert sticks_out(figure) == 0
+        assert "".join(figure.get_suptitle().split()) == "".join(title.split())
+        assert "\n" in figure.get_suptitle()
+
+
+def test_a_title_keeps_its_own_lines() -> None:
+    assert plot.density(torch.rand(2, 2), title="one\n\ntwo").get_suptitle() == "one\n\ntwo"
+
+
 def test_nothing_is_cut_off_with_a_thousand_blocks() -> None:
     """A picture has fewer pixels than the map has blocks; its labels are as many as before."""
     q, k = torch.randn(1, 2, 16384, 16), torch.randn(1, 1, 16384, 16)
@@ -265,8 +297,18 @@ def test_what_is_wrong_with_a_path(tmp_path: Path) -> None:
 
 def test_mistakes_are_named() -> None:
     selection, q, k = selection_of(2)
+    other = create_block_mask(masks.causal, None, None, 256, 256, device="cpu")
     draw: Any
     for draw, message in (
+        (lambda: plot.block_map(other, heads=3), r"heads: expected indices of heads, got int; pass a list of ints"),  # type: ignore[arg-type]
+        (lambda: plot.block_map(other, heads="0"), "heads: expected indices of heads, got str"),  # type: ignore[arg-type]
+        (lambda: plot.ranking(other, q, k), r"selection: expected a Selection, got BlockMask; pass flexproxy\.select"),  # type: ignore[arg-type]
+        (lambda: plot.density([other]), r"got BlockMask; use .* for other masks torch\.stack\(\[stats\.density\("),  # type: ignore[list-item]
+        (lambda: plot.density(5), r"densities: expected a Selection for each layer, .* got int; use"),  # type: ignore[arg-type]
+        (lambda: plot.density(other), "densities: expected a Selection for each layer, .* got BlockMask; use"),  # type: ignore[arg-type]
+        (lambda: plot.density(selection), "densities: expected a Selection for each layer, .* got Selection; use"),  # type: ignore[arg-type]
+        (lambda: plot.density(torch.ones([])), r"densities: expected a tensor \[layers, Hq\], got shape \[\]"),
+        (lambda: plot.recovered_mass([1.0]), r"masses: expected a tensor \[layers, Hq\], got list; use torch\.stack"),  # type: ignore[arg-type]
         (lambda: plot.block_map(masks.causal), "mask: expected a Selection or a BlockMask, got function"),  # type: ignore[arg-type]
         (lambda: plot.block_map(selection, heads=[2]), "heads: expected an index from 0 to 1, got 2"),
         (lambda: plot.block_map(selection, heads=[]), "heads: expected indices of heads, got none"),

@@ -222,7 +222,7 @@ def test_the_table(model: Any) -> None:
     shown = f"{sum(density) / 4:.3f}", f"{min(density):.3f}", f"{max(density):.3f}", f"{sum(mass) / 4:.4f}"
     assert cells[:6] == ["1", "1", *shown]
     assert lines[4].split()[0] == "all"
-    assert lines[-1] == "dense 1 times: min_budget covers all keys"
+    assert lines[-1] == "dense in 1 of 2 layer passes: min_budget covers all keys"
 
 
 def test_json_is_plain_and_whole(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,10 +243,17 @@ def test_json_is_plain_and_whole(model: Any, tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", half)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ValueError, match=r"path: expected a file to write, got .*record\.json: exists already"):
         record.save(tmp_path / "record.json")
+    with pytest.raises(OSError, match="No space left"):
+        record.save(tmp_path / "record.json", force=True)
     assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
     assert json.loads((tmp_path / "record.json").read_text()) == data
+    monkeypatch.undo()
+    record.save(tmp_path / "record.json", force=True)
+    assert json.loads((tmp_path / "record.json").read_text()) == data
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        record.save(tmp_path, force=True)
 
 
 def pass_of(mass: tuple[tuple[float, ...], ...]) -> Pass:

@@ -6,7 +6,7 @@ import math
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from flexproxy.plot.figures import DARK, MIDDLE, plain_style
+from flexproxy.plot.figures import DARK, MIDDLE, add_title, plain_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,22 +14,24 @@ if TYPE_CHECKING:
 
     from flexproxy.calibration.result import Calibration
 
-_COLUMNS = 8  # maps of layers in a row
+_NARROWEST, _WIDEST = 11.0, 16.0  # inches
+_MAP = 1.375  # inches of a layer's map, with what is around it
 
 
 def draw(calibration: Calibration) -> Figure:
     """Above, by layer: proxies, density, recovered mass; below, how alike the heads of each layer are."""
     layers: dict[str, Any] = calibration.evidence["layers"]
-    rows = math.ceil(len(layers) / _COLUMNS)
+    width = min(max(_NARROWEST, 0.2 * len(layers)), _WIDEST)
+    rows = math.ceil(len(layers) / int(width / _MAP))
     with plain_style():
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(11.0, 5.8 + 1.5 * rows), layout="constrained")
+        figure = Figure(figsize=(width, 5.8 + 1.5 * rows), layout="constrained")
         parts: Any = figure.subfigures(2, 1, height_ratios=[5.2, 0.6 + 1.5 * rows])
         upper, lower = parts
-        _draw_layers(upper.subplots(3, 1, sharex=True, height_ratios=[1, 2, 2]), calibration)
+        _draw_layers(upper.subplots(3, 1, sharex=True, height_ratios=[1, 2, 2]), calibration, 65 * width / len(layers))
         _draw_similarity(lower, layers, rows)
-        figure.suptitle(_title(calibration.evidence))
+        add_title(figure, _title(calibration.evidence))
     return figure
 
 
@@ -43,10 +45,12 @@ def _title(evidence: dict[str, Any]) -> str:
     )
 
 
-def _draw_layers(axes: Any, calibration: Calibration) -> None:
+def _draw_layers(axes: Any, calibration: Calibration, points: float) -> None:
+    """points: the width that a layer has, of which there are 72 in an inch; its two markers must not touch."""
     evidence = calibration.evidence
+    marker = min(6.0, 0.3 * points)
     indices = list(calibration.layers)
-    chosen = [_num_proxies(calibration, index) for index in indices]
+    chosen = list(calibration.num_proxies.values())
     places = range(len(indices))
     axes[0].bar(places, chosen, color=DARK, width=0.6)
     axes[0].set_ylabel("proxies")
@@ -55,8 +59,8 @@ def _draw_layers(axes: Any, calibration: Calibration) -> None:
     axes[0].yaxis.get_major_locator().set_params(integer=True)
     for axis, name, label in ((axes[1], "density", "kept / admissible"), (axes[2], "recovered", "recovered mass")):
         for source, colour, words, shift in (
-            ("uniform", MIDDLE, "same in all layers", -0.15),
-            ("confirmed_on", DARK, "calibrated", 0.15),
+            ("uniform", MIDDLE, "same in all layers", -0.2),
+            ("confirmed_on", DARK, "calibrated", 0.2),
         ):
             by_head = [evidence["layers"][str(index)][source][name] for index in indices]
             means = [fmean(heads) for heads in by_head]
@@ -65,7 +69,9 @@ def _draw_layers(axes: Any, calibration: Calibration) -> None:
                 [max(heads) - mean for mean, heads in zip(means, by_head, strict=True)],
             ]
             at = [place + shift for place in places]
-            axis.errorbar(at, means, yerr=spread, fmt="o", color=colour, capsize=2, lw=1, label=words)
+            axis.errorbar(
+                at, means, yerr=spread, fmt="o", color=colour, ms=marker, capsize=marker / 3, lw=1, label=words
+            )
         axis.set_ylabel(label)
         axis.grid(axis="y", color="#dddddd")
     axes[1].set_ylim(0.0, 1.02)
@@ -78,14 +84,9 @@ def _draw_layers(axes: Any, calibration: Calibration) -> None:
     axes[2].set_xlabel("layer")
 
 
-def _num_proxies(calibration: Calibration, index: int) -> int:
-    config = calibration.layers[index]
-    return config.num_proxies if config.groups is None else max(config.groups) + 1
-
-
 def _draw_similarity(figure: Any, layers: dict[str, Any], rows: int) -> None:
     """What every head (column) gains or loses when the ranking of another (row) takes the place of its own."""
-    axes = figure.subplots(rows, min(_COLUMNS, len(layers)), squeeze=False)
+    axes = figure.subplots(rows, math.ceil(len(layers) / rows), squeeze=False)
     gains = [_beside_own(layer["similarity"]) for layer in layers.values()]
     most = max(abs(value) for gain in gains for values in gain for value in values) or 1.0
     drawn: list[Axes] = list(axes.flat)
@@ -94,11 +95,15 @@ def _draw_similarity(figure: Any, layers: dict[str, Any], rows: int) -> None:
     for axis, index, gain in zip(drawn, layers, gains, strict=False):
         image = axis.imshow(gain, cmap="RdBu", vmin=-most, vmax=most, interpolation="nearest")
         axis.set_title(f"layer {index}", fontsize=9)
-        axis.set_xticks([])
-        axis.set_yticks([])
+        ends = sorted({0, len(gain) - 1})  # the first head and the last
+        axis.set_xticks(ends)
+        axis.set_yticks(ends)
+        axis.tick_params(labelsize=6, length=2, pad=1)
     axes[-1, 0].set_xlabel("peaks of head", fontsize=8)
     axes[-1, 0].set_ylabel("ranked by head", fontsize=8)
-    figure.colorbar(image, ax=axes, label="peaks kept, less what\nits own ranking keeps", aspect=12)
+    tall = min(rows, 3)
+    label = "peaks kept, less what\nits own ranking keeps"
+    figure.colorbar(image, ax=axes, label=label, fraction=0.03, shrink=tall / rows, aspect=12 * tall, anchor=(0, 1))
 
 
 def _beside_own(similarity: list[list[float]]) -> list[list[float]]:

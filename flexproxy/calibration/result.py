@@ -41,6 +41,14 @@ class Calibration:
     evidence: dict[str, Any] = field(repr=False)
     versions: dict[str, str] = field(repr=False)
 
+    @property
+    def num_proxies(self) -> dict[int, int]:
+        """How many proxies each layer has, by its index."""
+        return {
+            index: config.num_proxies if config.groups is None else max(config.groups) + 1
+            for index, config in self.layers.items()
+        }
+
     def to_json(self) -> dict[str, Any]:
         """The content of the file, as plain data."""
         return {

@@ -123,7 +123,7 @@ def _show(found: Calibration, output: Path) -> None:
         kept, uniform = layer["confirmed_on"], layer["uniform"]
         table.add_row(
             str(index),
-            str(config.num_proxies if config.groups is None else max(config.groups) + 1),
+            str(found.num_proxies[index]),
             f"{getattr(config, setting):g}",
             f"{fmean(kept['density']):.3f}",
             f"{fmean(kept['recovered']):.3f}",

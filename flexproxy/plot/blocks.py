@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexproxy.plot.figures import DARK, LIGHT, MIDDLE, plain_style
+from flexproxy.plot.figures import DARK, LIGHT, MIDDLE, add_title, plain_style
 from flexproxy.selection import Selection
 from flexproxy.stats import block_mass, block_size_of, check_index, kept_and_full_blocks
 
@@ -65,7 +65,7 @@ def block_map(
             axis.tick_params(labelbottom=True)
         for axis in axes[:, 0]:
             axis.set_ylabel(_block_label("query", q_size), fontsize=8)
-        figure.suptitle(title)
+        add_title(figure, title)
         patches = [Patch(facecolor=colour, edgecolor="#808080", label=name) for name, colour in names.items()]
         figure.legend(handles=patches[::-1], loc="outside lower center", ncols=3, frameon=False)
     return figure
@@ -97,6 +97,11 @@ def ranking(
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
         ModuleNotFoundError: matplotlib is not installed.
     """
+    if not isinstance(selection, Selection):
+        raise TypeError(
+            f"selection: expected a Selection, got {type(selection).__name__}; pass flexproxy.select(q, k), for no "
+            "other mask ranks its blocks"
+        )
     mass = block_mass(q, k, selection, head=head, batch=batch, scale=scale).cpu()
     rank = selection.rank[batch, int(selection.proxy_of[head])].cpu()
     admissible = selection._admissible.any.expand(*selection.count.shape, -1, -1)[batch, head].cpu()
@@ -129,7 +134,7 @@ def ranking(
         right.set_title("mass held by the first blocks")
         right.grid(color="#dddddd")
         right.legend(loc="lower right")
-        figure.suptitle(title or f"Ranking and true mass of head {head}, sequence {batch}")
+        add_title(figure, title or f"Ranking and true mass of head {head}, sequence {batch}")
     return figure
 
 
@@ -145,6 +150,10 @@ def _classes_of(mask: Any, heads: Any, batch: int) -> tuple[Tensor, dict[str, st
         )
     kept, full = kept_and_full_blocks(mask)
     check_index("batch", batch, kept.shape[0])
+    if heads is not None and (not isinstance(heads, Sequence) or isinstance(heads, str)):
+        raise TypeError(
+            f"heads: expected indices of heads, got {type(heads).__name__}; pass a list of ints, such as [3]"
+        )
     if heads is not None and not heads:
         raise ValueError("heads: expected indices of heads, got none; None draws all heads")
     for head in heads or ():

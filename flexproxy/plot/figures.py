@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 # Told apart by their lightness alone, so also in print and by colour-blind readers.
 LIGHT, MIDDLE, DARK = "#e8e8e8", "#f0b44c", "#1f3b73"
+_TITLE_POINTS = 12
 
 
 def save(figure: Figure, path: str | Path, force: bool = False) -> None:
@@ -42,6 +44,22 @@ def save_problem(path: Path, force: bool) -> str | None:
     if path.suffix.lstrip(".").lower() not in formats:
         return f"no picture format ends in {path.suffix!r}; use .png, .svg or .pdf"
     return write_problem(path, force)
+
+
+def add_title(figure: Figure, title: str) -> None:
+    """Above the figure, which grows by what does not fit on one line; long words, such as paths, are broken as well."""
+    lines = [part for line in title.splitlines() for part in _wrapped(line, 0.97 * 72 * figure.get_figwidth())]
+    figure.set_figheight(figure.get_figheight() + 1.2 * _TITLE_POINTS / 72 * (len(lines) - 1))
+    figure.suptitle("\n".join(lines), fontsize=_TITLE_POINTS, wrap=True)  # more lines where letters are unevenly wide
+
+
+def _wrapped(line: str, points: float) -> list[str]:
+    from matplotlib.textpath import TextPath
+
+    if not line.strip():
+        return [""]
+    needed = TextPath((0, 0), line, size=_TITLE_POINTS).get_extents().width
+    return textwrap.wrap(line, max(1, int(0.95 * len(line) * points / needed))) if needed > points else [line]
 
 
 @contextmanager

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from flexproxy.plot.figures import DARK, LIGHT, MIDDLE, plain_style
+from flexproxy.plot.figures import DARK, LIGHT, MIDDLE, add_title, plain_style
 from flexproxy.recording import Record
 from flexproxy.selection import Selection
 from flexproxy.stats import check_index
@@ -49,7 +49,7 @@ def recovered_mass(masses: Tensor, *, title: str | None = None) -> Figure:
         title: line above the map; None describes it.
 
     Raises:
-        ValueError: an argument does not fit; the message says which, and what to do.
+        TypeError, ValueError: an argument does not fit; the message says which, and what to do.
         ModuleNotFoundError: matplotlib is not installed.
     """
     values = _checked("masses", masses)
@@ -92,7 +92,7 @@ def record(record: Record, *, title: str | None = None) -> Figure:
             axis.set_title(label, fontsize=10)
         _time_bars(axes[-1], list(totals.values()))
         _name_layers(axes[0], layers)
-        figure.suptitle(title or _title(record, together(list(totals.values()))))
+        add_title(figure, title or _title(record, together(list(totals.values()))))
     return figure
 
 
@@ -113,7 +113,7 @@ def _one_map(layers: Sequence[int], values: Tensor, what: str, label: str, lowes
         axis = figure.subplots()
         _heat_map(figure, axis, values, label, lowest)
         _name_layers(axis, layers)
-        figure.suptitle(title or f"{what} of every layer and head: {span}")
+        add_title(figure, title or f"{what} of every layer and head: {span}")
     return figure
 
 
@@ -170,6 +170,11 @@ def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
 
 
 def _checked(name: str, values: Tensor) -> Tensor:
+    if not isinstance(values, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor [layers, Hq], got {type(values).__name__}; use "
+            "torch.stack([stats.recovered_mass(q, k, mask)[0], ...])"
+        )
     if values.dim() != 2 or 0 in values.shape:
         raise ValueError(
             f"{name}: expected a tensor [layers, Hq], got shape {list(values.shape)}; take one sequence of every layer"
@@ -180,12 +185,16 @@ def _checked(name: str, values: Tensor) -> Tensor:
 def _layers(densities: Any, batch: int) -> tuple[list[int], Tensor]:
     """Indices of the layers, and fp32 ``[layers, Hq]``, not-a-number where a layer has fewer heads than others."""
     if isinstance(densities, Tensor):
-        return list(range(len(densities))), _checked("densities", densities)
-    by_layer = dict(densities) if isinstance(densities, Mapping) else dict(enumerate(densities))
+        values = _checked("densities", densities)
+        return list(range(len(values))), values
+    several = isinstance(densities, Iterable)
+    by_layer = dict(densities) if isinstance(densities, Mapping) else dict(enumerate(densities if several else ()))
     if not by_layer or not all(isinstance(selection, Selection) for selection in by_layer.values()):
+        kinds = sorted({type(x).__name__ for x in by_layer.values()}) if several else [type(densities).__name__]
         raise TypeError(
             "densities: expected a Selection for each layer, or a tensor [layers, Hq], got "
-            f"{sorted({type(x).__name__ for x in by_layer.values()}) or 'none'}; use record_selections, or select"
+            f"{', '.join(kinds) or 'none'}; use record_selections, or for other masks "
+            "torch.stack([stats.density(q, k, mask)[0], ...])"
         )
     for selection in by_layer.values():
         check_index("batch", batch, selection.count.shape[0])
