@@ -308,7 +308,7 @@ def check_result(data: dict[str, Any]) -> None:
     [
         (["--tasks", "words"], "--tasks: expected single, .* for this model, got words; leave it out"),
         (["--proxies", "3"], "num_proxies: "),
-        (["--model", "/nowhere"], "cannot load the model /nowhere"),
+        (["--model", "/nowhere"], "no folder /nowhere here"),
         (["--lengths", "99999999"], "text: expected at least 99999999 bytes, got"),
     ],
 )
