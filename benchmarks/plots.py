@@ -143,12 +143,17 @@ def axes_of(title: str, environment: Row, panels: int = 1) -> tuple[Figure, list
     figure.suptitle(f"{title}\n{environment['gpu']}, {SHAPE}", fontsize=12)
     panes = list(figure.subplots(1, panels, squeeze=False).flat)
     for axes in panes:
-        axes.set_facecolor("white")
-        axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
         axes.tick_params(labelsize=10)
     return figure, panes
+
+
+def plain(axes: Axes) -> None:
+    """White, with a grid behind what is drawn."""
+    axes.set_facecolor("white")
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_lines(axes: Axes, series: Series, xlabel: str, ylabel: str, lengths: bool = True) -> None:

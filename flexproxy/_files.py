@@ -29,6 +29,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str, force: bool) -> None:
+    """Write a text whole or not at all.
+
+    Raises:
+        ValueError: nothing can be written there; the message says why.
+        OSError: writing failed; what was there before still is.
+    """
+    check_problem(path, write_problem(Path(path), force))
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def check_problem(path: str | os.PathLike[str], problem: str | None) -> None:
+    """Raise ValueError if there is one, as ``write_problem`` finds it."""
+    if problem is not None:
+        raise ValueError(f"path: expected a file to write, got {path}: {problem}")
+
+
 def write_problem(path: Path, force: bool) -> str | None:
     """Why nothing can be written to ``path``, in a few words; None if it can."""
     if path.is_dir():

@@ -51,6 +51,17 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
+def versions() -> dict[str, str]:
+    """Of what a result about a model was made with, transformers among it."""
+    installed = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {"flexproxy": flexproxy.__version__, "python": platform.python_version(), **installed}
+
+
+def processor(device: torch.device) -> str:
+    """What a device is called in results."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def _package(name: str) -> dict[str, str | None]:
     needed_for, extra = _PACKAGES[name]
     pre = "--pre " if name in _ONLY_PRE_RELEASES else ""

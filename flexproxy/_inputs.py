@@ -149,6 +149,7 @@ def check_decoder(model: PreTrainedModel, length: int | None) -> None:
             ``length``, if that is given.
     """
     from flexproxy.integrations.transformers.configuration import all_modules, attention_layers
+    from flexproxy.integrations.transformers.identity import max_positions
 
     try:
         modules = all_modules(attention_layers(model))
@@ -168,18 +169,12 @@ def check_decoder(model: PreTrainedModel, length: int | None) -> None:
         )
 
 
-def max_positions(model: PreTrainedModel) -> int | None:
-    """Tokens that a model is made for; None if it does not say."""
-    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return positions
-
-
 def read_tokens(path: Path, model: PreTrainedModel, name: str, length: int | None) -> Tensor:
     """The first ``length`` tokens of a text, int64 ``[1, length]``; None is the whole text.
 
     A model with the needle model's vocabulary reads bytes; any other has its tokenizer beside it, under ``name``.
     """
-    if model.config.get_text_config().vocab_size == VOCAB_SIZE:
+    if reads_bytes(model):
         return read_text(path, length).long()
     try:
         text = path.read_text(encoding="utf-8")
@@ -187,18 +182,27 @@ def read_tokens(path: Path, model: PreTrainedModel, name: str, length: int | Non
         raise InputError(f"cannot read the text {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"the text {path} is not UTF-8, at byte {error.start}; pass a text file") from error
+    tokenizer = load_tokenizer(name)
+    with _quiet_transformers():
+        tokens: Tensor = tokenizer(text, return_tensors="pt").input_ids.long()
+    _check_length(path, tokens.shape[1], "tokens", length)
+    return tokens[:, :length]
+
+
+def reads_bytes(model: PreTrainedModel) -> bool:
+    """Whether a model has the needle models' vocabulary: bytes and four marks."""
+    return bool(model.config.get_text_config().vocab_size == VOCAB_SIZE)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, as ``load_decoder`` loads the model."""
     from transformers import AutoTokenizer
 
     with _quiet_transformers():
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(
-                name, local_files_only=Path(name).exists(), trust_remote_code=False
-            )
+            return AutoTokenizer.from_pretrained(name, local_files_only=Path(name).exists(), trust_remote_code=False)
         except Exception as error:
             raise InputError(f"cannot load the tokenizer of {name}: {_reason(error)}") from error
-        tokens: Tensor = tokenizer(text, return_tensors="pt").input_ids.long()
-    _check_length(path, tokens.shape[1], "tokens", length)
-    return tokens[:, :length]
 
 
 def _reason(error: Exception) -> str:

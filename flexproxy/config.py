@@ -114,6 +114,11 @@ class ProxyConfig:
         return replace(settings, **changes)
 
     @property
+    def total_proxies(self) -> int:
+        """P, by ``groups`` where there are any."""
+        return self.num_proxies if self.groups is None else max(self.groups) + 1
+
+    @property
     def strides(self) -> tuple[int, int]:
         """Tokens from one sampled query to the next, and from one sampled key to the next."""
         return self.stride if self.query_stride is None else self.query_stride, self.stride
@@ -194,8 +199,8 @@ def changed_fields(config: ProxyConfig) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(config, name)) != getattr(default, name)}
 
 
-def read_settings(path: str | os.PathLike[str], argument: str) -> tuple[Any, dict[int, ProxyConfig]]:
-    """What a file says of its model, and the settings of its layers by index. argument: whom errors name.
+def read_settings(path: str | os.PathLike[str], argument: str) -> tuple[dict[str, Any], dict[int, ProxyConfig]]:
+    """A file's content, and the settings of its layers by index. argument: whom errors name.
 
     Raises:
         ValueError: the file cannot be read, or holds something else.
@@ -215,7 +220,7 @@ def read_settings(path: str | os.PathLike[str], argument: str) -> tuple[Any, dic
             "write it with save_configuration or flexproxy calibrate"
         )
     layers = data["layers"].items()
-    return data.get("model"), {_layer(index, path, argument): _config(x, index, path, argument) for index, x in layers}
+    return data, {_layer(index, path, argument): _config(x, index, path, argument) for index, x in layers}
 
 
 def _layer(index: str, path: Path, argument: str) -> int:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flexproxy
+from flexproxy._info import processor
 from flexproxy._inputs import InputError
 from flexproxy.attention import run_flex
 from flexproxy.kernel_options import tiles_of
@@ -228,12 +229,11 @@ def run(
     if layer is None:
         layer = max(range(len(density)), key=lambda index: max(density[index]) - min(density[index]))
 
-    cuda = model.device.type == "cuda"
     return DemoResult(
         tokens=text.shape[1],
         queries=num_needles,
         seed=seed,
-        device=torch.cuda.get_device_name(model.device) if cuda else "CPU",
+        device=processor(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         config=config,
         dense=_measure(batch, dense, dense_seconds),

@@ -8,18 +8,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-import flexproxy
-from flexproxy._files import replacing, write_problem
-from flexproxy._info import version_of
+from flexproxy._files import write_text
+from flexproxy._info import processor, versions
 from flexproxy.config import ProxyConfig, changed_fields
 from flexproxy.stats import recovered_mass
 from flexproxy.summary import PerHead, PerHeadCount, as_tuples
@@ -108,12 +103,7 @@ class Record:
             ValueError: nothing can be written there; the message says why.
             OSError: writing failed; what was there before still is.
         """
-        problem = write_problem(Path(path), force)
-        if problem is not None:
-            raise ValueError(f"path: expected a file to write, got {path}: {problem}")
-        text = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
-        with replacing(path) as unfinished:
-            unfinished.write_text(text)
+        write_text(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", force)
 
     def __str__(self) -> str:
         return table_of(self)
@@ -144,11 +134,11 @@ def record(model: PreTrainedModel, *, mass: bool = False) -> Iterator[Record]:
         ModuleNotFoundError: transformers is not installed.
         TypeError, ValueError: ``model`` is something else, its attention is another, or it is compiled.
     """
-    from flexproxy.integrations.transformers.configuration import attention_layers
+    from flexproxy.integrations.transformers.configuration import all_modules, attention_layers
     from flexproxy.integrations.transformers.identity import shape_of
     from flexproxy.integrations.transformers.observing import observe
 
-    modules = [module for layer in attention_layers(model).values() for module in layer]
+    modules = all_modules(attention_layers(model))
     names = {getattr(getattr(module, "config", None), "_attn_implementation", "flexproxy") for module in modules}
     if "flexproxy" not in names:
         raise ValueError(
@@ -156,22 +146,9 @@ def record(model: PreTrainedModel, *, mass: bool = False) -> Iterator[Record]:
             'model.set_attn_implementation("flexproxy")'
         )
     identity = {"class": type(model).__name__, "name": getattr(model.config, "_name_or_path", ""), **shape_of(model)}
-    collected = Record(identity, _environment(model.device), mass)
+    collected = Record(identity, versions() | {"device": processor(model.device)}, mass)
     with observe(model, collected._note):
         yield collected
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    import transformers
-
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {
-        "flexproxy": flexproxy.__version__,
-        "torch": version_of("torch"),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": processor,
-    }
 
 
 def _pass_of(call: Call, wants_mass: bool) -> Callable[[], Pass]:

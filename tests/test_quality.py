@@ -24,11 +24,11 @@ from benchmarks.quality import evaluate, report
 from benchmarks.quality.attention import attention_with_lse, prefill_by
 from benchmarks.quality.evaluate import ResultFile
 from benchmarks.quality.methods import BASELINES, DENSE, WITHOUT_CORRECTION, Method, check, methods_of
-from benchmarks.quality.models import attention_shape, fingerprint, name_of, reads_bytes, tasks_for
+from benchmarks.quality.models import attention_shape, fingerprint, name_of, tasks_for
 from benchmarks.quality.samples import Sample, Task, bits_per_token, exact_answers, scored_positions
 from benchmarks.quality.texts import Text
 from flexproxy import ProxyConfig, reference
-from flexproxy._inputs import load_decoder
+from flexproxy._inputs import load_decoder, reads_bytes
 from tests.accuracy import skip_unless_flex_compiles
 from tests.test_quality_tasks import PROSE, make_tokenizer
 from tests.tiny_model import HEADS, LAYERS, save_tiny_model
@@ -374,7 +374,7 @@ def test_a_model_with_a_tokenizer(tmp_path: Path) -> None:
     method = Method("all", "", everything, corrected=True)
     for name in ("variables", "words", "text"):
         samples = [tasks[name].make(seed, 2000, haystack) for seed in range(2)]
-        dense, ours = (evaluate.run_cell(model, m, tasks[name], 2000, samples) for m in (DENSE, method))
+        dense, ours = (evaluate.run_cell(model, m, tasks[name], samples) for m in (DENSE, method))
         assert dense["mean"] == pytest.approx(ours["mean"], abs=1e-3)
         assert ours["density"] == 1.0
         assert dense["number"] == (2 if name == "text" else 10)

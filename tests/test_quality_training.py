@@ -20,9 +20,8 @@ from transformers import LlamaForCausalLM
 from benchmarks.quality import train as command
 from benchmarks.quality import training
 from benchmarks.quality.byte_tasks import plant_task
-from benchmarks.quality.models import reads_bytes
 from benchmarks.quality.texts import read_text
-from flexproxy._inputs import load_decoder
+from flexproxy._inputs import load_decoder, reads_bytes
 from flexproxy.needle import VOCAB_SIZE, NeedleBatch
 
 CPU = torch.device("cpu")

@@ -237,7 +237,7 @@ def test_json_is_plain_and_whole(model: Any, tmp_path: Path, monkeypatch: pytest
     assert sparse["config"] == {"gamma": 0.6, "block_size": BLOCK, "min_budget": BLOCK}
     assert [tuple(x) for x in sparse["density"]] == list(record.layers[1][0].density or ())
 
-    def half(self: Path, *_: Any) -> None:
+    def half(self: Path, *_: Any, **__: Any) -> None:
         with self.open("w") as file:
             file.write("{")
         raise OSError(28, "No space left on device")

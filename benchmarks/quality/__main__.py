@@ -19,18 +19,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.harness import fraction, parse, parser, positive_int, result_path, versions
 from benchmarks.quality import report
 from benchmarks.quality.evaluate import ResultFile, run
 from benchmarks.quality.methods import BASELINES, Method, check, methods_of
-from benchmarks.quality.models import attention_shape, fingerprint, name_of, reads_bytes, tasks_for
+from benchmarks.quality.models import attention_shape, fingerprint, name_of, tasks_for
 from benchmarks.quality.prompt_tasks import TASKS as ALL_TASKS
 from benchmarks.quality.samples import Task
 from benchmarks.quality.texts import Text, default_folder, read_text
 from flexproxy import ProxyConfig
-from flexproxy._inputs import default_model, load_decoder, pick_device
+from flexproxy._info import processor
+from flexproxy._inputs import default_model, load_decoder, pick_device, reads_bytes
 
 
 def options(argv: Sequence[str] | None) -> Namespace:
@@ -128,8 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = result_path(args, "quality")
     try:
         model, haystack, tasks, methods, text = prepare(args)
-        device = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
-        results = ResultFile(out, {"device": device} | versions(), settings_of(args, model, text))
+        results = ResultFile(out, {"device": processor(model.device)} | versions(), settings_of(args, model, text))
     except ValueError as error:
         sys.exit(str(error))
     cells = len(args.lengths) * len(tasks) * len(methods)

@@ -108,8 +108,8 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor) -> tu
     out, lse = torch.empty_like(q), widen(q.new_empty(batch, heads, length))
     step = max(1, CHUNK_ELEMENTS // (batch * heads * length * BLOCK_SIZE))
     for start in range(0, num_blocks, step):
-        rows = slice(start * BLOCK_SIZE, min((start + step) * BLOCK_SIZE, length))
-        end = min(rows.stop, length)  # what comes later is not seen
+        end = min((start + step) * BLOCK_SIZE, length)  # what comes later is not seen
+        rows = slice(start * BLOCK_SIZE, end)
         logits = widen(grouped_logits(q[:, :, rows], k[:, :, :end])).div_(math.sqrt(head_dim))
         kept = block_map[:, :, start : start + step].repeat_interleave(BLOCK_SIZE, 2)[:, :, : logits.shape[2]]
         kept = kept.repeat_interleave(BLOCK_SIZE, 3)[..., :end] & (position[rows, None] >= position[:end])

@@ -47,12 +47,11 @@ def run_case(model: Any, method: Method, task: Task, sample: Sample) -> Row:
     return result | {"seconds": round(seconds, 3), "density": [density[layer] for layer in sorted(density)]}
 
 
-def run_cell(model: Any, method: Method, task: Task, length: int, samples: Sequence[Sample]) -> Row:
+def run_cell(model: Any, method: Method, task: Task, samples: Sequence[Sample]) -> Row:
     """All samples of one task and length under one method; a seed is a sample's place."""
     cases = [{"seed": seed} | run_case(model, method, task, sample) for seed, sample in enumerate(samples)]
     densities = torch.tensor([case.pop("density") for case in cases], dtype=torch.float64)  # [seeds, layers, Hq]
-    row = {"length": length, "task": task.name, "method": method.name, "setting": method.setting}
-    row |= summarize(task.metric, cases)
+    row = summarize(task.metric, cases)
     dense = densities.numel() == 0
     row["density"] = 1.0 if dense else round(float(densities.mean()), 4)
     row["density_by_layer"] = None if dense else [[round(x, 4) for x in heads] for heads in densities.mean(0).tolist()]
@@ -140,5 +139,5 @@ def run(
                 yield f"{length} tokens, {task.name}, {method}"
                 if not results.has(cell):
                     release()
-                    results.add(cell | attempt(lambda: run_cell(model, method, task, length, samples)))  # noqa: B023
+                    results.add(cell | attempt(lambda: run_cell(model, method, task, samples)))  # noqa: B023
     results.finish()

@@ -85,14 +85,13 @@ def _flexproxy(configs: Sequence[ProxyConfig], compensate: bool) -> list[Method]
 
 
 def _of_config(config: ProxyConfig) -> Method:
-    proxies = config.num_proxies if config.groups is None else max(config.groups) + 1
     setting = f"gamma {config.gamma:g}" if config.density is None else f"density {config.density:g}"
 
     def select(q: Tensor, k: Tensor) -> Tensor:
         return flexproxy.select(q, k, config=config).block_map()
 
     stride = ":".join(map(str, dict.fromkeys(config.strides)))  # of queries and keys, where they differ
-    return Method(f"flexproxy P {proxies}, stride {stride}", setting, select)
+    return Method(f"flexproxy P {config.total_proxies}, stride {stride}", setting, select)
 
 
 def _baseline(name: str, target: float, min_budget: int) -> Method:

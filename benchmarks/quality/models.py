@@ -7,25 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from benchmarks.quality import byte_tasks, prompt_tasks
 from benchmarks.quality.samples import Task
 from benchmarks.quality.texts import Text
-from flexproxy.needle import VOCAB_SIZE
-
-
-def reads_bytes(model: Any) -> bool:
-    """Whether a model has the needle models' vocabulary: bytes and four marks."""
-    return bool(model.config.get_text_config().vocab_size == VOCAB_SIZE)
+from flexproxy._inputs import load_tokenizer, reads_bytes
 
 
 def tasks_for(model: Any, name: str, text: Text) -> tuple[dict[str, Task], Any]:
     """The tasks that a model can read, by name, and the haystack that they are made from."""
     if reads_bytes(model):
         return byte_tasks.TASKS, torch.frombuffer(bytearray(text.content), dtype=torch.uint8)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    return prompt_tasks.TASKS, prompt_tasks.PromptHaystack(text.content.decode(errors="replace"), tokenizer)
+    return prompt_tasks.TASKS, prompt_tasks.PromptHaystack(text.content.decode(errors="replace"), load_tokenizer(name))
 
 
 def fingerprint(model: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.harness import Row
-from benchmarks.plots import save, tokens
+from benchmarks.plots import plain, save, tokens
 from benchmarks.quality.intervals import bootstrap
 from benchmarks.quality.methods import COMPENSATED
 
@@ -218,10 +218,7 @@ def styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def draw_panel(axes: Axes, rows: Sequence[Row], style: dict[str, dict[str, Any]]) -> None:
-    axes.set_facecolor("white")
-    axes.grid(True, color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     dense = dense_of(rows)
     if dense is not None:
         value = estimate(dense).mean if dense["metric"] == "exact" else 0.0

@@ -7,25 +7,25 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.harness import versions
 from benchmarks.quality.byte_tasks import plant_task
 from benchmarks.quality.texts import read_text
 from flexproxy._compat import many_lengths
 from flexproxy._files import replacing
+from flexproxy._info import processor
 from flexproxy.needle import VOCAB_SIZE, NeedleBatch, exact_answers
 
 ANSWER_WEIGHT, SCAFFOLD_WEIGHT = 4.0, 0.05  # text weighs 1
@@ -68,12 +68,11 @@ class Limits:
         return max(seconds / self.seconds, steps / self.steps)
 
 
-@dataclass
-class Trained:
+class Trained(NamedTuple):
     """A model and the record of its training."""
 
     model: Any
-    record: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any]
 
 
 def model_config(recipe: Recipe) -> LlamaConfig:
@@ -246,14 +245,8 @@ def run(corpus: Corpus, recipe: Recipe, limits: Limits, seed: int, sequences: in
             parameter.data = parameter.data.bfloat16().float()
         evaluated = evaluate(model.eval(), corpus.calibration, recipe, sequences)
     print(json.dumps(evaluated, indent=1), flush=True)
-    environment = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
     record = {
-        "environment": environment,
+        "environment": {"device": processor(device)} | versions(),
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "recipe": asdict(recipe),

@@ -8,20 +8,17 @@ A few forward passes, no gradients. Needs transformers.
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
-import torch
 from torch import Tensor
 
-import flexproxy
 from flexproxy import ProxyConfig
 from flexproxy._checks import check_config
+from flexproxy._info import processor, versions
 from flexproxy.calibration import choose
 from flexproxy.calibration.choose import Target
 from flexproxy.calibration.collect import Layer, read
@@ -134,7 +131,7 @@ def calibrate(
         "config": asdict(config),
         "uniform": asdict(uniform),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU",
+        "device": processor(model.device),
         "seconds": round(time.perf_counter() - begin, 1),
         "texts": {"marks": marks([*decide, *confirm])},
         "mean": {
@@ -147,7 +144,7 @@ def calibrate(
             for index in measured
         },
     }
-    return Calibration(chosen, identity, evidence, _versions())
+    return Calibration(chosen, identity, evidence, versions())
 
 
 class _Passes(NamedTuple):
@@ -189,8 +186,10 @@ class _Passes(NamedTuple):
 def _split(
     model: PreTrainedModel, texts: Sequence[Any], length: int | None, sequences: int, config: ProxyConfig
 ) -> tuple[Tensor, Tensor]:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    decide, confirm = split(texts, length, min(LONGEST, positions or LONGEST), sequences, config.block_size)
+    from flexproxy.integrations.transformers.identity import max_positions
+
+    longest = min(LONGEST, max_positions(model) or LONGEST)
+    decide, confirm = split(texts, length, longest, sequences, config.block_size)
     if config.min_blocks * config.block_size >= decide.shape[1]:
         raise CalibrationError(
             f"length: expected more than the {config.min_budget} tokens of min_budget, which every row keeps, got "
@@ -263,14 +262,6 @@ def _rounded(values: Any) -> Any:
     if isinstance(values, dict):
         return {name: _rounded(value) for name, value in values.items()}
     return [_rounded(value) for value in values] if isinstance(values, list) else round(values, 4)
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "flexproxy": flexproxy.__version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-    }
 
 
 def _check_numbers(**numbers: tuple[Any, int]) -> None:

@@ -6,12 +6,11 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from flexproxy._files import replacing, write_problem
+from flexproxy._files import write_text
 from flexproxy.calibration.texts import marks
 from flexproxy.config import ProxyConfig, changed_fields, read_settings
 
@@ -44,10 +43,7 @@ class Calibration:
     @property
     def num_proxies(self) -> dict[int, int]:
         """How many proxies each layer has, by its index."""
-        return {
-            index: config.num_proxies if config.groups is None else max(config.groups) + 1
-            for index, config in self.layers.items()
-        }
+        return {index: config.total_proxies for index, config in self.layers.items()}
 
     def to_json(self) -> dict[str, Any]:
         """The content of the file, as plain data."""
@@ -69,13 +65,9 @@ class Calibration:
             ValueError: nothing can be written there; the message says why.
             OSError: writing failed; what was there before still is.
         """
-        problem = write_problem(Path(path), force)
-        if problem is not None:
-            raise ValueError(f"path: expected a file to write, got {path}: {problem}")
         text = json.dumps(self.to_json(), indent=1)
         text = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text)  # a list of numbers on a line
-        with replacing(path) as unfinished:
-            unfinished.write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n", force)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -84,8 +76,8 @@ class Calibration:
         Raises:
             ValueError: there is no such file, or it is not of a calibration.
         """
-        model, layers = read_settings(path, "path")
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data, layers = read_settings(path, "path")
+        model: Any = data.get("model")
         if "evidence" not in data:
             raise ValueError(f"path: expected a file of flexproxy calibrate, got {path}, which has settings alone")
         return cls(layers, model, data["evidence"], data.get("versions", {}))

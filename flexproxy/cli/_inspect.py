@@ -172,10 +172,11 @@ def _run(
 
 def _read(path: Path, model: PreTrainedModel, name: str, length: int | None, device: str) -> Tensor:
     from flexproxy import _inputs
+    from flexproxy.integrations.transformers.identity import max_positions
 
     if length is not None:
         return _inputs.read_tokens(path, model, name, length)
-    made_for = _inputs.max_positions(model) or _DEFAULT_LENGTH[device]
+    made_for = max_positions(model) or _DEFAULT_LENGTH[device]
     return _inputs.read_tokens(path, model, name, None)[:, : min(_DEFAULT_LENGTH[device], made_for)]
 
 

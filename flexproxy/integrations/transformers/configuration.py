@@ -45,8 +45,8 @@ def configure(model: PreTrainedModel, settings: Settings) -> None:
     """
     layers = attention_layers(model)
     if isinstance(settings, (str, os.PathLike)):
-        made_for, by_layer = read_settings(settings, "settings")
-        check_identity(model, made_for, all_modules(layers), settings)
+        data, by_layer = read_settings(settings, "settings")
+        check_identity(model, data.get("model"), all_modules(layers), settings)
         settings = by_layer
     if isinstance(settings, ProxyConfig):
         settings = dict.fromkeys(layers, settings)

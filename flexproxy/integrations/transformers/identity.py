@@ -27,6 +27,12 @@ def shape_of(model: Any) -> dict[str, Any]:
     return {name: getattr(config, name, None) for name in _SHAPE}
 
 
+def max_positions(model: Any) -> int | None:
+    """Tokens that a model is made for; None if it does not say."""
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions
+
+
 def identity_of(model: Any, attention: list[nn.Module]) -> dict[str, Any]:
     """The shape, and ``"weights"`` where they can be looked at. attention: the attention modules, in order."""
     weights = _weights_of(attention)

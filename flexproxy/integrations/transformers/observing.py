@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexproxy import ProxyConfig, Selection, _compat
-from flexproxy.integrations.transformers.configuration import attention_layers
+from flexproxy.integrations.transformers.configuration import all_modules, attention_layers
 
 Moment: TypeAlias = "float | torch.cuda.Event"
 Observer: TypeAlias = "Callable[[Call], None]"
@@ -108,7 +108,7 @@ def observe(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
     Raises:
         TypeError, ValueError: as ``configure``.
     """
-    modules = [module for layer in attention_layers(model).values() for module in layer]
+    modules = all_modules(attention_layers(model))
     for module in modules:
         _set(module, (*getattr(module, _ATTRIBUTE, ()), observer))
     try:
