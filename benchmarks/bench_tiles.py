@@ -4,7 +4,7 @@
 
 bf16, B 1, Hq 32, Hkv 8, D 128, causal, stride 4, P 1, random inputs, one GPU. Columns of a row:
 - part: "scores" or "masses" (their pass over all keys, with its second kernel), "sparse" (``flex_attention``)
-- choice: the tile (rows, keys, steps of a split, warps, stages, copy engine), or the kernel options, as text
+- choice: the tile (rows, keys, steps of a split, warps, stages, copy engine, registers), or the kernel options, as text
 - chosen: whether flexproxy takes it
 - mask, of "sparse": "listed" (the mask of ``attention``), "built" (that of ``build``, which looks membership up)
 - median_ms, p10_ms, p90_ms, repeats, error (None if there is none: some choices do not fit in shared memory)
@@ -37,15 +37,19 @@ from benchmarks.harness import (
 )
 from flexproxy import _compat
 
-TILES = [
+TILES: list[tuple[Any, ...]] = [
+    (128, 128, 32, 8, 2, True, 128),
+    (128, 128, 32, 8, 2, True),
+    (64, 128, 64, 4, 3, True, 128),
+    (64, 128, 64, 4, 3, True),
+    (64, 64, 64, 4, 3, True, 128),
+    (128, 64, 64, 8, 3, True, 128),
     (128, 64, 64, 8, 3, True),
     (128, 64, 64, 8, 3, False),
     (128, 64, 64, 4, 3, True),
     (128, 64, 64, 4, 3, False),
-    (128, 128, 32, 8, 2, True),
     (128, 128, 32, 4, 2, False),
     (64, 64, 64, 4, 3, True),
-    (64, 128, 32, 4, 3, True),
 ]
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -75,9 +79,9 @@ def tile_rows(part: str, q: Tensor, k: Tensor, budget_ms: float) -> list[Row]:
     with mock.patch.object(pipeline, f"block_{part}", record):
         flexproxy.select(q, k)
     choose = getattr(tiles, f"{part}_tile")
-    chosen = choose(q.dtype, q.shape[3]) if part == "scores" else choose(q.dtype, q.shape[3], 128)
+    chosen = choose(q.dtype, q.shape[3], q.device, *([] if part == "scores" else [128]))
     rows = []
-    for tile in map(Tile._make, TILES):
+    for tile in (Tile(*values) for values in TILES):
         with mock.patch.object(module, f"{part}_tile", lambda *_, tile=tile: tile):
             timed = attempt(lambda: time_ms(lambda: operator(*calls[0]), budget_ms))
         rows.append({"part": part, "choice": str(tuple(tile)), "chosen": tile == chosen} | timed)

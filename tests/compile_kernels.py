@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import flexproxy
 from flexproxy import ProxyConfig, implementations, masks
-from flexproxy.kernels import block_logits, launch
+from flexproxy.kernels import block_logits, launch, tiles
 
 POINTERS = {
     torch.bool: "*i1",
@@ -64,7 +64,7 @@ def compile_for(kernel: JITFunction, capability: int, args: tuple[Any, ...], opt
             constants[(place,)] = value
         if aligned:
             attributes[(place,)] = [["tt.divisibility", 16]]
-    launch = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+    launch = {name: options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     key = (kernel.fn.__name__, capability, str(signature), str(constants), str(attributes), str(launch))
     if key not in compiled:
         source = ASTSource(kernel, signature, constants, attributes)
@@ -95,6 +95,7 @@ def main(capabilities: list[int], only: list[str] | None = None) -> None:
     launch._DIRECT = False
     for capability in capabilities:
         block_logits.has_copy_engine = lambda device, capability=capability: capability >= 90  # type: ignore[misc]
+        tiles.is_hopper = lambda device, capability=capability: capability == 90  # type: ignore[misc]
 
         def run(
             self: JITFunction, *args: Any, grid: Any, warmup: bool, capability: int = capability, **options: Any

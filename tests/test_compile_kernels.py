@@ -28,12 +28,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles() -> None:
-    done = run("-m", "tests.compile_kernels", "90", "--only", "bfloat16", "64")
+@pytest.mark.parametrize(("capability", "memory"), [("80", 99), ("90", 227), ("120", 99)])
+def test_every_kernel_compiles(capability: str, memory: int) -> None:
+    """Without and with the copy engine; memory: KiB that a program has on the smallest GPUs of that generation."""
+    done = run("-m", "tests.compile_kernels", capability, "--only", "bfloat16", "64")
     assert done.returncode == 0, done.stderr[-3000:]
     number, shared = (int(word) for word in done.stdout.split() if word.isdigit())
     assert number > 30
-    assert shared <= 99 * 1024  # what a program has on the smallest GPUs of capability 8.0 and later
+    assert shared <= memory * 1024
 
 
 PLANTED = """

@@ -141,10 +141,10 @@ def unwritten(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plant a mistake: the last element of a launcher's last tensor is not written."""
     launch = module.launch
 
-    def forgetful(kernel: Any, grid: Any, pointers: tuple[Any, ...], *rest: Any) -> None:
+    def forgetful(kernel: Any, grid: Any, pointers: tuple[Any, ...], *rest: Any, **options: Any) -> None:
         out = pointers[-1].view(-1)
         before = out[-1].clone()
-        launch(kernel, grid, pointers, *rest)
+        launch(kernel, grid, pointers, *rest, **options)
         if out.dtype != torch.int64:  # a garbage place in q would be read, and end the process
             out[-1] = before
 
@@ -284,6 +284,8 @@ def test_ranks_of_rows_too_long_for_one_program(device: str, monkeypatch: pytest
     for value in (-0.0, -math.inf, math.nan, -3e38):
         scores[torch.rand(scores.shape, generator=generator) < 0.1] = value
     admissible = torch.rand(2, 1, 5, 90, generator=generator) < 0.8
+    admissible[:, :, 1, 40:] = False  # ends in the first half of a program's places, which is sorted alone
+    admissible[:, :, 2] = False
     scores, admissible = scores.to(device), admissible.to(device)
     summary = flexproxy.admissible.summarize_rows(admissible, admissible)
     offset = torch.tensor([85 * 16, 3 * 16 - 5], device=device)
@@ -295,9 +297,9 @@ def test_ranks_of_rows_too_long_for_one_program(device: str, monkeypatch: pytest
     launched: list[Any] = []
     launch = kernels.rank.launch
 
-    def noted(kernel: Any, *rest: Any) -> None:
+    def noted(kernel: Any, *rest: Any, **options: Any) -> None:
         launched.append(kernel)
-        launch(kernel, *rest)
+        launch(kernel, *rest, **options)
 
     monkeypatch.setattr(kernels.rank, "launch", noted)
     assert torch.equal(kernels.rank_blocks(*arguments), want)

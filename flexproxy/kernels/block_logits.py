@@ -2,9 +2,10 @@
 
 NOTE [One pass]
 The scores need the largest logit of each key block beside the log-sum-exp of the whole row, the budgets the log-sum-exp
-of each block. Both come from one pass over the logits: the values by block go to a buffer ``[b * h, columns, rows]``
-(rows contiguous), the log-sum-exp of each run of keys to another, ``[b * h, splits, rows]``, and a second, memory-bound
-kernel combines the two. All of them are in base 2: a GPU has no other exponential.
+of each block. Both come from one pass over the logits: the values by block go to a buffer
+``[b * h, row blocks, columns, rows of a block]``, the log-sum-exp of each run of keys to another,
+``[b * h, splits, rows]``, and a second, memory-bound kernel combines the two, which reads the values of a row block in
+one piece. All of them are in base 2: a GPU has no other exponential.
 
 A block of more keys than the tile has is several columns. A row tile visits the keys that any of its rows may see, and
 evaluates the mask only outside of the run of keys that all of its rows see.
@@ -31,7 +32,8 @@ LOG2_E = math.log2(math.e)
 
 
 class Tile(NamedTuple):
-    """Shape of the work of one program: rows, keys of a step, steps of a split, warps and pipeline stages."""
+    """The work of one program: rows, keys of a step, steps of a split, warps, pipeline stages, whether keys come by the
+    copy engine, and the most registers of a thread (None leaves it to the compiler)."""
 
     rows: int
     keys: int
@@ -39,6 +41,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     tma: bool = False
+    registers: int | None = None
 
 
 @triton.jit
@@ -134,28 +137,27 @@ def _step(
         # A maximum drops what is not a number: among -inf, such a block would seem one that is not seen.
         logits = tl.where(logits == logits, logits, float("inf"))
         logits = tl.where(ok, logits, float("-inf"))
-    row_max = tl.max(logits, 1) * scale
-    # A floor instead of -inf, for rows that see nothing: -inf - -inf is not a number.
-    tile_max = tl.maximum(row_max, -3e38)
-    weights = tl.exp2(logits * scale - tile_max[:, None])
-    tile_sum = tl.sum(weights, 1)
-    if COLUMN < BLOCK_N:
-        if SUMS:
-            by_column = tl.reshape(weights, [logits.shape[0], BLOCK_N // COLUMN, COLUMN])
-            value = tile_max[:, None] + tl.log2(tl.sum(by_column, 2))  # [M, N / COLUMN]
+    C: tl.constexpr = BLOCK_N // COLUMN
+    by_column = tl.max(tl.reshape(logits, [logits.shape[0], C, COLUMN]), 2)  # [M, C]
+    row_max = tl.max(by_column, 1) * scale
+    new_largest = tl.maximum(largest, row_max)  # never -inf, for rows that see nothing: -inf - -inf is not a number
+    # The sum of a column stands alone: under the maximum of all tiles it could vanish.
+    base = tl.maximum(row_max, -3e38) if SUMS else new_largest
+    weights = tl.exp2(logits * scale - base[:, None])
+    # Summed over what a thread holds of a row, and only in the end across threads.
+    tile_sum = tl.sum(tl.reshape(weights, [logits.shape[0], BLOCK_N // 8, 8]), 1)  # [M, 8]
+    if SUMS:
+        if C > 1:
+            value = base[:, None] + tl.log2(tl.sum(tl.reshape(weights, [logits.shape[0], C, COLUMN]), 2))
         else:
-            by_column = tl.reshape(logits, [logits.shape[0], BLOCK_N // COLUMN, COLUMN])
-            value = tl.max(by_column, 2) * scale
-    elif SUMS:
-        value = (tile_max + tl.log2(tile_sum))[:, None]
+            value = (base + tl.log2(tl.sum(tile_sum, 1)))[:, None]
+        tile_sum *= tl.exp2(base - new_largest)[:, None]
     else:
-        value = row_max[:, None]
-    column = tile * (BLOCK_N // COLUMN) + tl.arange(0, BLOCK_N // COLUMN)
+        value = by_column * scale
+    column = tile * C + tl.arange(0, C)
     where = values_at[:, None] + column[None, :].to(tl.int64) * values_stride
     tl.store(where, value, mask=row_ok[:, None] & (column < num_columns)[None, :])
-    new_largest = tl.maximum(largest, tile_max)
-    total = total * tl.exp2(largest - new_largest) + tile_sum * tl.exp2(tile_max - new_largest)
-    return new_largest, total
+    return new_largest, total * tl.exp2(largest - new_largest)[:, None] + tile_sum
 
 
 NUMBERS = [
@@ -208,13 +210,14 @@ def _block_logits_kernel(
 
     batch, kv_head = b.to(tl.int32), (h // group).to(tl.int32)
     keys_at = b * k_stride_b + (h // group) * k_stride_h
-    values_at = values + bh * num_columns * rows_in_buffer + in_buffer
+    row_block = bh * tl.cdiv(rows_in_buffer, q_cell) + in_buffer // q_cell
+    values_at = values + row_block * num_columns * q_cell + in_buffer % q_cell
     label_at = b * label_stride_b
     largest = tl.full([BLOCK_M], -3e38, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, 8], tl.float32)
     for tile in tl.range(full_first, full_last):
         largest, total = _step(
-            queries, k, keys_at, batch, kv_head, values_at, k_stride_s, k_stride_d, rows_in_buffer,
+            queries, k, keys_at, batch, kv_head, values_at, k_stride_s, k_stride_d, q_cell,
             lo, hi, q_label, k_label, bits, clause_row, bits_row, row_ok, clause_stride, label_stride, label_stride_k,
             label_at, tile, num_keys, num_columns, key_step, head_dim, scale_log2, largest, total,
             False, POSITIVE, SUMS, NUM_CLAUSES, HAS_LABELS, COLUMN, BLOCK_N, BLOCK_D, WHOLE_D, TMA,
@@ -223,7 +226,7 @@ def _block_logits_kernel(
         tile = first + n
         tile = tl.where(tile < full_first, tile, tile + (full_last - full_first))
         largest, total = _step(
-            queries, k, keys_at, batch, kv_head, values_at, k_stride_s, k_stride_d, rows_in_buffer,
+            queries, k, keys_at, batch, kv_head, values_at, k_stride_s, k_stride_d, q_cell,
             lo, hi, q_label, k_label, bits, clause_row, bits_row, row_ok, clause_stride, label_stride, label_stride_k,
             label_at, tile, num_keys, num_columns, key_step, head_dim, scale_log2, largest, total,
             True, POSITIVE, SUMS, NUM_CLAUSES, HAS_LABELS, COLUMN, BLOCK_N, BLOCK_D, WHOLE_D, TMA,
@@ -234,9 +237,9 @@ def _block_logits_kernel(
             tile = split * steps + n
             tile = tl.where(tile < first, tile, tile + (last - first))
             column = tile * (BLOCK_N // COLUMN) + tl.arange(0, BLOCK_N // COLUMN)
-            where = values_at[:, None] + column[None, :].to(tl.int64) * rows_in_buffer
+            where = values_at[:, None] + column[None, :].to(tl.int64) * q_cell
             tl.store(where, nothing, mask=row_ok[:, None] & (column < num_columns)[None, :])
-    lse = largest + tl.log2(total)
+    lse = largest + tl.log2(tl.sum(total, 1))
     partial_at = partial + (bh * tl.num_programs(1) + split) * rows_in_buffer + in_buffer
     tl.store(partial_at, lse, mask=in_buffer < rows_in_buffer)
 
@@ -271,7 +274,9 @@ def block_logits(
     sums: bool,
     tile: Tile,
 ) -> tuple[Tensor, Tensor]:
-    """Values by column, fp32 ``[B, H, columns, rows]``, and log-sum-exps ``[B, H, splits, rows]``. See NOTE [One pass].
+    """Values by column, fp32 ``[B, H, row blocks, columns, q_cell]``, and log-sum-exps ``[B, H, splits, rows]``.
+
+    See NOTE [One pass].
 
     Args:
         q, k: ``[B, H, rows, D]`` (or, with ``row_index``, ``[B, H, Sq, D]``) and ``[B, h, keys, D]``, any strides.
@@ -290,7 +295,8 @@ def block_logits(
     num_columns = -(-num_keys // column)
     number = rows.stop - rows.start
     splits = -(-num_keys // (tile.keys * tile.steps))
-    values = torch.empty(batch, heads, num_columns, number, dtype=torch.float32, device=q.device)
+    row_blocks = -(-number // q_cell)
+    values = torch.empty(batch, heads, row_blocks, num_columns, q_cell, dtype=torch.float32, device=q.device)
     partial = torch.empty(batch, heads, splits, number, dtype=torch.float32, device=q.device)
     descriptor = _descriptor(k, [1, 1, tile.keys, block_d]) if tile.tma else None
     launch(
@@ -308,6 +314,7 @@ def block_logits(
         ),
         tile.warps,
         tile.stages,
+        tile.registers,
     )  # fmt: skip
     return values, partial
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from flexproxy.kernels.launch import launch, power_of_2, strides
 
 CANDIDATES = 128  # of one program
+HEADS = 8  # searched at once: each step waits for memory
 
 
 @triton.jit(do_not_specialize=["num_k_blocks"])
@@ -58,28 +59,31 @@ def _candidates_kernel(
     cumulative, kept, forced, best_distance, best_gamma,
     kept_stride_b, kept_stride_h, forced_stride_b, forced_stride_h, num_k_blocks, min_blocks, max_blocks, heads,
     search_steps, density,
-    CANDIDATES: tl.constexpr,
+    CANDIDATES: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """The best of some candidates for gamma: counts change only at the values of ``cumulative``; inf is everything."""
     b = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * CANDIDATES + tl.arange(0, CANDIDATES)
     gamma = tl.load(cumulative + b * heads * num_k_blocks + n, mask=n < heads * num_k_blocks, other=float("inf"))
     mean = tl.zeros([CANDIDATES], tl.float64)
-    for h in tl.range(0, heads):
-        row = cumulative + (b * heads + h) * num_k_blocks
-        low = tl.zeros([CANDIDATES], tl.int32)
-        high = low + num_k_blocks
+    for start in tl.range(0, heads, HEADS):
+        h = start + tl.arange(0, HEADS)
+        ok = h < heads
+        row = cumulative + (b * heads + h)[None, :] * num_k_blocks
+        low = tl.zeros([CANDIDATES, HEADS], tl.int32)
+        high = tl.where(ok, num_k_blocks, 0)[None, :] + low
         for _ in tl.range(0, search_steps):  # how many of the ascending values are below gamma
             middle = (low + high) // 2
             open_ = middle < high
-            below = open_ & (tl.load(row + middle, mask=open_, other=0.0) < gamma)
+            below = open_ & (tl.load(row + middle, mask=open_, other=0.0) < gamma[:, None])
             low = tl.where(below, middle + 1, low)
             high = tl.where(below, high, middle)
-        most = tl.load(forced + b * forced_stride_b + h * forced_stride_h)
-        count = _clip(low + 1, most, min_blocks, max_blocks, num_k_blocks)
+        most = tl.load(forced + b * forced_stride_b + h * forced_stride_h, mask=ok, other=0)
+        count = _clip(low + 1, most[None, :], min_blocks, max_blocks, num_k_blocks)
         table = kept + b * kept_stride_b + h * kept_stride_h
-        admissible = tl.maximum(tl.load(table + num_k_blocks), 1).to(tl.float64)
-        mean += tl.load(table + count).to(tl.float64) / admissible
+        admissible = tl.maximum(tl.load(table + num_k_blocks, mask=ok, other=0), 1).to(tl.float64)
+        number = tl.load(table[None, :] + count, mask=ok[None, :], other=0).to(tl.float64)
+        mean += tl.sum(number / admissible[None, :], 1)
     distance = tl.abs(mean / heads - density)
     least = tl.min(distance)
     out = b * tl.num_programs(0) + tl.program_id(0)
@@ -152,7 +156,7 @@ def count_blocks(
                 *strides(kept, 2), *strides(forced, 2), num_k_blocks, min_blocks, max_blocks, heads,
                 num_k_blocks.bit_length(), density,
             ),
-            (CANDIDATES,),
+            (CANDIDATES, HEADS),
         )  # fmt: skip
     launch(
         _counts_kernel,

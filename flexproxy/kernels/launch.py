@@ -28,19 +28,32 @@ def launch(
     constants: tuple[Any, ...],
     warps: int = 4,
     stages: int = 3,
+    registers: int | None = None,
 ) -> None:
     """Launch a kernel whose parameters are pointers, then numbers, then constants (``tl.constexpr``).
 
-    pointers: tensors, None, or tensor descriptors.
+    Args:
+        pointers: tensors, None, or tensor descriptors.
+        registers: the most that a thread may have, so that more programs fit on a multiprocessor.
     """
+    options = {"num_warps": warps, "num_stages": stages} | ({} if registers is None else {"maxnreg": registers})
     if not _DIRECT or not isinstance(kernel, JITFunction):  # the interpreter's are something else
-        kernel[grid](*pointers, *numbers, *constants, num_warps=warps, num_stages=stages)
+        kernel[grid](*pointers, *numbers, *constants, **options)
         return
     device = torch.cuda.current_device()
-    key = (kernel, device, numbers, constants, warps, stages, tuple([_kind(pointer) for pointer in pointers]))
+    key = (
+        kernel,
+        device,
+        numbers,
+        constants,
+        warps,
+        stages,
+        registers,
+        tuple([_kind(pointer) for pointer in pointers]),
+    )
     compiled = _kept.get(key)
     if compiled is None:
-        compiled = kernel[grid](*pointers, *numbers, *constants, num_warps=warps, num_stages=stages)
+        compiled = kernel[grid](*pointers, *numbers, *constants, **options)
         if len(_kept) >= MAX_KEPT:
             _kept.clear()
         _kept[key] = compiled

@@ -87,13 +87,14 @@ def _launch(
     numbers = [torch.empty(batch, heads, num_q_blocks, dtype=torch.int32, device=kept.device) for _ in range(2)]
     indices = [torch.empty(kept.shape, dtype=torch.int32, device=kept.device) for _ in range(2)]
     full = full.contiguous()
-    block_j = power_of_2(num_k_blocks, 16, 1024)
+    block_j = power_of_2(num_k_blocks, 16, 512)
     launch(
         _lists_kernel,
         (num_q_blocks, heads, batch),
         (rank, count, proxy_of, admissible, kept, full, numbers[0], indices[0], numbers[1], indices[1]),
         (*strides(rank, 2), *strides(admissible, 2), *strides(full, 2), num_k_blocks, heads),
         (rank is not None, block_j),
+        warps=2,
     )
     return numbers[0], indices[0], numbers[1], indices[1]
 

@@ -60,19 +60,19 @@ def block_masses(
     batch, heads, _, head_dim = q.shape
     num_probes = probes.shape[2]
     num_k_blocks = -(-k.shape[2] // block_size)
-    tile = masses_tile(q.dtype, head_dim, block_size)
+    tile = masses_tile(q.dtype, head_dim, q.device, block_size)
     rows = slice(0, num_probes)
     values, partial = block_logits(
-        q, k, (lo, hi, q_label, k_label, bits), probes, None, rows, block_size, block_size, 1, scale, True, tile
+        q, k, (lo, hi, q_label, k_label, bits), probes, None, rows, num_probes, block_size, 1, scale, True, tile
     )
     masses = torch.empty(batch, heads, num_k_blocks, dtype=torch.float32, device=q.device)
-    block_m = min(num_probes, 64)
-    block_j = 2048 // block_m
+    block_m = min(num_probes, 128)
+    block_j = 4096 // block_m
     launch(
         _masses_kernel,
         (-(-num_k_blocks // block_j), batch * heads, 1),
         (values, partial, probes, masses),
-        (*strides(probes, 2), num_probes, values.shape[2], num_k_blocks, partial.shape[2], heads),
+        (*strides(probes, 2), num_probes, values.shape[3], num_k_blocks, partial.shape[2], heads),
         (-(-block_size // tile.keys), block_m, block_j),
     )
     return masses

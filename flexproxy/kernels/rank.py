@@ -52,17 +52,14 @@ def _keys(
     return tl.where(some, key, float("-inf"))
 
 
-@triton.jit(do_not_specialize=NUMBERS)
-def _rank_kernel(
+@triton.jit
+def _sort_row(
     scores, admissible, summary, offset, rank,
     admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
-    num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size,
+    num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size, i, bh, row,
     BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Ranks of one row: keys and indices sorted as one integer each."""
-    i = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    row = (bh * tl.num_programs(0) + i) * num_k_blocks
+    """Ranks of the first BLOCK_J blocks of a row: keys and indices sorted as one integer each."""
     j = tl.arange(0, BLOCK_J)
     key = _keys(
         scores, admissible, summary, offset,
@@ -76,6 +73,36 @@ def _rank_kernel(
     packed = tl.sort(tl.where(j < num_k_blocks, packed, -0x7FFFFFFFFFFFFFFF), descending=True)
     index = BLOCK_J - 1 - (packed & 0xFFFFFFFF)
     tl.store(rank + row + index, j, mask=j < num_k_blocks)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _rank_kernel(
+    scores, admissible, summary, offset, rank,
+    admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
+    num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size,
+    BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Ranks of one row. Behind its last admissible block all are equal and in order: that half needs no sorting."""
+    i = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    row = (bh * tl.num_programs(0) + i) * num_k_blocks
+    b, h = bh // heads, bh % heads
+    end = tl.load(summary + b * summary_stride_b + h * summary_stride_h + i * 5 + 1)
+    half: tl.constexpr = BLOCK_J // 2
+    if end <= half:
+        _sort_row(
+            scores, admissible, summary, offset, rank,
+            admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
+            num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size, i, bh, row, half,
+        )  # fmt: skip
+        j = half + tl.arange(0, half)
+        tl.store(rank + row + j, j, mask=j < num_k_blocks)
+    else:
+        _sort_row(
+            scores, admissible, summary, offset, rank,
+            admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
+            num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size, i, bh, row, BLOCK_J,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -123,6 +150,8 @@ def rank_blocks(
             sink_blocks, local_blocks, block_size, block_size.bit_length() - 1,
         ),
         (power_of_2(num_k_blocks, 16, MAX_SORTED),),
+        # A row takes one warp the least work, and two warps the least time: the former counts where rows are many.
+        warps=1 if rank.numel() > 2**21 else 2,
     )  # fmt: skip
     if in_one:
         return rank

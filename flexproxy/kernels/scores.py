@@ -15,7 +15,7 @@ from flexproxy.kernels.tiles import scores_tile
 
 NUMBERS = [
     "admissible_stride_b", "admissible_stride_h", "first_block", "num_q_blocks", "num_columns", "num_k_blocks",
-    "rows_in_buffer", "splits", "heads", "q_cell", "ln_2",
+    "rows_in_buffer", "splits", "heads", "ln_2",
 ]  # fmt: skip
 
 
@@ -23,8 +23,8 @@ NUMBERS = [
 def _scores_kernel(
     values, partial, admissible, scores,
     admissible_stride_b, admissible_stride_h, first_block, num_q_blocks, num_columns, num_k_blocks, rows_in_buffer,
-    splits, heads, q_cell, ln_2,
-    BLOCK_CELL: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_J: tl.constexpr,
+    splits, heads, ln_2,
+    CELL: tl.constexpr, BLOCK_CELL: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Scores of one query block and BLOCK_J key blocks: max over the rows of (value - lse), natural logarithm."""
     in_buffer = tl.program_id(0)
@@ -37,14 +37,16 @@ def _scores_kernel(
     score = tl.full([BLOCK_J], float("-inf"), tl.float32)
     bad = tl.zeros([BLOCK_J], tl.int32)
     if tl.max(some.to(tl.int32)) > 0:
-        for start in tl.range(0, q_cell, BLOCK_CELL):
-            row = in_buffer * q_cell + start + tl.arange(0, BLOCK_CELL)
-            row_ok = (start + tl.arange(0, BLOCK_CELL) < q_cell) & (row < rows_in_buffer)
+        block_at = values + (bh * tl.num_programs(0) + in_buffer) * num_columns * CELL
+        for start in tl.range(0, CELL, BLOCK_CELL):
+            in_cell = start + tl.arange(0, BLOCK_CELL)
+            row = in_buffer * CELL + in_cell
+            row_ok = (in_cell < CELL) & (row < rows_in_buffer)
             lse = combine_splits(partial + bh * splits * rows_in_buffer + row, splits, rows_in_buffer, row_ok, 16)
             for c in tl.static_range(COLUMNS):
                 column = j.to(tl.int64) * COLUMNS + c
                 value = tl.load(
-                    values + (bh * num_columns + column[:, None]) * rows_in_buffer + row[None, :],
+                    block_at + column[:, None] * CELL + in_cell[None, :],
                     mask=some[:, None] & (column < num_columns)[:, None] & row_ok[None, :],
                     other=float("-inf"),
                 )
@@ -75,12 +77,12 @@ def block_scores(
     """``flexproxy.scores.block_scores``, as many rows of blocks at a time as the workspace has room for."""
     batch, proxies, num_rows, _ = q.shape
     num_q_blocks, num_k_blocks = admissible.shape[2:]
-    tile = scores_tile(q.dtype, q.shape[3])
+    tile = scores_tile(q.dtype, q.shape[3], q.device)
     columns = -(-k_cell // tile.keys)
     blocks_per_part = max(1, workspace // (4 * batch * proxies * num_k_blocks * columns * q_cell))
     scores = torch.empty(batch, proxies, num_q_blocks, num_k_blocks, dtype=torch.float32, device=q.device)
     block_cell = power_of_2(q_cell, 2, 32)
-    block_j = 2048 // block_cell
+    block_j = 4096 // block_cell
     for start in range(0, num_q_blocks, blocks_per_part):
         stop = min(start + blocks_per_part, num_q_blocks)
         rows = slice(start * q_cell, min(stop * q_cell, num_rows))
@@ -92,9 +94,9 @@ def block_scores(
             (stop - start, -(-num_k_blocks // block_j), batch * proxies),
             (values, partial, admissible, scores),
             (
-                *strides(admissible, 2), start, num_q_blocks, values.shape[2], num_k_blocks, values.shape[3],
-                partial.shape[2], proxies, q_cell, math.log(2),
+                *strides(admissible, 2), start, num_q_blocks, values.shape[3], num_k_blocks, *partial.shape[3:1:-1],
+                proxies, math.log(2),
             ),
-            (block_cell, columns, block_j),
+            (q_cell, block_cell, columns, block_j),
         )  # fmt: skip
     return scores
