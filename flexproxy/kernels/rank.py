@@ -101,7 +101,8 @@ def _rank_kernel(
         _sort_row(
             scores, admissible, summary, offset, rank,
             admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
-            num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size, i, bh, row, BLOCK_J,
+            num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size, i, bh, row,
+            BLOCK_J,
         )  # fmt: skip
 
 
