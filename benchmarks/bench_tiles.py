@@ -51,13 +51,12 @@ TILES: list[tuple[Any, ...]] = [
     (128, 128, 32, 4, 2, False),
     (64, 64, 64, 4, 3, True),
 ]
+_COPY_ENGINE = {"USE_TMA": True, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "IS_DIVISIBLE": True}
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"IS_DIVISIBLE": True},
-    *(
-        {"USE_TMA": True, "BLOCK_M": 128, "BLOCK_N": n, "num_warps": 8, "num_stages": stages, "IS_DIVISIBLE": True}
-        for n, stages in ((128, 2), (128, 3), (64, 3))
-    ),
+    *(_COPY_ENGINE | {"BLOCK_N": n, "num_stages": stages} for n, stages in ((128, 2), (128, 3), (64, 3))),
+    _COPY_ENGINE | {"num_stages": 3, "ROWS_GUARANTEED_SAFE": True},
     {"BACKEND": "FLASH"},
 ]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.baselines import METHODS
+from benchmarks.bench_attention import SHORT
 from benchmarks.contenders import SHAPE
 from benchmarks.harness import RESULTS, Row, fraction, positive_int
 from benchmarks.stages import STAGES
@@ -64,9 +65,13 @@ def speedups(rows: Sequence[Row], dense: str, least_length: int = 32768) -> Seri
 
 
 def shares(rows: Sequence[Row]) -> Series:
-    """Time of build divided by that of build + attention, by length; one line for each target density."""
+    """Time of build divided by that of build + attention, by length; one line for each target density.
+
+    Of short prompts there is no share: ``attention`` stays dense, and was only made sparse to be timed.
+    """
     series: Series = {}
-    for total in pick(rows, contender="flexproxy", part="total", kernel="default"):
+    sparse = pick(rows, contender="flexproxy", part="total", kernel="default")
+    for total in (row for row in sparse if row["length"] > SHORT):
         same = {"length": total["length"], "target_density": total["target_density"]}
         for build in pick(rows, contender="flexproxy", part="build", **same):
             line = series.setdefault(f"density {total['target_density']:g}", [])

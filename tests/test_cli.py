@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -164,6 +165,15 @@ def test_help_and_version(model_folder: Path, capsys: pytest.CaptureFixture[str]
     assert "2048" in capsys.readouterr().out
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"{flexproxy.__version__}\n"
+
+
+def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("typer")
+    monkeypatch.setattr(sys, "argv", ["python -m flexproxy", "--version"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("flexproxy", run_name="__main__")
+    assert exit_.value.code == 0
+    assert flexproxy.__version__ in capsys.readouterr().out
 
 
 def test_info_as_json(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

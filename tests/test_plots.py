@@ -129,9 +129,8 @@ def test_plot_of_shares_shows_the_rows(tmp_path: Path) -> None:
     assert sorted(lines) == [f"density {x}" for x in (0.02, 0.05, 0.1, 0.2, 0.4)]
     builds = rows_where(rows, part="build", target_density=0.2)
     totals = rows_where(rows, part="total", kernel="default", target_density=0.2)
-    shares = [100 * b["median_ms"] / t["median_ms"] for b, t in zip(builds, totals, strict=True)]
-    assert [x for x, _ in lines["density 0.2"]] == [r["length"] for r in builds]
-    assert [y for _, y in lines["density 0.2"]] == pytest.approx(shares)
+    pairs = [(b["length"], 100 * b["median_ms"] / t["median_ms"]) for b, t in zip(builds, totals, strict=True)]
+    assert lines["density 0.2"] == [pytest.approx(pair) for pair in pairs if pair[0] > 8192]  # shorter ones are dense
 
 
 def test_plot_of_peers_shows_the_rows(tmp_path: Path) -> None:

@@ -66,6 +66,40 @@ def test_figures_of_build() -> None:
         assert [build, dense, share] == wanted, number
 
 
+def test_figures_of_attention() -> None:
+    """The table of build and attention is that of the committed result."""
+    rows = json.loads((ROOT / "benchmarks/results/attention.json").read_text())["rows"]
+
+    def median(length: int, **wanted: Any) -> float:
+        (row,) = [row for row in rows if row["length"] == length and wanted.items() <= row.items()]
+        return float(row["median_ms"])
+
+    table = re.findall(r"^\| (\d+)K \| ([\d.]+) \| " + r"([\d.]+) \| " * 5 + r"([\d.]+) \|$", README, re.MULTILINE)
+    assert len(table) == 7
+    for number, density, *shown in table:
+        length, ours = (
+            int(number) * 2**10,
+            {"contender": "flexproxy", "part": "total", "target_density": float(density)},
+        )
+        sparse = [median(length, kernel=kernel, **ours) for kernel in ("default", "triton")]
+        dense = [median(length, contender=f"SDPA {name}", part="dense") for name in ("cuDNN", "FlashAttention-2")]
+        assert shown == [f"{x:.1f}" for x in (*sparse, *dense, *(x / sparse[0] for x in dense))], number
+
+
+def test_figures_of_a_model() -> None:
+    """The sentence on a whole model is that of the committed result."""
+    rows = json.loads((ROOT / "benchmarks/results/prefill.json").read_text())["rows"]
+    ours, cudnn, flash = (
+        next(r for r in rows if (r["part"], r["length"], r["contender"], r["density"]) == ("prefill", 131072, *which))
+        for which in (("flexproxy", 0.16), ("SDPA cuDNN", None), ("SDPA FlashAttention-2", None))
+    )
+    second, fast, flash_second = (row["median_ms"] / 1e3 for row in (ours, cudnn, flash))
+    text = " ".join(README.split())
+    assert f"{second:.1f} s to the first token, beside {fast:.1f} s with cuDNN ({fast / second:.1f} times" in text
+    assert f"{flash_second:.1f} s with FlashAttention-2 ({flash_second / second:.1f} times)" in text
+    assert f"{ours['peak_mib'] - cudnn['peak_mib']:.0f} MiB more memory" in text
+
+
 def test_links_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)]+)\)", README)
     local = [link for link in links if not link.startswith("https://")]

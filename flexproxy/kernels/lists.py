@@ -36,11 +36,11 @@ def _lists_kernel(
     num_k_blocks, heads,
     FROM_RANK: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Lists of one row of blocks: kept blocks in ascending order, zeros behind them."""
-    i = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    row = (b * heads + h) * tl.num_programs(0) + i
+    """Lists of one row of blocks: kept blocks in ascending order, zeros behind them. Heads share the rank of a row."""
+    i = (tl.program_id(0) // heads).to(tl.int64)
+    h = tl.program_id(0) % heads
+    b = tl.program_id(1).to(tl.int64)
+    row = (b * heads + h) * (tl.num_programs(0) // heads) + i
     rank_row = rank
     limit = 0
     admissible_row = admissible
@@ -90,7 +90,7 @@ def _launch(
     block_j = power_of_2(num_k_blocks, 16, 512)
     launch(
         _lists_kernel,
-        (num_q_blocks, heads, batch),
+        (num_q_blocks * heads, batch, 1),
         (rank, count, proxy_of, admissible, kept, full, numbers[0], indices[0], numbers[1], indices[1]),
         (*strides(rank, 2), *strides(admissible, 2), *strides(full, 2), num_k_blocks, heads),
         (rank is not None, block_j),
