@@ -92,7 +92,8 @@ def select_for(
     q, k = q.detach(), k.detach()
 
     proxy_of = proxy_of_heads(groups, q.device)
-    frame = _frame(q, k, config.block_size, config.strides, config.sink_blocks, config.local_blocks)
+    sizes = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    frame = _Frame(*sizes, config.block_size, config.strides, config.sink_blocks, config.local_blocks)
     mask = _read_mask(mask_mod, block_mask, q, frame, groups, proxy_of)
 
     # 1. Proxy heads, and their scores: one ranking of blocks for all heads of a proxy.
@@ -156,7 +157,7 @@ def classify(q: Tensor, k: Tensor, mask_mod: MaskMod | None, block_size: int) ->
     mask_mod = causal_at_end(q, k) if mask_mod is None else mask_mod
     check_tables(masks.structure_of(mask_mod).tables, q)
     # No samples are needed: one token of each block is as few as there can be.
-    frame = _frame(q, k, block_size, (block_size, block_size), 0, 1)
+    frame = _Frame(q.shape[0], q.shape[1], q.shape[2], k.shape[2], block_size, (block_size, block_size), 0, 1)
     return mask_mod, _classify(mask_mod, frame, None, q.device).admissible
 
 
@@ -178,12 +179,6 @@ class _Frame(NamedTuple):
 
     def num_blocks(self) -> tuple[int, int]:
         return -(-self.num_queries // self.block_size), -(-self.num_keys // self.block_size)
-
-
-def _frame(
-    q: Tensor, k: Tensor, block_size: int, strides: tuple[int, int], sink_blocks: int, local_blocks: int
-) -> _Frame:
-    return _Frame(q.shape[0], q.shape[1], q.shape[2], k.shape[2], block_size, strides, sink_blocks, local_blocks)
 
 
 class _Mask(NamedTuple):
