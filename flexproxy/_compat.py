@@ -115,6 +115,11 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def in_a_mode() -> bool:
+    """Whether a mode of torch or a transform of torch.func sees every operator, and may give other tensors back."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None)
+
+
 @contextlib.contextmanager
 def fastest_sdpa(q: Tensor) -> Iterator[None]:
     """Prefer cuDNN's kernel for dense attention inside, where it is the fastest: Hopper GPUs, inference."""

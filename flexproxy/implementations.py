@@ -47,6 +47,11 @@ def use(name: Name) -> Iterator[None]:
         _chosen.reset(token)
 
 
+def chosen() -> Name:
+    """What ``use`` asks for here; "auto" where it does not."""
+    return _chosen.get()
+
+
 def kernel_of(operator: str, x: Tensor) -> Callable[..., Any] | None:
     """The Triton kernel's launcher that carries out an operator on the device of ``x``; None for PyTorch."""
     name = _chosen.get()

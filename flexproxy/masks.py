@@ -245,7 +245,8 @@ def shift(mask_mod: MaskMod, q_offset: int | Tensor) -> MaskMod:
             return inner_clauses((position + step).to(torch.int32), num_keys)
 
     own = (Table("q_offset", offset, per_sequence),) if isinstance(offset, Tensor) else ()
-    total = offset if inner.offset is None else offset + inner.offset
+    nothing = inner.offset is None or (isinstance(inner.offset, int) and inner.offset == 0)
+    total = offset if nothing else offset + inner.offset  # type: ignore[operator]
     return _attach(shift_mask, Structure(shifted, total, inner.tables + own))
 
 

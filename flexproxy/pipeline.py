@@ -5,6 +5,7 @@ ProxyAttn, "Guided Sparse Attention via Representative Heads", arXiv 2509.24745.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy import masks
 from flexproxy._checks import check_config, check_masks, check_memory, check_queries_and_keys, check_scale, check_tables
+from flexproxy._kept import kept
 from flexproxy.admissible import (
     Admissible,
     SampledMask,
@@ -89,33 +91,31 @@ def select_for(
         check_memory(q, k, config, needs_gradients)
     q, k = q.detach(), k.detach()
 
-    mask = _read_mask(mask_mod, block_mask, q, k, config, groups)
+    proxy_of = proxy_of_heads(groups, q.device)
+    sizes = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    frame = _Frame(*sizes, config.block_size, config.strides, config.sink_blocks, config.local_blocks)
+    mask = _read_mask(mask_mod, block_mask, q, frame, groups, proxy_of)
 
     # 1. Proxy heads, and their scores: one ranking of blocks for all heads of a proxy.
     q_stride, k_stride = config.strides
     q_proxy, k_proxy = pool_heads(q, groups, q_stride), pool_heads(k, k_groups, k_stride)
-    admissible = merge_heads(mask.admissible.any, groups)
-    rows = summarize_rows(admissible, merge_heads(mask.admissible.full, groups))
     q_cell, k_cell = (config.block_size // stride for stride in config.strides)
     # As much as one of the lists of the BlockMask will take, so that it does not show in the peak.
-    workspace = min(max(4 * q.shape[0] * q.shape[1] * admissible.shape[2] * admissible.shape[3], 2**25), 2**30)
+    workspace = min(max(4 * q.shape[0] * q.shape[1] * mask.some.shape[2] * mask.some.shape[3], 2**25), 2**30)
     scores = block_scores(
-        q_proxy, k_proxy, *mask.sampled.tensors(), admissible, rows, q_cell, k_cell, k_stride, scale, workspace
+        q_proxy, k_proxy, *mask.sampled.tensors(), mask.some, mask.rows, q_cell, k_cell, k_stride, scale, workspace
     )
-    forced = mask.offset, q.shape[2], config.block_size, config.sink_blocks, config.local_blocks  # see forced_blocks
-    rank = rank_blocks(scores, admissible, rows, *forced)
+    rank = rank_blocks(scores, mask.some, mask.rows, mask.offset, *frame.forced())
 
     # 2. Dynamic budgets: one count for every head, from the last queries of its sequence.
-    proxy_of = proxy_of_heads(groups, q.device)
-    forced_count = forced_counts(mask.admissible.any, rows, proxy_of, *forced)
-    count = _count_blocks(q, k, mask, rows, forced_count, config, scale)
+    count = _count_blocks(q, k, mask, config, scale)
 
     return Selection(
         rank=rank,
         count=count,
         proxy_of=proxy_of,
         _admissible=mask.admissible,
-        _forced=forced_count,
+        _forced=mask.forced,
         _mask_mod=mask.mask_mod,
         _block_size=config.block_size,
         _seq_lengths=(q.shape[2], k.shape[2]),
@@ -155,16 +155,41 @@ def dense_block_mask(
 def classify(q: Tensor, k: Tensor, mask_mod: MaskMod | None, block_size: int) -> tuple[MaskMod, Admissible]:
     """The mask, which is causal where none is given, and what it admits."""
     mask_mod = causal_at_end(q, k) if mask_mod is None else mask_mod
+    check_tables(masks.structure_of(mask_mod).tables, q)
     # No samples are needed: one token of each block is as few as there can be.
-    return mask_mod, _classify(mask_mod, q, k, block_size, (block_size, block_size), None).admissible
+    frame = _Frame(q.shape[0], q.shape[1], q.shape[2], k.shape[2], block_size, (block_size, block_size), 0, 1)
+    return mask_mod, _classify(mask_mod, frame, None, q.device).admissible
+
+
+class _Frame(NamedTuple):
+    """What of a call its mask is read for, besides the device."""
+
+    batch: int
+    num_heads: int
+    num_queries: int
+    num_keys: int
+    block_size: int
+    strides: tuple[int, int]  # of sampled queries and keys
+    sink_blocks: int
+    local_blocks: int
+
+    def forced(self) -> tuple[int, int, int, int]:
+        """What ``forced_blocks`` takes besides the offset."""
+        return self.num_queries, self.block_size, self.sink_blocks, self.local_blocks
+
+    def num_blocks(self) -> tuple[int, int]:
+        return -(-self.num_queries // self.block_size), -(-self.num_keys // self.block_size)
 
 
 class _Mask(NamedTuple):
-    """The caller's mask, as the stages need it."""
+    """The mask, as the stages need it: all that does not depend on the values of q and k."""
 
     mask_mod: MaskMod
     admissible: Admissible
+    some: Tensor  # bool [b, p, Nq, Nk], admissible blocks of the proxies
+    rows: Tensor  # int32 [b, p, Nq, 5], summarize_rows of the proxies
     offset: Tensor  # integers [b], the position of query 0 among the keys
+    forced: Tensor  # int32 [b, 1 or Hq], the most forced blocks of a row
     sampled: SampledMask  # at the sampled queries and keys
     probes: Tensor  # int64 [b, h, block_size], the last valid queries, -1 where there are fewer
     probed: SampledMask  # by clauses at every query and key, or by bits at the probes and every key
@@ -178,59 +203,82 @@ class _Classified(NamedTuple):
 
 def causal_at_end(q: Tensor, k: Tensor) -> MaskMod:
     """The mask where none is given: query i sits at position i + Skv - Sq."""
+    return _causal_at_end(q.device, q.shape[0], k.shape[2] - q.shape[2])
+
+
+def _causal_at_end(device: torch.device, batch: int, num_before: int) -> MaskMod:
     # The offset is a tensor, so that a new length does not recompile a kernel.
-    offset = torch.full((q.shape[0],), k.shape[2] - q.shape[2], dtype=torch.int32, device=q.device)
-    return masks.shift(masks.causal, offset)
+    return masks.shift(masks.causal, torch.full((batch,), num_before, dtype=torch.int32, device=device))
 
 
-def _classify(
-    mask_mod: MaskMod, q: Tensor, k: Tensor, block_size: int, strides: tuple[int, int], groups: Groups | None
-) -> _Classified:
-    num_queries, num_keys = q.shape[2], k.shape[2]
-    structure = masks.structure_of(mask_mod)
-    check_tables(structure.tables, q)
-    clauses = masks.clauses_of(structure, num_queries, num_keys, q.device)
+def _classify(mask_mod: MaskMod, frame: _Frame, groups: Groups | None, device: torch.device) -> _Classified:
+    clauses = masks.clauses_of(masks.structure_of(mask_mod), frame.num_queries, frame.num_keys, device)
     if clauses is not None:
         stacked = stack(clauses)
-        return _Classified(classify_clauses(stacked, num_keys, block_size), stacked, None)
-    on_batch, on_head = depends_on(mask_mod, q.device)
+        return _Classified(classify_clauses(stacked, frame.num_keys, frame.block_size), stacked, None)
+    on_batch, on_head = depends_on(mask_mod, device)
     admissible, bits = classify_by_evaluation(
         mask_mod,
-        q.shape[0] if on_batch else 1,
-        q.shape[1] if on_head else 1,
-        num_queries,
-        num_keys,
-        block_size,
-        strides,
+        frame.batch if on_batch else 1,
+        frame.num_heads if on_head else 1,
+        frame.num_queries,
+        frame.num_keys,
+        frame.block_size,
+        frame.strides,
         lambda mask: mask if groups is None else merge_heads(mask, groups),
-        q.device,
+        device,
     )
     return _Classified(admissible, None, bits)
 
 
 def _read_mask(
-    mask_mod: MaskMod | None, block_mask: BlockMask | None, q: Tensor, k: Tensor, config: ProxyConfig, groups: Groups
+    mask_mod: MaskMod | None, block_mask: BlockMask | None, q: Tensor, frame: _Frame, groups: Groups, proxy_of: Tensor
 ) -> _Mask:
-    num_queries, num_keys, size = q.shape[2], k.shape[2], config.block_size
-    num_q_blocks, num_k_blocks = -(-num_queries // size), -(-num_keys // size)
     if block_mask is not None:
         mask_mod = block_mask.mask_mod
     elif mask_mod is None:
-        mask_mod = causal_at_end(q, k)
-    admissible, clauses, bits = _classify(mask_mod, q, k, size, config.strides, groups)
+        # A trace keeps nothing, and would be made again where the size passes the limit.
+        keep = not torch.compiler.is_compiling() and frame.batch * math.prod(frame.num_blocks()) <= MAX_KEPT_PAIRS
+        return (_kept_causal if keep else _read_causal)(q.device, frame._replace(num_heads=1))
+    check_tables(masks.structure_of(mask_mod).tables, q)
+    return _prepare(mask_mod, block_mask, frame, groups, proxy_of)
+
+
+def _read_causal(device: torch.device, frame: _Frame) -> _Mask:
+    """The mask where none is given, which is the same for all heads."""
+    mask_mod = _causal_at_end(device, frame.batch, frame.num_keys - frame.num_queries)
+    groups = ((0,),)
+    return _prepare(mask_mod, None, frame, groups, proxy_of_heads(groups, device))
+
+
+# Of blocks: with more the device takes longer than the host. A mask of so many takes 3 MiB with blocks of 128.
+MAX_KEPT_PAIRS = 2**20
+_kept_causal = kept(8)(_read_causal)
+
+
+def _prepare(mask_mod: MaskMod, block_mask: BlockMask | None, frame: _Frame, groups: Groups, proxy_of: Tensor) -> _Mask:
+    """block_mask: replaces the blocks that ``mask_mod`` admits. proxy_of: of the heads, as the groups have it."""
+    device = proxy_of.device
+    admissible, clauses, bits = _classify(mask_mod, frame, groups, device)
     if block_mask is not None:
-        some, full = dense_maps(block_mask, num_q_blocks, num_k_blocks)
+        some, full = dense_maps(block_mask, *frame.num_blocks())
         admissible = admissible._replace(any=some, full=full)
+    some = merge_heads(admissible.any, groups)
+    rows = summarize_rows(some, merge_heads(admissible.full, groups))
 
     offset = masks.structure_of(mask_mod).offset
     if not isinstance(offset, Tensor):
-        offset = torch.full((1,), num_keys - num_queries if offset is None else offset, device=q.device)
-    probes = last_valid_queries(admissible.valid, size)
+        at_end = frame.num_keys - frame.num_queries
+        offset = torch.full((1,), at_end if offset is None else offset, device=device)
+    offset = offset.reshape(-1)
+    forced = forced_counts(admissible.any, rows, proxy_of, offset, *frame.forced())
+    probes = last_valid_queries(admissible.valid, frame.block_size)
     if clauses is not None:
-        sampled, probed = SampledMask(_sampled(clauses, config.strides), None), SampledMask(clauses, None)
+        sampled, probed = SampledMask(_sampled(clauses, frame.strides), None), SampledMask(clauses, None)
     else:
-        sampled, probed = SampledMask(None, bits), SampledMask(None, bits_at(mask_mod, probes.clamp(min=0), num_keys))
-    return _Mask(mask_mod, admissible, offset.reshape(-1), sampled, probes, probed)
+        bits_of_probes = bits_at(mask_mod, probes.clamp(min=0), frame.num_keys)
+        sampled, probed = SampledMask(None, bits), SampledMask(None, bits_of_probes)
+    return _Mask(mask_mod, admissible, some, rows, offset, forced, sampled, probes, probed)
 
 
 def _sampled(clauses: ClauseStack, strides: tuple[int, int]) -> ClauseStack:
@@ -241,16 +289,15 @@ def _sampled(clauses: ClauseStack, strides: tuple[int, int]) -> ClauseStack:
     return ClauseStack(lo[..., queries], hi[..., queries], *labels)
 
 
-def _count_blocks(
-    q: Tensor, k: Tensor, mask: _Mask, rows: Tensor, forced: Tensor, config: ProxyConfig, scale: float
-) -> Tensor:
-    """int32 ``[B, Hq]``. rows: of the proxies, ``summarize_rows``; forced: the most forced blocks of a row."""
-    num_blocks = mask.admissible.any.shape[-1]
+def _count_blocks(q: Tensor, k: Tensor, mask: _Mask, config: ProxyConfig, scale: float) -> Tensor:
+    """int32 ``[B, Hq]``."""
+    num_blocks = mask.some.shape[-1]
     max_blocks = num_blocks if config.max_blocks is None else config.max_blocks
     if (config.gamma if config.density is None else config.density) == 1.0:
         count = torch.full(q.shape[:2], num_blocks, dtype=torch.int32, device=q.device)
-        return clip_counts(count, forced, config.min_blocks, max_blocks, num_blocks)
+        return clip_counts(count, mask.forced, config.min_blocks, max_blocks, num_blocks)
+    rows = mask.rows
     if config.density is not None and mask.admissible.any.shape[1] > 1:  # of the heads
         rows = summarize_rows(mask.admissible.any, mask.admissible.full)
     masses = block_masses(q, k, mask.probes, *mask.probed.tensors(), config.block_size, scale)
-    return count_blocks(masses, rows, forced, config.gamma, config.density, config.min_blocks, max_blocks)
+    return count_blocks(masses, rows, mask.forced, config.gamma, config.density, config.min_blocks, max_blocks)

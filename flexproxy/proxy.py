@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from flexproxy._kept import kept
 from flexproxy._ops import opaque
 from flexproxy._tensors import is_contiguous
 
@@ -52,10 +53,16 @@ def head_groups(
 
 def proxy_of_heads(q_groups: Groups, device: torch.device) -> Tensor:
     """Proxy index of every query head, int64 ``[Hq]``, made on the device: a copy from the host would synchronise."""
-    size = len(q_groups[0])
     num_heads = sum(map(len, q_groups))
     if len(q_groups) == 1:
         return torch.zeros(num_heads, dtype=torch.int64, device=device)
+    return _proxy_table(device, q_groups).clone()
+
+
+@kept(256)
+def _proxy_table(device: torch.device, q_groups: Groups) -> Tensor:
+    size = len(q_groups[0])
+    num_heads = sum(map(len, q_groups))
     if is_contiguous([head for heads in q_groups for head in heads], [len(heads) for heads in q_groups], num_heads):
         return torch.arange(num_heads, device=device) // size
     index = {head: proxy for proxy, heads in enumerate(q_groups) for head in heads}

@@ -94,8 +94,8 @@ def main(capabilities: list[int], only: list[str] | None = None) -> None:
     head_dims = (64, 80, 128, 256) if only is None else (int(only[1]),)
     launch._DIRECT = False
     for capability in capabilities:
-        block_logits.has_copy_engine = lambda device, capability=capability: capability >= 90  # type: ignore[misc]
-        tiles.is_hopper = lambda device, capability=capability: capability == 90  # type: ignore[misc]
+        block_logits.has_copy_engine = lambda device, capability=capability: capability >= 90  # type: ignore[assignment]
+        tiles.is_hopper = lambda device, capability=capability: capability == 90  # type: ignore[assignment]
 
         def run(
             self: JITFunction, *args: Any, grid: Any, warmup: bool, capability: int = capability, **options: Any

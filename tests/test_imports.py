@@ -18,7 +18,7 @@ from flexproxy import ProxyConfig, Selection, masks
 
 PACKAGE = Path(flexproxy.__file__).parent
 STAGES = ("proxy", "scores", "budget", "ranking")
-FOUNDATIONS = {"_ops", "_tensors", "_compat", "implementations", "clauses", "admissible", "config", "masks"}
+FOUNDATIONS = {"_ops", "_kept", "_tensors", "_compat", "implementations", "clauses", "admissible", "config", "masks"}
 
 # These wait for the device, or give a tensor whose shape depends on values.
 WAITING = {

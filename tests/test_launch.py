@@ -31,13 +31,7 @@ class Kernel(JITFunction):  # type: ignore[misc]
     """A kernel that is not compiled; notes the ordinary launches."""
 
     def __init__(self, log: list[Any]) -> None:
-        self.log = log
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
+        self.fn, self.log = object(), log
 
     def __getitem__(self, grid: Any) -> Any:
         def ordinary(*arguments: Any, **options: Any) -> Compiled:

@@ -13,6 +13,7 @@ evaluates the mask only outside of the run of keys that all of its rows see.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -319,6 +320,7 @@ def block_logits(
     return values, partial
 
 
+@functools.cache
 def has_copy_engine(device: torch.device) -> bool:
     """Whether the device, or what stands in for it, can load tiles by descriptor: Hopper and later."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)

@@ -36,27 +36,20 @@ def launch(
         pointers: tensors, None, or tensor descriptors.
         registers: the most that a thread may have, so that more programs fit on a multiprocessor.
     """
-    options = {"num_warps": warps, "num_stages": stages} | ({} if registers is None else {"maxnreg": registers})
-    if not _DIRECT or not isinstance(kernel, JITFunction):  # the interpreter's are something else
-        kernel[grid](*pointers, *numbers, *constants, **options)
-        return
-    device = torch.cuda.current_device()
-    key = (
-        kernel,
-        device,
-        numbers,
-        constants,
-        warps,
-        stages,
-        registers,
-        tuple([_kind(pointer) for pointer in pointers]),
-    )
-    compiled = _kept.get(key)
+    compiled = key = None
+    if _DIRECT and isinstance(kernel, JITFunction):  # the interpreter's are something else
+        device = torch.cuda.current_device()
+        kinds = tuple([_kind(pointer) for pointer in pointers])
+        # A kernel's own hash is that of its source, and takes longer.
+        key = kernel.fn, device, numbers, constants, warps, stages, registers, kinds
+        compiled = _kept.get(key)
     if compiled is None:
+        options = {"num_warps": warps, "num_stages": stages} | ({} if registers is None else {"maxnreg": registers})
         compiled = kernel[grid](*pointers, *numbers, *constants, **options)
-        if len(_kept) >= MAX_KEPT:
-            _kept.clear()
-        _kept[key] = compiled
+        if key is not None:
+            if len(_kept) >= MAX_KEPT:
+                _kept.clear()
+            _kept[key] = compiled
         return
     stream = triton.runtime.driver.active.get_current_stream(device)
     compiled.run(
@@ -75,7 +68,7 @@ def strides(x: Tensor | None, number: int) -> tuple[int, ...]:
     """The first strides of a tensor, 0 along what is broadcast; zeros for None."""
     if x is None:
         return (0,) * number
-    return tuple([0 if size == 1 else stride for size, stride in zip(x.shape[:number], x.stride(), strict=False)])
+    return tuple([0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)][:number])
 
 
 def power_of_2(number: int, low: int, high: int) -> int:

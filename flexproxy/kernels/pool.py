@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexproxy._kept import kept
 from flexproxy._tensors import is_contiguous
 from flexproxy.kernels.launch import launch, power_of_2
 
@@ -48,21 +48,16 @@ def pool_groups(x: Tensor, members: Sequence[int], sizes: Sequence[int], stride:
     launch(
         _pool_kernel,
         (-(-num_rows // block_s), len(sizes), batch),
-        (x, None if contiguous else _table(tuple(members), tuple(sizes), x.device), pooled),
+        (x, None if contiguous else _table(x.device, tuple(members), tuple(sizes)), pooled),
         (stride_b, stride_h, stride_s * stride, stride_d, num_rows, max(sizes), head_dim),
         (not contiguous, block_d, block_s),
     )
     return pooled
 
 
-def _table(members: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> Tensor:
+@kept(256)
+def _table(device: torch.device, members: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
     """The number of heads of each group, then their indices: int32 ``[P, 1 + largest]``."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # memory of the graph's, not to be kept
-        return _make_table(members, sizes, device)
-    return _kept_table(members, sizes, device)
-
-
-def _make_table(members: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> Tensor:
     entries = []
     start = 0
     for size in sizes:
@@ -70,6 +65,3 @@ def _make_table(members: tuple[int, ...], sizes: tuple[int, ...], device: torch.
         start += size
     # Filled, not copied: a copy from the host would wait for the device.
     return torch.stack([torch.full((), entry, dtype=torch.int32, device=device) for entry in entries])
-
-
-_kept_table = functools.lru_cache(maxsize=256)(_make_table)

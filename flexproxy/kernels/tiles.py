@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from flexproxy.kernels.block_logits import Tile
 
 
+@functools.cache
 def is_hopper(device: torch.device) -> bool:
     """Whether the device, or what stands in for it, is one that the large tiles were measured on, and fit."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
