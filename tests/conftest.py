@@ -24,6 +24,14 @@ DEVICES = [
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
 ]
 
+# The command line in a process of its own. A shell's background jobs, and what they start, ignore Ctrl-C: not this one.
+COMMAND = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from flexproxy.cli import main
+sys.exit(main())
+"""
+
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:

@@ -20,10 +20,10 @@ import torch
 
 import flexproxy
 from flexproxy import _compat, _info, cli, implementations
+from tests.conftest import COMMAND
 from tests.tiny_model import HEADS, LAYERS, save_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = "import sys; from flexproxy.cli import main; sys.exit(main())"
 
 
 @pytest.fixture(scope="module")

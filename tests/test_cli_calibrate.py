@@ -19,10 +19,10 @@ pytest.importorskip("matplotlib")
 
 from flexproxy import ProxyConfig, calibration, cli
 from flexproxy.calibration import Calibration, choose
+from tests.conftest import COMMAND
 from tests.tiny_model import LAYERS, save_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = "import sys; from flexproxy.cli import main; sys.exit(main())"
 TEXT = (ROOT / "flexproxy" / "masks.py").read_bytes()
 
 
