@@ -120,10 +120,15 @@ def in_a_mode() -> bool:
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether it is a GPU of the generation that kernels and options were measured on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 @contextlib.contextmanager
 def fastest_sdpa(q: Tensor) -> Iterator[None]:
     """Prefer cuDNN's kernel for dense attention inside, where it is the fastest: Hopper GPUs, inference."""
-    prefer = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0) and not q.requires_grad
+    prefer = is_hopper(q.device) and not q.requires_grad
     if not prefer or torch.compiler.is_compiling() or "set_priority" not in _SDPA_KERNEL:
         yield
         return

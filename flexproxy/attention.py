@@ -245,7 +245,7 @@ def _run_eager(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, ar
 
 
 # Work of dense attention, in floating-point operations, that a GPU does while the host starts the kernels of a build:
-# that of 8K tokens, where cuDNN takes as long (benchmarks/results/build.json).
+# that of 8K tokens, or somewhat more, as the host is: 0.9 ms of cuDNN (benchmarks/results/build.json).
 BUILD_FLOPS = 6e11
 # What a kept block costs beside one of dense attention: flex_attention is slower than cuDNN. An estimate.
 SPARSE_COST = 1.3

@@ -57,7 +57,7 @@ def _why_torchs_own(q: Tensor, gradients: bool) -> str | None:
         return "not a CUDA device"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return "others are for float16 and bfloat16"
-    if torch.cuda.get_device_capability(q.device) != (9, 0):
+    if not _compat.is_hopper(q.device):
         return "others are for Hopper GPUs (compute capability 9.0)"
     if q.shape[2] < 128:
         return "there are fewer than 128 queries"

@@ -33,18 +33,13 @@ NUMBERS = [
 
 @triton.jit
 def _keys(
-    scores, admissible, summary, offset,
-    admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
-    num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size, i, bh, row, j,
+    scores_row, admissible_row, end, position, num_queries, num_k_blocks, sink_blocks, local_blocks, block_size,
+    log_block_size, i, j,
 ):  # fmt: skip
     """What the blocks of a row are ranked by: forced +inf, scored by score, unscored -2e38, inadmissible -inf."""
-    b, h = bh // heads, bh % heads
     inside = j < num_k_blocks
-    score = tl.load(scores + row + j, mask=inside, other=0.0)
-    admissible_at = admissible + b * admissible_stride_b + h * admissible_stride_h + i.to(tl.int64) * num_k_blocks
-    some = tl.load(admissible_at + j, mask=inside, other=0) != 0
-    end = tl.load(summary + b * summary_stride_b + h * summary_stride_h + i * 5 + 1)
-    position = tl.load(offset + b * offset_stride)
+    score = tl.load(scores_row + j, mask=inside, other=0.0)
+    some = tl.load(admissible_row + j, mask=inside, other=0) != 0
     first, last = _forced_range(position, i, end, num_queries, local_blocks, block_size, log_block_size)
     unscored = (score != score) | (score == float("-inf"))
     key = tl.where(unscored, -2e38, tl.maximum(score, -1e38))
@@ -54,17 +49,15 @@ def _keys(
 
 @triton.jit
 def _sort_row(
-    scores, admissible, summary, offset, rank,
-    admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
-    num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size, i, bh, row,
+    scores_row, admissible_row, rank_row, end, position, num_queries, num_k_blocks, sink_blocks, local_blocks,
+    block_size, log_block_size, i,
     BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Ranks of the first BLOCK_J blocks of a row: keys and indices sorted as one integer each."""
     j = tl.arange(0, BLOCK_J)
     key = _keys(
-        scores, admissible, summary, offset,
-        admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
-        num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size, i, bh, row, j,
+        scores_row, admissible_row, end, position, num_queries, num_k_blocks, sink_blocks, local_blocks, block_size,
+        log_block_size, i, j,
     )  # fmt: skip
     bits = tl.where(key == 0.0, 0.0, key).to(tl.int32, bitcast=True)  # one zero
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
@@ -72,7 +65,7 @@ def _sort_row(
     packed = (ordered.to(tl.int64) << 32) | (BLOCK_J - 1 - j).to(tl.int64)
     packed = tl.sort(tl.where(j < num_k_blocks, packed, -0x7FFFFFFFFFFFFFFF), descending=True)
     index = BLOCK_J - 1 - (packed & 0xFFFFFFFF)
-    tl.store(rank + row + index, j, mask=j < num_k_blocks)
+    tl.store(rank_row + index, j, mask=j < num_k_blocks)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -85,24 +78,24 @@ def _rank_kernel(
     """Ranks of one row. Behind its last admissible block all are equal and in order: that half needs no sorting."""
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
-    row = (bh * tl.num_programs(0) + i) * num_k_blocks
     b, h = bh // heads, bh % heads
+    row = (bh * tl.num_programs(0) + i) * num_k_blocks
+    scores_row, rank_row = scores + row, rank + row
+    admissible_row = admissible + b * admissible_stride_b + h * admissible_stride_h + i.to(tl.int64) * num_k_blocks
     end = tl.load(summary + b * summary_stride_b + h * summary_stride_h + i * 5 + 1)
+    position = tl.load(offset + b * offset_stride)
     half: tl.constexpr = BLOCK_J // 2
     if end <= half:
         _sort_row(
-            scores, admissible, summary, offset, rank,
-            admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
-            num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size, i, bh, row, half,
+            scores_row, admissible_row, rank_row, end, position, num_queries, num_k_blocks, sink_blocks, local_blocks,
+            block_size, log_block_size, i, half,
         )  # fmt: skip
         j = half + tl.arange(0, half)
-        tl.store(rank + row + j, j, mask=j < num_k_blocks)
+        tl.store(rank_row + j, j, mask=j < num_k_blocks)
     else:
         _sort_row(
-            scores, admissible, summary, offset, rank,
-            admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
-            num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size, i, bh, row,
-            BLOCK_J,
+            scores_row, admissible_row, rank_row, end, position, num_queries, num_k_blocks, sink_blocks, local_blocks,
+            block_size, log_block_size, i, BLOCK_J,
         )  # fmt: skip
 
 
@@ -115,13 +108,17 @@ def _keys_kernel(
 ):  # fmt: skip
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // heads, bh % heads
     row = (bh * tl.num_programs(0) + i) * num_k_blocks
+    scores_row = scores + row
+    admissible_row = admissible + b * admissible_stride_b + h * admissible_stride_h + i.to(tl.int64) * num_k_blocks
+    end = tl.load(summary + b * summary_stride_b + h * summary_stride_h + i * 5 + 1)
+    position = tl.load(offset + b * offset_stride)
     for start in tl.range(0, num_k_blocks, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         key = _keys(
-            scores, admissible, summary, offset,
-            admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
-            num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size, i, bh, row, j,
+            scores_row, admissible_row, end, position, num_queries, num_k_blocks, sink_blocks, local_blocks, block_size,
+            log_block_size, i, j,
         )  # fmt: skip
         tl.store(keys + row + j, key, mask=j < num_k_blocks)
 

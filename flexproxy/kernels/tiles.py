@@ -6,13 +6,14 @@ import functools
 
 import torch
 
+from flexproxy import _compat
 from flexproxy.kernels.block_logits import Tile
 
 
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
     """Whether the device, or what stands in for it, is one that the large tiles were measured on, and fit."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
+    return device.type != "cuda" or _compat.is_hopper(device)
 
 
 def scores_tile(dtype: torch.dtype, head_dim: int, device: torch.device) -> Tile:
