@@ -60,9 +60,14 @@ def from_kv_blocks(
     )
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # dynamo would look into the cached function, and refuses what it finds
 def flash_backend_exists() -> bool:
     """Whether this torch has ``BACKEND="FLASH"``, and the package that it needs (flash-attn-4) is there."""
+    return _flash_backend_exists()
+
+
+@functools.cache
+def _flash_backend_exists() -> bool:
     try:
         return all(
             importlib.util.find_spec(name) is not None

@@ -323,6 +323,14 @@ def test_dense_where_sparse_cannot_pay(name: str, num_queries: int | None, devic
 
 
 @pytest.mark.usefixtures("needs_dynamo")
+def test_the_choice_of_a_backend_is_traced() -> None:
+    """Where FLASH is a choice, a compiled ``attention`` asks whether it is there: an answer of the trace's time."""
+    _compat._flash_backend_exists.cache_clear()
+    traced = torch.compile(lambda x: x + _compat.flash_backend_exists(), fullgraph=True, backend="eager")
+    assert int(traced(torch.zeros(()))) == _compat.flash_backend_exists()
+
+
+@pytest.mark.usefixtures("needs_dynamo")
 def test_errors_name_the_argument_when_compiling(device: str) -> None:
     """A mistake is told while tracing, too, and told as itself."""
     x = make_inputs(device)
