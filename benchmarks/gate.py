@@ -12,8 +12,7 @@ from benchmarks.baselines import METHODS, to_block_mask
 from benchmarks.baselines.blocks import BLOCK_SIZE
 from benchmarks.contenders import flex, inputs, kernel_variants, sparse_where_short
 from flexproxy import ProxyConfig, masks, reference
-from flexproxy.proxy import head_groups, pool_heads
-from tests.oracle import Case, check_count, check_rank, expect
+from tests.oracle import Case, check_count, check_rank, expect, pooled
 
 LENGTH = 2000  # ragged: no multiple of a block or a tile
 WHOLE = 2048  # whole blocks, for which other kernels are compiled
@@ -24,10 +23,8 @@ def check_selection(num_proxies: int) -> None:
     q, k, v = inputs(LENGTH)
     q, k, v = q[:, :8], k[:, :2], v[:, :2]
     config = ProxyConfig(num_proxies=num_proxies, gamma=0.5, min_budget=256)
-    groups, k_groups = head_groups(num_proxies, None, q.shape[1], k.shape[1])
     case = Case(q, k, v, config, "default", None, [0])
-    q_stride, k_stride = config.strides
-    expected = expect(case, pool_heads(q, groups, q_stride), pool_heads(k, k_groups, k_stride))
+    expected = expect(case, *pooled(case))
     selection = flexproxy.select(q, k, config=config)
     try:
         check_rank(selection.rank.cpu(), expected)

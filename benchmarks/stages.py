@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # Stage: what the name of its kernels contains (a regular expression). The first that fits counts; the rest is "other".
 STAGES = {
-    "pool": r"_pool_",
+    "pool": r"_pool_|_outlying_",
     "classify": r"_intervals_|_labels_|_summary_|_last_valid_",
     "scores": r"_scores_",
     "rank": r"_keys_|_rank_",

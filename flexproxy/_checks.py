@@ -131,7 +131,8 @@ def check_memory(q: Tensor, k: Tensor, config: ProxyConfig, gradients: bool) -> 
     A list has a place for every block pair of every head: with 32 heads and blocks of 128, 8 GiB at 1M tokens.
     """
     block_size = config.block_size
-    needed = _mask_bytes(q, k, block_size, gradients)
+    pooled = _pooled_bytes(q, k, config)
+    needed = _mask_bytes(q, k, block_size, gradients) + pooled
     # Asking the driver takes longer than a small mask is worth, and is impossible while a graph is captured.
     if needed < MEMORY_WORTH_ASKING or not q.is_cuda or torch.compiler.is_compiling():
         return
@@ -141,7 +142,9 @@ def check_memory(q: Tensor, k: Tensor, config: ProxyConfig, gradients: bool) -> 
     free = torch.cuda.mem_get_info(q.device)[0] + cached
     if needed <= free:
         return
-    fitting = [size for size in (256, 512, 1024) if size > block_size and _mask_bytes(q, k, size, gradients) <= free]
+    fitting = [
+        size for size in (256, 512, 1024) if size > block_size and _mask_bytes(q, k, size, gradients) + pooled <= free
+    ]
     remedy = f"use block_size={fitting[0]}" if fitting else f"use a larger block_size than {block_size}"
     raise torch.OutOfMemoryError(
         f"q, k: expected the BlockMask to fit in the memory that is free, {free / 2**30:.1f} GiB of {q.device}, got "
@@ -154,9 +157,15 @@ MEMORY_WORTH_ASKING = 2**30
 
 
 def _mask_bytes(q: Tensor, k: Tensor, block_size: int, gradients: bool) -> int:
-    """Two int32 lists (four for gradients) and the map of kept blocks, and the pooled heads beside them."""
+    """Two int32 lists (four for gradients) and the map of kept blocks."""
     pairs = q.shape[0] * q.shape[1] * -(-q.shape[2] // block_size) * -(-k.shape[2] // block_size)
-    return pairs * (4 * (4 if gradients else 2) + 1) + (q.shape[2] + k.shape[2]) * q.shape[0] * q.shape[3]
+    return pairs * (4 * (4 if gradients else 2) + 1)
+
+
+def _pooled_bytes(q: Tensor, k: Tensor, config: ProxyConfig) -> int:
+    q_stride, k_stride = config.strides
+    tokens = q.shape[2] // (1 if config.query_choice == "outlier" else q_stride) + k.shape[2] // k_stride
+    return q.shape[0] * config.total_proxies * tokens * q.shape[3] * q.element_size()
 
 
 def _check_tensor(name: str, x: Any, shape: str) -> None:

@@ -60,14 +60,9 @@ def from_kv_blocks(
     )
 
 
-@torch.compiler.assume_constant_result  # dynamo would look into the cached function, and refuses what it finds
-def flash_backend_exists() -> bool:
-    """Whether this torch has ``BACKEND="FLASH"``, and the package that it needs (flash-attn-4) is there."""
-    return _flash_backend_exists()
-
-
 @functools.cache
 def _flash_backend_exists() -> bool:
+    """Whether this torch has ``BACKEND="FLASH"``, and the package that it needs (flash-attn-4) is there."""
     try:
         return all(
             importlib.util.find_spec(name) is not None
@@ -75,6 +70,10 @@ def _flash_backend_exists() -> bool:
         )
     except ModuleNotFoundError:
         return False
+
+
+# Dynamo would look into the cached function, and refuses what it finds.
+flash_backend_exists: Callable[[], bool] = torch.compiler.assume_constant_result(_flash_backend_exists)
 
 
 def seq_lengths_of(block_mask: BlockMask) -> tuple[int, int] | None:

@@ -50,7 +50,8 @@ class Admissible(NamedTuple):
 class SampledMask(NamedTuple):
     """The mask at some rows (sampled or probed queries) and some keys, by clauses or by bits.
 
-    clauses: with ``[C, b, rows]`` and, for labels of keys, ``[C, b, keys]``; None if ``bits`` holds the mask.
+    clauses: with ``[C, b, rows]`` and, for labels of keys, ``[C, b, keys]``; None if ``bits`` holds the mask. Where the
+        rows are given by their index, the clauses are those of all queries.
     bits:    uint8 ``[b, heads, rows, ceil(keys / 8)]``, little end first; None if ``clauses`` hold it.
     """
 
@@ -74,7 +75,7 @@ def mask_chunk(
 ) -> Tensor:
     """The rows and keys of a SampledMask as bool ``[b, heads, rows, keys]``; key n is at position n * key_step.
 
-    ``keys.start`` must be a multiple of 8.
+    ``keys.start`` must be a multiple of 8. Clauses may have heads, ``[C, b, heads, rows]`` and ``[C, b, 1, keys]``.
     """
     if bits is not None:
         packed = bits[:, :, rows, keys.start // 8 : -(-keys.stop // 8), None]
@@ -85,7 +86,8 @@ def mask_chunk(
     position = torch.arange(keys.start, keys.stop, dtype=torch.int32, device=lo.device) * key_step
     q_part = q_label[..., rows] if q_label is not None else None
     k_part = k_label[..., keys] if k_label is not None else None
-    return allowed(lo[..., rows], hi[..., rows], q_part, k_part, position)[:, None]
+    ok = allowed(lo[..., rows], hi[..., rows], q_part, k_part, position)
+    return ok if lo.dim() == 4 else ok[:, None]
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -331,8 +333,17 @@ def whole_blocks(mask_mod: MaskMod, admissible: Admissible, num_queries: int, nu
     return full & admissible.any
 
 
-def bits_at(mask_mod: MaskMod, queries: Tensor, num_keys: int) -> Tensor:
-    """The mask at some queries and all keys, as bits of a SampledMask. queries: int64 ``[b, h, m]``."""
+def bits_at(
+    mask_mod: MaskMod,
+    queries: Tensor,
+    num_keys: int,
+    stride: int = 1,
+    merge_heads: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The mask at some queries and every stride-th key, as bits of a SampledMask.
+
+    queries: int64 ``[b, h, m]``. merge_heads: as in ``classify_by_evaluation``.
+    """
     batch, heads, number = queries.shape
     queries = capturable(queries)
     rows_per_chunk = max(1, _evaluated_elements(queries.device) // (batch * heads * num_keys))
@@ -344,7 +355,9 @@ def bits_at(mask_mod: MaskMod, queries: Tensor, num_keys: int) -> Tensor:
         def q_index(b: Tensor, h: Tensor, row: Tensor, start: int = start) -> Tensor:
             return queries[b, h, row + start]
 
-        bits.append(pack_bits(evaluate(mask_mod, batch, heads, q_index, rows, num_keys, queries.device)))
+        mask = evaluate(mask_mod, batch, heads, q_index, rows, num_keys, queries.device)
+        mask = mask[..., ::stride]
+        bits.append(pack_bits(mask if merge_heads is None else merge_heads(mask)))
     return torch.cat(bits, 2)
 
 

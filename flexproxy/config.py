@@ -7,11 +7,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 __all__ = ["ProxyConfig"]
 
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 1024
+NEIGHBOURS = 128  # queries, from a multiple of this number on, whose mean an outlier is far from
+QueryChoice = Literal["first", "outlier"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,9 @@ class ProxyConfig:
         stride: tokens from one sampled key (and query) to the next in the scores. Divides ``block_size``.
         query_stride: the same for the queries, where it is another. Half of the queries and twice the keys are as
             many pairs: what matters may be a few tokens among the keys, which many queries look for.
+        query_choice: which query of every ``query_stride`` is sampled: the "first", as in the paper, or the "outlier",
+            the one whose proxy query is farthest from the mean of the 128 around it. A query that looks for something
+            far away is unlike its neighbours, so far fewer samples find it; see ``outliers``.
         block_size: tokens per block, for queries and for keys. A power of two from 16 to 1024. On a GPU, blocks smaller
             than 128 need kernel options with tiles that divide them; ``flexproxy.attention`` sets these itself.
         min_budget: tokens that every row keeps at least (where the mask admits so many).
@@ -48,6 +53,7 @@ class ProxyConfig:
     density: float | None = None
     stride: int = 4
     query_stride: int | None = None
+    query_choice: QueryChoice = "first"
     block_size: int = 128
     min_budget: int = 2048
     max_budget: int | None = None
@@ -65,6 +71,7 @@ class ProxyConfig:
         _check_stride("stride", self.stride, self.block_size)
         if self.query_stride is not None:
             _check_stride("query_stride", self.query_stride, self.block_size)
+        _check_query_choice(self.query_choice, self.strides[0])
         _check_int("sink_blocks", self.sink_blocks, 0)
         _check_int("local_blocks", self.local_blocks, 1)
         _check_int("min_budget", self.min_budget, 0)
@@ -105,6 +112,7 @@ class ProxyConfig:
             density=None,
             stride=4,
             query_stride=None,
+            query_choice="first",
             block_size=128,
             min_budget=2048,
             max_budget=None,
@@ -112,6 +120,22 @@ class ProxyConfig:
             local_blocks=1,
         )
         return replace(settings, **changes)
+
+    @classmethod
+    def outliers(cls, **changes: Any) -> ProxyConfig:
+        """The defaults, but two proxy heads, and scores of every key with the outlier of every 16 queries. [ours]
+
+        As many pairs as stride 4 for each proxy head, at about 0.6 ms more than the defaults at 128K tokens on an H200.
+        docs/quality.md has what it gains. With one key head or one query head, set ``num_proxies``.
+
+        Args:
+            changes: fields to set otherwise, by name.
+
+        Raises:
+            TypeError, ValueError: as ``ProxyConfig``.
+        """
+        settings: dict[str, Any] = {"num_proxies": 2, "stride": 1, "query_stride": 16, "query_choice": "outlier"}
+        return cls(**(settings | changes))
 
     @property
     def total_proxies(self) -> int:
@@ -122,6 +146,11 @@ class ProxyConfig:
     def strides(self) -> tuple[int, int]:
         """Tokens from one sampled query to the next, and from one sampled key to the next."""
         return self.stride if self.query_stride is None else self.query_stride, self.stride
+
+    @property
+    def forced(self) -> tuple[int, int]:
+        """First and recent blocks that every row keeps."""
+        return self.sink_blocks, self.local_blocks
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> dict[int, ProxyConfig]:
@@ -164,6 +193,16 @@ def _check_stride(name: str, value: int, block_size: int) -> None:
     _check_int(name, value, 1)
     if block_size % value:
         raise ValueError(f"{name}: expected a divisor of block_size {block_size}, got {value}; use 1, 2, 4, 8 or 16")
+
+
+def _check_query_choice(value: object, stride: int) -> None:
+    choices = get_args(QueryChoice)
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"query_choice: expected one of {list(choices)}, got {value!r}; 'first' is the paper's")
+    if value == "outlier" and stride > NEIGHBOURS:
+        raise ValueError(
+            f"query_stride: expected at most {NEIGHBOURS} where query_choice is 'outlier', got {stride}; use 16"
+        )
 
 
 def _check_fraction(name: str, value: object) -> None:

@@ -29,7 +29,7 @@ from flexproxy.budget import block_masses, clip_counts, count_blocks, last_valid
 from flexproxy.clauses import ClauseStack, stack
 from flexproxy.config import ProxyConfig
 from flexproxy.masks import MaskMod
-from flexproxy.proxy import Groups, head_groups, merge_heads, pool_heads, proxy_of_heads
+from flexproxy.proxy import Groups, head_groups, merge_heads, outlying_queries, pool_heads, proxy_of_heads
 from flexproxy.ranking import forced_counts, rank_blocks
 from flexproxy.scores import block_scores
 from flexproxy.selection import Selection
@@ -93,17 +93,20 @@ def select_for(
 
     proxy_of = proxy_of_heads(groups, q.device)
     sizes = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    frame = _Frame(*sizes, config.block_size, config.strides, config.sink_blocks, config.local_blocks)
+    q_stride, k_stride = config.strides
+    choose = config.query_choice == "outlier" and q_stride > 1
+    frame = _Frame(*sizes, config.block_size, (None if choose else q_stride, k_stride), *config.forced)
     mask = _read_mask(mask_mod, block_mask, q, frame, groups, proxy_of)
 
     # 1. Proxy heads, and their scores: one ranking of blocks for all heads of a proxy.
-    q_stride, k_stride = config.strides
-    q_proxy, k_proxy = pool_heads(q, groups, q_stride), pool_heads(k, k_groups, k_stride)
+    q_proxy, k_proxy = pool_heads(q, groups, 1 if choose else q_stride), pool_heads(k, k_groups, k_stride)
+    chosen = outlying_queries(q_proxy, merge_heads(mask.admissible.valid, groups), q_stride) if choose else None
+    sampled = mask.sampled or _evaluated_at(chosen, mask, frame, groups, proxy_of)
     q_cell, k_cell = (config.block_size // stride for stride in config.strides)
     # As much as one of the lists of the BlockMask will take, so that it does not show in the peak.
     workspace = min(max(4 * q.shape[0] * q.shape[1] * mask.some.shape[2] * mask.some.shape[3], 2**25), 2**30)
     scores = block_scores(
-        q_proxy, k_proxy, *mask.sampled.tensors(), mask.some, mask.rows, q_cell, k_cell, k_stride, scale, workspace
+        q_proxy, k_proxy, chosen, *sampled.tensors(), mask.some, mask.rows, q_cell, k_cell, k_stride, scale, workspace
     )
     rank = rank_blocks(scores, mask.some, mask.rows, mask.offset, *frame.forced())
 
@@ -169,7 +172,7 @@ class _Frame(NamedTuple):
     num_queries: int
     num_keys: int
     block_size: int
-    strides: tuple[int, int]  # of sampled queries and keys
+    strides: tuple[int | None, int]  # of sampled queries, None where they are chosen later, and of keys
     sink_blocks: int
     local_blocks: int
 
@@ -190,7 +193,7 @@ class _Mask(NamedTuple):
     rows: Tensor  # int32 [b, p, Nq, 5], summarize_rows of the proxies
     offset: Tensor  # integers [b], the position of query 0 among the keys
     forced: Tensor  # int32 [b, 1 or Hq], the most forced blocks of a row
-    sampled: SampledMask  # at the sampled queries and keys
+    sampled: SampledMask | None  # at the sampled queries and keys; None if it must be evaluated at chosen queries
     probes: Tensor  # int64 [b, h, block_size], the last valid queries, -1 where there are fewer
     probed: SampledMask  # by clauses at every query and key, or by bits at the probes and every key
 
@@ -224,7 +227,7 @@ def _classify(mask_mod: MaskMod, frame: _Frame, groups: Groups | None, device: t
         frame.num_queries,
         frame.num_keys,
         frame.block_size,
-        frame.strides,
+        (frame.strides[0] or frame.block_size, frame.strides[1]),
         lambda mask: mask if groups is None else merge_heads(mask, groups),
         device,
     )
@@ -273,16 +276,27 @@ def _prepare(mask_mod: MaskMod, block_mask: BlockMask | None, frame: _Frame, gro
     offset = offset.reshape(-1)
     forced = forced_counts(admissible.any, rows, proxy_of, offset, *frame.forced())
     probes = last_valid_queries(admissible.valid, frame.block_size)
+    sampled: SampledMask | None
     if clauses is not None:
         sampled, probed = SampledMask(_sampled(clauses, frame.strides), None), SampledMask(clauses, None)
     else:
-        bits_of_probes = bits_at(mask_mod, probes.clamp(min=0), frame.num_keys)
-        sampled, probed = SampledMask(None, bits), SampledMask(None, bits_of_probes)
+        sampled = None if frame.strides[0] is None else SampledMask(None, bits)
+        probed = SampledMask(None, bits_at(mask_mod, probes.clamp(min=0), frame.num_keys))
     return _Mask(mask_mod, admissible, some, rows, offset, forced, sampled, probes, probed)
 
 
-def _sampled(clauses: ClauseStack, strides: tuple[int, int]) -> ClauseStack:
-    """The clauses at the sampled queries and keys."""
+def _evaluated_at(chosen: Tensor | None, mask: _Mask, frame: _Frame, groups: Groups, proxy_of: Tensor) -> SampledMask:
+    """The mask at the chosen queries of every proxy, merged over its heads where these differ, and the sampled keys."""
+    assert chosen is not None
+    merge = None
+    if mask.admissible.any.shape[1] > 1:
+        chosen, merge = chosen[:, proxy_of], lambda x: merge_heads(x, groups)
+    bits = bits_at(mask.mask_mod, chosen, frame.num_keys, frame.strides[1], merge)
+    return SampledMask(None, bits)
+
+
+def _sampled(clauses: ClauseStack, strides: tuple[int | None, int]) -> ClauseStack:
+    """The clauses at the sampled queries and keys; at all queries where they are chosen later."""
     queries, keys = (slice(None, None, stride) for stride in strides)
     lo, hi, q_label, k_label = clauses
     labels = (None, None) if q_label is None or k_label is None else (q_label[..., queries], k_label[..., keys])

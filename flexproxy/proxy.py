@@ -10,7 +10,8 @@ from torch import Tensor
 
 from flexproxy._kept import kept
 from flexproxy._ops import opaque
-from flexproxy._tensors import is_contiguous
+from flexproxy._tensors import is_contiguous, pad_to_multiple
+from flexproxy.config import NEIGHBOURS
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -92,6 +93,40 @@ def pool_groups(x: Tensor, members: Sequence[int], sizes: Sequence[int], stride:
     groups = [members[end - size : end] for end, size in zip(ends, sizes, strict=True)]
     means = [torch.stack([x[:, head] for head in heads], 1).mean(dim=1, dtype=torch.float32) for heads in groups]
     return torch.stack(means, 1).to(x.dtype)
+
+
+def _outlying_queries_fake(q: Tensor, valid: Tensor, window: int) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], -(-q.shape[2] // window), dtype=torch.int64)
+
+
+@opaque("(Tensor q, Tensor valid, int window) -> Tensor", _outlying_queries_fake)
+def outlying_queries(q: Tensor, valid: Tensor, window: int) -> Tensor:
+    """In every window the query that is farthest from the mean of its neighbours: int64 ``[B, P, ceil(Sq / window)]``.
+
+    Neighbours are the valid queries of the ``NEIGHBOURS`` tokens, from a multiple of that number on, that the window
+    lies in. In double precision, so that the choice does not hang on an order of summation. Equals go to the first; a
+    distance that is not a number comes after all that are, and queries that are not valid come last.
+
+    Args:
+        q: proxy queries ``[B, P, Sq, D]``.
+        valid: bool ``[b, p, Sq]``, the query has an allowed key.
+        window: queries in a window, a power of two up to ``NEIGHBOURS``.
+    """
+    batch, proxies, num_queries, _ = q.shape
+    chosen = []
+    for start in range(0, num_queries, NEIGHBOURS * _CHUNK):
+        rows = slice(start, min(start + NEIGHBOURS * _CHUNK, num_queries))
+        present = pad_to_multiple(valid[:, :, rows], -1, NEIGHBOURS, False).unflatten(-1, (-1, NEIGHBOURS))[..., None]
+        x = pad_to_multiple(q[:, :, rows].double(), -2, NEIGHBOURS, 0.0).unflatten(2, (-1, NEIGHBOURS))
+        mean = x.where(present, 0.0).sum(-2, keepdim=True) / present.sum(-2, keepdim=True).clamp(min=1)
+        distance = (x - mean).square().sum(-1)
+        distance = distance.masked_fill(distance.isnan(), -1.0).masked_fill(~present[..., 0], -2.0)
+        best = distance.reshape(batch, proxies, -1, window).argmax(-1)
+        chosen.append(best + torch.arange(start, start + best.shape[-1] * window, window, device=q.device))
+    return torch.cat(chosen, -1)[..., : -(-num_queries // window)]
+
+
+_CHUNK = 64  # neighbourhoods at a time
 
 
 def merge_heads(mask: Tensor, groups: Groups) -> Tensor:

@@ -55,6 +55,28 @@ def pool_heads(x: Tensor, groups: Groups, stride: int) -> Tensor:
     return torch.stack([sampled[:, heads].mean(1) for heads in groups], 1).to(x.dtype)
 
 
+def outlying_queries(q: Tensor, valid: Tensor, window: int, neighbours: int = 128) -> Tensor:
+    """The query of every window farthest from the mean of its valid neighbours: int64 ``[B, P, windows]``. [ours]
+
+    q ``[B, P, Sq, D]``, valid ``[B, P, Sq]``. Neighbours: those in the same ``neighbours`` tokens. Equals go to the
+    first; then come distances that are not a number; then queries that are not valid.
+    """
+    batch, proxies, length, _ = q.shape
+    windows = [range(start, min(start + window, length)) for start in range(0, length, window)]
+    chosen = torch.zeros(batch, proxies, len(windows), dtype=torch.int64)
+    for b in range(batch):
+        for p in range(proxies):
+            for n, tokens in enumerate(windows):
+                first = tokens[0] // neighbours * neighbours
+                around = [t for t in range(first, min(first + neighbours, length)) if valid[b, p, t]]
+                mean = q[b, p, around].double().mean(0)
+                candidates = [t for t in tokens if valid[b, p, t]]
+                distance = {t: float((q[b, p, t].double() - mean).square().sum()) for t in candidates}
+                numbers = [t for t in candidates if not math.isnan(distance[t])]
+                chosen[b, p, n] = max(numbers, key=distance.__getitem__) if numbers else (candidates or tokens)[0]
+    return chosen
+
+
 def block_scores(q: Tensor, k: Tensor, allowed: Tensor, cell: tuple[int, int], scale: float) -> Tensor:
     """Largest log-probability of the sampled pairs of each block pair: fp64 ``[B, P, Nq, Nk]``, -inf where none.
 

@@ -16,6 +16,7 @@ CHUNK_ELEMENTS = 2**24  # logits in one piece, 64 MiB
 def _block_scores_fake(
     q: Tensor,
     k: Tensor,
+    chosen: Tensor | None,
     lo: Tensor | None,
     hi: Tensor | None,
     q_label: Tensor | None,
@@ -33,7 +34,7 @@ def _block_scores_fake(
 
 
 @opaque(
-    "(Tensor q, Tensor k, Tensor? lo, Tensor? hi, Tensor? q_label, Tensor? k_label, Tensor? bits,"
+    "(Tensor q, Tensor k, Tensor? chosen, Tensor? lo, Tensor? hi, Tensor? q_label, Tensor? k_label, Tensor? bits,"
     " Tensor admissible, Tensor summary, int q_cell, int k_cell, int stride, float scale, SymInt workspace)"
     " -> Tensor",
     _block_scores_fake,
@@ -41,6 +42,7 @@ def _block_scores_fake(
 def block_scores(
     q: Tensor,
     k: Tensor,
+    chosen: Tensor | None,
     lo: Tensor | None,
     hi: Tensor | None,
     q_label: Tensor | None,
@@ -59,8 +61,11 @@ def block_scores(
     ``max(score) - logsumexp(scores of the query)`` ranks as the probabilities do and never underflows.
 
     Args:
-        q, k: pooled and sampled, ``[B, P, sampled queries, D]`` and ``[B, P, sampled keys, D]``.
-        lo, hi, q_label, k_label, bits: a SampledMask at those queries and keys.
+        q, k: pooled and sampled, ``[B, P, sampled queries, D]`` and ``[B, P, sampled keys, D]``; with ``chosen``, q has
+            all queries.
+        chosen: the sampled queries, int64 ``[B, P, sampled queries]``, ``q_cell`` of each block in a row.
+        lo, hi, q_label, k_label, bits: a SampledMask at those queries and keys; with ``chosen``, its clauses are those
+            of all queries.
         admissible, summary: bool ``[b, p, Nq, Nk]`` and int32 ``[b, p, Nq, 5]``, the blocks that the mask admits and
             their ``summarize_rows``: what a kernel may pass over. They say nothing that the mask does not.
         q_cell, k_cell: sampled queries, and sampled keys, per block.
@@ -71,6 +76,10 @@ def block_scores(
     Returns:
         Scores; -inf for a block pair without an admissible sampled pair, NaN where the inputs were not finite.
     """
+    if chosen is not None:
+        q = q.gather(2, chosen[..., None].expand(-1, -1, -1, q.shape[3]))
+        lo, hi, q_label = (None if part is None else _at_chosen(part, chosen) for part in (lo, hi, q_label))
+        k_label = None if k_label is None else k_label[:, :, None]
     batch, proxies, num_queries, _ = q.shape
     num_keys = k.shape[2]
     num_blocks = -(-num_keys // k_cell)
@@ -89,3 +98,9 @@ def block_scores(
         relative = pad_to_multiple(relative, -2, q_cell, -torch.inf)
         out.append(reduce(relative, "b p (q_block row) block -> b p q_block block", "max", row=q_cell))
     return torch.cat(out, 2)
+
+
+def _at_chosen(part: Tensor, chosen: Tensor) -> Tensor:
+    """A part of clauses at the chosen queries of every proxy: ``[C, b, Sq]`` to ``[C, B, P, m]``."""
+    every = part[:, :, None].expand(-1, *chosen.shape[:2], -1)
+    return every.gather(-1, chosen[None].expand(part.shape[0], -1, -1, -1))

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import and_masks, or_masks
 
 from flexproxy import ProxyConfig, masks, reference
 from flexproxy.masks import MaskMod
+from flexproxy.proxy import head_groups, pool_heads
 
 # Error of one fp32 operation, relative to the largest term.
 EPS = torch.finfo(torch.float32).eps
@@ -137,6 +138,7 @@ def random_case(seed: int, device: str = "cpu", bf16: bool = True) -> Case:
         max_budget=rng.choice([None, None, None, 5 * block_size]),
         sink_blocks=rng.choice([0, 0, 1]),
         local_blocks=rng.choice([1, 1, 2]),
+        query_choice="outlier" if seed % 3 == 2 else "first",
     )
     q, k, v = tensor(heads, num_queries), tensor(num_kv_heads, num_keys), tensor(num_kv_heads, num_keys)
     name, mask_mod = _mask(rng, batch, heads, num_queries, num_keys, device)
@@ -158,6 +160,15 @@ class Expected:
     score_error: float  # bound of the error of an fp32 score
 
 
+def pooled(case: Case) -> tuple[Tensor, Tensor]:
+    """Proxy queries (all of them, where some are chosen) and proxy keys, as the implementation in use makes them."""
+    config = case.config
+    groups, k_groups = head_groups(config.num_proxies, config.groups, case.q.shape[1], case.k.shape[1])
+    q_stride, k_stride = config.strides
+    q_stride = 1 if config.query_choice == "outlier" else q_stride
+    return pool_heads(case.q, groups, q_stride), pool_heads(case.k, k_groups, k_stride)
+
+
 def any_of_group(x: Tensor, groups: reference.Groups) -> Tensor:
     return torch.stack([x[:, heads].any(1) for heads in groups], 1)
 
@@ -174,8 +185,15 @@ def expect(case: Case, q_proxy: Tensor, k_proxy: Tensor) -> Expected:
     )
     proxy_of = [next(p for p, heads in enumerate(groups) if head in heads) for head in range(case.q.shape[1])]
     forced_count = (forced[:, proxy_of] & admissible).sum(-1).amax(-1)
-    sampled = any_of_group(allowed, groups)[:, :, ::q_stride, ::k_stride]
+    sampled = any_of_group(allowed, groups)[..., ::k_stride]
     q_proxy, k_proxy, q, k = (x.cpu() for x in (q_proxy, k_proxy, case.q, case.k))
+    if config.query_choice == "first":
+        sampled = sampled[:, :, ::q_stride]
+    else:
+        valid = any_of_group(allowed.any(-1), groups)
+        chosen = reference.outlying_queries(q_proxy, valid, q_stride)[..., None]
+        sampled = sampled.gather(2, chosen.expand(-1, -1, -1, sampled.shape[3]))
+        q_proxy = q_proxy.gather(2, chosen.expand(-1, -1, -1, q_proxy.shape[3]))
     scores = reference.block_scores(q_proxy, k_proxy, sampled, (size // q_stride, size // k_stride), case.scale)
     masses = reference.probe_masses(q, k, allowed, size, case.scale)
     # A score is a sum of D products less a log-sum-exp: each rounded, the sum in an order that nobody promises.

@@ -234,6 +234,21 @@ FIELDS = {
         ValueError,
         "query_stride: expected a divisor of block_size 128, got 3; use 1, 2, 4, 8 or 16",
     ),
+    "query_choice unknown": Bad(
+        lambda _: config(query_choice="last"),
+        ValueError,
+        "query_choice: expected one of ['first', 'outlier'], got 'last'; 'first' is the paper's",
+    ),
+    "query_choice a list": Bad(
+        lambda _: config(query_choice=["first"]),
+        ValueError,
+        "query_choice: expected one of ['first', 'outlier'], got ['first']; 'first' is the paper's",
+    ),
+    "outliers of too many": Bad(
+        lambda _: config(query_choice="outlier", query_stride=256, block_size=256),
+        ValueError,
+        "query_stride: expected at most 128 where query_choice is 'outlier', got 256; use 16",
+    ),
     "stride 0": Bad(lambda _: config(stride=0), ValueError, "stride: expected an integer of at least 1, got 0; ..."),
     "stride float": Bad(
         lambda _: config(stride=4.0),

@@ -203,6 +203,7 @@ def test_fields() -> None:
         "density": None,
         "stride": 4,
         "query_stride": None,
+        "query_choice": "first",
         "block_size": 128,
         "min_budget": 2048,
         "max_budget": None,

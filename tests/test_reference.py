@@ -77,6 +77,26 @@ def pool_heads(ref: Any) -> None:
     assert ref.pool_heads(near_one, [[0, 1, 1]], 1).tolist() == [[[[1 + 2**-7]]]]
 
 
+def outlying_queries(ref: Any) -> None:
+    """Six queries of one dimension, 2, 0, 5, 1 | 9, 9, among four neighbours: means 2 and 9."""
+    q = torch.tensor([2.0, 0, 5, 1, 9, 9])[None, None, :, None]
+    valid = torch.ones(1, 1, 6, dtype=torch.bool)
+    assert ref.outlying_queries(q, valid, 2, 4).tolist() == [[[1, 2, 4]]]  # distances 0, 2 | 3, 1 | 0, 0
+    assert ref.outlying_queries(q, valid, 4, 4).tolist() == [[[2, 4]]]
+    # Only what is valid counts: without query 0 the mean is 7 instead of 5.25; of nothing valid, the first.
+    q = torch.tensor([0.0, 10, 4, 7])[None, None, :, None]
+    assert ref.outlying_queries(q, valid[..., :4], 2, 4).tolist() == [[[0, 3]]]
+    valid = torch.tensor([False, True, True, True])[None, None]
+    assert ref.outlying_queries(q, valid, 2, 4).tolist() == [[[1, 2]]]
+    assert ref.outlying_queries(q, torch.zeros(1, 1, 4).bool(), 2, 4).tolist() == [[[0, 2]]]
+    # Squares of the whole vector, each sequence and each proxy by itself; an infinite query is at no distance.
+    q = torch.tensor([[[3.0, 0], [-1, -4], [-2, 4]], [[math.inf, 0], [0, 0], [1, 0]]])[:, None]
+    assert ref.outlying_queries(q, torch.ones(2, 1, 3).bool(), 4, 4).tolist() == [[[2]], [[1]]]
+    assert ref.outlying_queries(q.transpose(0, 1), torch.ones(1, 2, 3).bool(), 4, 4).tolist() == [[[2], [1]]]
+    q = torch.full((1, 1, 2, 1), math.nan)
+    assert ref.outlying_queries(q, torch.tensor([[[False, True]]]), 2, 2).tolist() == [[[1]]]
+
+
 def block_scores(ref: Any) -> None:
     """Three sampled queries and keys, two to a block, keys ln 1, ln 2, ln 5.
 
@@ -240,6 +260,7 @@ EXAMPLES: dict[str, Example] = {
         groups_of,
         key_groups,
         pool_heads,
+        outlying_queries,
         block_scores,
         probe_masses,
         budgets,
@@ -282,6 +303,14 @@ MISTAKES = [
     ("pool_heads", "torch.arange(0, x.shape[2], stride)", "torch.arange(stride - 1, x.shape[2], stride)"),
     ("pool_heads", ".mean(1) for", ".amax(1) for"),
     ("pool_heads", ".mean(1) for heads in groups], 1).to(x.dtype)", ".mean(1) for heads in groups], 1)"),
+    ("outlying_queries", "max(numbers", "min(numbers"),
+    ("outlying_queries", "first + neighbours, length", "first + window, length"),
+    ("outlying_queries", "length)) if valid[b, p, t]]", "length))]"),
+    ("outlying_queries", "for t in tokens if valid[b, p, t]]", "for t in tokens]"),
+    ("outlying_queries", ".square().sum()", ".sum()"),
+    ("outlying_queries", "if not math.isnan(distance[t])]", "]"),
+    ("outlying_queries", "(candidates or tokens)[0]", "tokens[0]"),
+    ("outlying_queries", "double().mean(0)", "double().sum(0)"),
     ("block_scores", '"b p (i x) (j y) -> b p i j", "max"', '"b p (i x) (j y) -> b p i j", "mean"'),
     ("block_scores", "x, y = cell", "y, x = cell"),
     ("block_scores", "torch.log_softmax(scores, -1)", "scores"),

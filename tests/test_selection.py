@@ -13,8 +13,7 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
 import flexproxy
 from flexproxy import ProxyConfig, implementations, masks, reference
-from flexproxy.proxy import head_groups, pool_heads
-from tests.oracle import EPS, Case, check_count, check_rank, expect, random_case
+from tests.oracle import EPS, Case, check_count, check_rank, expect, pooled, random_case
 
 NUM_CASES, CASES_PER_TEST = 240, 12
 
@@ -22,13 +21,6 @@ NUM_CASES, CASES_PER_TEST = 240, 12
 def interpreted(device: str) -> bool:
     """Whether the Triton kernels in use are interpreted: there bf16 products are wrong (triton 3.8)."""
     return device == "cpu" and implementations.kernel_of("block_scores", torch.empty(0)) is not None
-
-
-def pooled(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    config = case.config
-    groups, k_groups = head_groups(config.num_proxies, config.groups, case.q.shape[1], case.k.shape[1])
-    q_stride, k_stride = config.strides
-    return pool_heads(case.q, groups, q_stride), pool_heads(case.k, k_groups, k_stride)
 
 
 @pytest.mark.parametrize("first", range(0, NUM_CASES, CASES_PER_TEST))
@@ -61,9 +53,9 @@ def test_selection_equals_the_reference(first: int, implementation: str) -> None
             check_lists(selection.block_mask(), selected, expected.full)
         except AssertionError as error:
             raise AssertionError(f"{context}: {error}") from error
-    # The tolerances above are for near-ties, which are rare: nearly everything must be equal.
+    # The tolerances above are for near-ties, which are rare: nearly everything must be equal, but for two that swap.
     print(differing, blocks, different_counts, counts)
-    assert differing <= 0.002 * blocks
+    assert differing <= max(2, 0.002 * blocks)
     assert different_counts <= 0.02 * counts
 
 
@@ -143,7 +135,9 @@ def test_pooling_is_the_mean_rounded_once(device: str) -> None:
         case = random_case(3000 + seed, device)
         groups = case.groups()
         k_groups = reference.key_groups(groups, case.q.shape[1], case.k.shape[1])
-        parts = zip((case.q, case.k), (groups, k_groups), case.config.strides, pooled(case), strict=True)
+        q_stride, k_stride = case.config.strides
+        strides = 1 if case.config.query_choice == "outlier" else q_stride, k_stride
+        parts = zip((case.q, case.k), (groups, k_groups), strides, pooled(case), strict=True)
         for x, heads, stride, got in parts:
             want = reference.pool_heads(x.cpu(), heads, stride)
             assert got.dtype == x.dtype
@@ -159,7 +153,7 @@ def test_density_finds_the_nearest_gamma(density: float, device: str) -> None:
         config = ProxyConfig(
             **{
                 name: getattr(case.config, name)
-                for name in ("num_proxies", "groups", "stride", "query_stride", "block_size")
+                for name in ("num_proxies", "groups", "stride", "query_stride", "query_choice", "block_size")
             },
             min_budget=case.config.block_size,
             density=density,
@@ -204,6 +198,7 @@ PAPER = {
     "density": None,
     "stride": 4,
     "query_stride": None,
+    "query_choice": "first",
     "block_size": 128,
     "min_budget": 2048,
     "max_budget": None,

@@ -10,8 +10,7 @@ import torch
 
 import flexproxy
 from flexproxy import ProxyConfig, masks
-from tests.oracle import expect, random_case
-from tests.test_selection import pooled
+from tests.oracle import expect, pooled, random_case
 
 
 @pytest.mark.parametrize("seed", range(24))

@@ -128,7 +128,9 @@ class Rows:
 
 def _without_scores(config: ProxyConfig) -> ProxyConfig:
     """The settings, with scores as cheap as they can be: budgets and the mask do not depend on them."""
-    return replace(config, num_proxies=1, groups=None, stride=config.block_size, query_stride=None)
+    return replace(
+        config, num_proxies=1, groups=None, stride=config.block_size, query_stride=None, query_choice="first"
+    )
 
 
 def _forced(selection: Selection, config: ProxyConfig) -> Tensor:

@@ -8,6 +8,7 @@ from flexproxy.kernels.classify import classify_union, last_valid_queries, summa
 from flexproxy.kernels.counts import count_blocks
 from flexproxy.kernels.lists import block_lists, selected_lists
 from flexproxy.kernels.masses import block_masses
+from flexproxy.kernels.outlying import outlying_queries
 from flexproxy.kernels.pool import pool_groups
 from flexproxy.kernels.rank import forced_counts, rank_blocks
 from flexproxy.kernels.scores import block_scores
@@ -22,6 +23,7 @@ OPERATORS = {
         count_blocks,
         forced_counts,
         last_valid_queries,
+        outlying_queries,
         pool_groups,
         rank_blocks,
         selected_lists,

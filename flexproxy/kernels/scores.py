@@ -61,6 +61,7 @@ def _scores_kernel(
 def block_scores(
     q: Tensor,
     k: Tensor,
+    chosen: Tensor | None,
     lo: Tensor | None,
     hi: Tensor | None,
     q_label: Tensor | None,
@@ -75,7 +76,7 @@ def block_scores(
     workspace: int,
 ) -> Tensor:
     """``flexproxy.scores.block_scores``, as many rows of blocks at a time as the workspace has room for."""
-    batch, proxies, num_rows, _ = q.shape
+    batch, proxies, num_rows = q.shape[:3] if chosen is None else chosen.shape
     num_q_blocks, num_k_blocks = admissible.shape[2:]
     tile = scores_tile(q.dtype, q.shape[3], q.device)
     columns = -(-k_cell // tile.keys)
@@ -87,7 +88,7 @@ def block_scores(
         stop = min(start + blocks_per_part, num_q_blocks)
         rows = slice(start * q_cell, min(stop * q_cell, num_rows))
         values, partial = block_logits(
-            q, k, (lo, hi, q_label, k_label, bits), None, summary, rows, q_cell, k_cell, stride, scale, False, tile
+            q, k, (lo, hi, q_label, k_label, bits), chosen, summary, rows, q_cell, k_cell, stride, scale, False, tile
         )
         launch(
             _scores_kernel,
