@@ -2,11 +2,11 @@
 
     python -m benchmarks.bench_build --lengths 8192 131072 --num-proxies 1 4 8
 
-bf16, B 1, Hq 32, Hkv 8, D 128, random inputs, causal, stride 4, blocks of 128, a density of 0.1. First the gate: ranks
-and counts are those of the specification; if not, nothing is timed.
+bf16, B 1, Hq 32, Hkv 8, D 128, random inputs, causal, blocks of 128, a density of 0.1; stride 4, as in the paper, and
+``ProxyConfig.outliers``. First the gate: ranks and counts are those of the specification; if not, nothing is timed.
 
-Columns of a row, one for each length and number of proxy heads:
-- length (tokens), num_proxies, density (target), min_budget (tokens)
+Columns of a row, one for each length, number of proxy heads and choice of queries:
+- length (tokens), num_proxies, query_choice, density (target), min_budget (tokens)
 - median_ms, p10_ms, p90_ms, repeats: of one call, by CUDA events
 - cpu_ms: of one call on the CPU, until it returns; the median, with nothing queued before
 - stage_pool_ms ... stage_other_ms, kernels: device time by the names of kernels, and launches, from a profile
@@ -43,6 +43,7 @@ from benchmarks.harness import (
     time_ms,
 )
 from benchmarks.stages import profile_stages
+from flexproxy import ProxyConfig
 
 LENGTHS = [2**i for i in range(13, 21)]
 
@@ -50,9 +51,16 @@ LENGTHS = [2**i for i in range(13, 21)]
 class Case(NamedTuple):
     length: int
     num_proxies: int
+    query_choice: str = "first"
 
     def __str__(self) -> str:
-        return f"{self.length} tokens, P {self.num_proxies}"
+        return f"{self.length} tokens, P {self.num_proxies}" + (", outliers" if self.query_choice == "outlier" else "")
+
+    def config(self, density: float) -> ProxyConfig:
+        config = config_for(density, self.length, self.num_proxies)
+        if self.query_choice == "first":
+            return config
+        return ProxyConfig.outliers(num_proxies=self.num_proxies, density=density, min_budget=config.min_budget)
 
 
 def cpu_ms(run: Callable[[], Any], repeats: int = 5) -> float:
@@ -74,7 +82,7 @@ def dense_time(length: int, budget_ms: float) -> Row:
 
 
 def measure(case: Case, density: float, dense_up_to: int, budget_ms: float) -> list[Row]:
-    config = config_for(density, case.length, case.num_proxies)
+    config = case.config(density)
     row: Row = case._asdict() | {"density": density, "min_budget": config.min_budget}
 
     def timed() -> Row:
@@ -97,14 +105,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--lengths", type=positive_int, nargs="+", default=LENGTHS, help="tokens")
     options.add_argument("--num-proxies", type=positive_int, nargs="+", default=[1, 4, 8], help="proxy heads")
+    options.add_argument(
+        "--outliers", type=positive_int, nargs="*", default=[2], help="proxy heads of ProxyConfig.outliers"
+    )
     options.add_argument("--density", type=fraction, default=0.1, help="kept / admissible blocks")
     options.add_argument("--dense-up-to", type=positive_int, default=2**18, help="longest prompt for dense attention")
     options.add_argument("--budget-ms", type=positive_float, default=300.0, help="time for the repeats of one thing")
-    args = parse(options, argv, lengths=[8192, 32768], num_proxies=[1], budget_ms=50.0)
+    args = parse(options, argv, lengths=[8192, 32768], num_proxies=[1], outliers=[2], budget_ms=50.0)
     require_gpu()
-    for num_proxies in (1, 4):
-        gate.check_selection(num_proxies)
-    cases = [Case(length, p) for length in args.lengths for p in args.num_proxies]
+    for config in (ProxyConfig(), ProxyConfig(num_proxies=2), ProxyConfig.outliers()):
+        gate.check_selection(config)
+    kinds = [(p, "first") for p in args.num_proxies] + [(p, "outlier") for p in args.outliers]
+    cases = [Case(length, *kind) for length in args.lengths for kind in kinds]
     run_cases(
         cases,
         lambda case: measure(case, args.density, args.dense_up_to, args.budget_ms),

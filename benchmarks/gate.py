@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,11 +20,11 @@ LENGTH = 2000  # ragged: no multiple of a block or a tile
 WHOLE = 2048  # whole blocks, for which other kernels are compiled
 
 
-def check_selection(num_proxies: int) -> None:
+def check_selection(config: ProxyConfig) -> None:
     """Ranks and counts are those of the specification, by the checks of the test suite."""
     q, k, v = inputs(LENGTH)
     q, k, v = q[:, :8], k[:, :2], v[:, :2]
-    config = ProxyConfig(num_proxies=num_proxies, gamma=0.5, min_budget=256)
+    config = replace(config, gamma=0.5, min_budget=256)
     case = Case(q, k, v, config, "default", None, [0])
     expected = expect(case, *pooled(case))
     selection = flexproxy.select(q, k, config=config)
@@ -30,9 +32,7 @@ def check_selection(num_proxies: int) -> None:
         check_rank(selection.rank.cpu(), expected)
         check_count(selection.count.cpu(), expected, config)
     except AssertionError as error:
-        raise SystemExit(
-            f"correctness gate failed: selection with P = {num_proxies}: {error}; nothing was timed"
-        ) from None
+        raise SystemExit(f"correctness gate failed: selection with {config}: {error}; nothing was timed") from None
 
 
 def check_attention(every: bool) -> None:

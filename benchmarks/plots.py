@@ -96,15 +96,19 @@ def stages(rows: Sequence[Row], length: int) -> dict[str, Row]:
     for row in pick(rows, length=length, stage_error=None):
         parts = {stage: row[f"stage_{stage}_ms"] for stage in (*STAGES, "other")}
         parts["gaps"] = max(0.0, row["median_ms"] - sum(parts.values()))
-        bars[f"P = {row['num_proxies']}"] = parts
+        bars[_proxies(row)] = parts
     return bars
+
+
+def _proxies(row: Row) -> str:
+    return f"P = {row['num_proxies']}" + (", outliers" if row["query_choice"] == "outlier" else "")
 
 
 def builds(rows: Sequence[Row]) -> Series:
     """Milliseconds by length: of build, a line for each number of proxies, and of dense attention in the same run."""
     series: Series = {}
     for row in pick(rows):
-        series.setdefault(f"build, P = {row['num_proxies']}", []).append((row["length"], row["median_ms"]))
+        series.setdefault(f"build, {_proxies(row)}", []).append((row["length"], row["median_ms"]))
     dense = {row["length"]: row["dense_ms"] for row in pick(rows) if row.get("dense_ms") is not None}
     return series | {"dense cuDNN": list(dense.items())}
 

@@ -60,9 +60,13 @@ def from_kv_blocks(
     )
 
 
+def flash_backend_exists() -> bool:
+    """Whether this torch has ``BACKEND="FLASH"``, and the package that it needs (flash-attn-4) is there."""
+    return _flash_backend_exists()
+
+
 @functools.cache
 def _flash_backend_exists() -> bool:
-    """Whether this torch has ``BACKEND="FLASH"``, and the package that it needs (flash-attn-4) is there."""
     try:
         return all(
             importlib.util.find_spec(name) is not None
@@ -72,8 +76,9 @@ def _flash_backend_exists() -> bool:
         return False
 
 
-# Dynamo would look into the cached function, and refuses what it finds.
-flash_backend_exists: Callable[[], bool] = torch.compiler.assume_constant_result(_flash_backend_exists)
+# To dynamo the answer is a constant; it refuses to look for it. This is torch.compiler.assume_constant_result, which
+# would import the whole compiler.
+flash_backend_exists._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def seq_lengths_of(block_mask: BlockMask) -> tuple[int, int] | None:

@@ -29,7 +29,9 @@ class Benchmark(NamedTuple):
 
 BENCHMARKS = {
     "build": Benchmark(
-        "time of build, beside dense attention", ("length", "num_proxies", "density"), ("median_ms", "dense_ms")
+        "time of build, beside dense attention",
+        ("length", "num_proxies", "query_choice", "density"),
+        ("median_ms", "dense_ms"),
     ),
     "attention": Benchmark(
         "time of sparse attention, beside dense attention and peers",

@@ -100,8 +100,11 @@ def select_for(
 
     # 1. Proxy heads, and their scores: one ranking of blocks for all heads of a proxy.
     q_proxy, k_proxy = pool_heads(q, groups, 1 if choose else q_stride), pool_heads(k, k_groups, k_stride)
-    chosen = outlying_queries(q_proxy, merge_heads(mask.admissible.valid, groups), q_stride) if choose else None
-    sampled = mask.sampled or _evaluated_at(chosen, mask, frame, groups, proxy_of)
+    chosen, sampled = None, mask.sampled
+    if choose:
+        chosen = outlying_queries(q_proxy, merge_heads(mask.admissible.valid, groups), q_stride)
+        if sampled.clauses is None:
+            sampled = _evaluated_at(chosen, mask, frame, groups, proxy_of)
     q_cell, k_cell = (config.block_size // stride for stride in config.strides)
     # As much as one of the lists of the BlockMask will take, so that it does not show in the peak.
     workspace = min(max(4 * q.shape[0] * q.shape[1] * mask.some.shape[2] * mask.some.shape[3], 2**25), 2**30)
@@ -193,7 +196,7 @@ class _Mask(NamedTuple):
     rows: Tensor  # int32 [b, p, Nq, 5], summarize_rows of the proxies
     offset: Tensor  # integers [b], the position of query 0 among the keys
     forced: Tensor  # int32 [b, 1 or Hq], the most forced blocks of a row
-    sampled: SampledMask | None  # at the sampled queries and keys; None if it must be evaluated at chosen queries
+    sampled: SampledMask  # at the sampled queries and keys; where queries are chosen later, of use if it has clauses
     probes: Tensor  # int64 [b, h, block_size], the last valid queries, -1 where there are fewer
     probed: SampledMask  # by clauses at every query and key, or by bits at the probes and every key
 
@@ -276,18 +279,16 @@ def _prepare(mask_mod: MaskMod, block_mask: BlockMask | None, frame: _Frame, gro
     offset = offset.reshape(-1)
     forced = forced_counts(admissible.any, rows, proxy_of, offset, *frame.forced())
     probes = last_valid_queries(admissible.valid, frame.block_size)
-    sampled: SampledMask | None
     if clauses is not None:
         sampled, probed = SampledMask(_sampled(clauses, frame.strides), None), SampledMask(clauses, None)
     else:
-        sampled = None if frame.strides[0] is None else SampledMask(None, bits)
-        probed = SampledMask(None, bits_at(mask_mod, probes.clamp(min=0), frame.num_keys))
+        bits_of_probes = bits_at(mask_mod, probes.clamp(min=0), frame.num_keys)
+        sampled, probed = SampledMask(None, bits), SampledMask(None, bits_of_probes)
     return _Mask(mask_mod, admissible, some, rows, offset, forced, sampled, probes, probed)
 
 
-def _evaluated_at(chosen: Tensor | None, mask: _Mask, frame: _Frame, groups: Groups, proxy_of: Tensor) -> SampledMask:
+def _evaluated_at(chosen: Tensor, mask: _Mask, frame: _Frame, groups: Groups, proxy_of: Tensor) -> SampledMask:
     """The mask at the chosen queries of every proxy, merged over its heads where these differ, and the sampled keys."""
-    assert chosen is not None
     merge = None
     if mask.admissible.any.shape[1] > 1:
         chosen, merge = chosen[:, proxy_of], lambda x: merge_heads(x, groups)

@@ -118,7 +118,7 @@ def outlying_queries(q: Tensor, valid: Tensor, window: int) -> Tensor:
         rows = slice(start, min(start + NEIGHBOURS * _CHUNK, num_queries))
         present = pad_to_multiple(valid[:, :, rows], -1, NEIGHBOURS, False).unflatten(-1, (-1, NEIGHBOURS))[..., None]
         x = pad_to_multiple(q[:, :, rows].double(), -2, NEIGHBOURS, 0.0).unflatten(2, (-1, NEIGHBOURS))
-        mean = x.where(present, 0.0).sum(-2, keepdim=True) / present.sum(-2, keepdim=True).clamp(min=1)
+        mean = torch.where(present, x, 0.0).sum(-2, keepdim=True) / present.sum(-2, keepdim=True).clamp(min=1)
         distance = (x - mean).square().sum(-1)
         distance = distance.masked_fill(distance.isnan(), -1.0).masked_fill(~present[..., 0], -2.0)
         best = distance.reshape(batch, proxies, -1, window).argmax(-1)

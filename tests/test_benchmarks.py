@@ -18,7 +18,7 @@ import flexproxy
 from benchmarks import bench_attention, bench_build, bench_memory, contenders, gate, harness, stages
 from benchmarks.baselines import METHODS, to_block_mask
 from benchmarks.harness import Row
-from flexproxy import masks, reference
+from flexproxy import ProxyConfig, masks, reference
 
 MODULES = {"attention": bench_attention, "build": bench_build, "memory": bench_memory}
 ENVIRONMENT = {"gpu": "a GPU"}
@@ -255,8 +255,8 @@ def gate_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("gate_on_cpu")
 def test_the_gate_lets_right_results_pass() -> None:
     gate.check_attention(every=True)
-    gate.check_selection(1)
-    gate.check_selection(4)
+    gate.check_selection(ProxyConfig())
+    gate.check_selection(ProxyConfig.outliers())
 
 
 @pytest.mark.usefixtures("gate_on_cpu")
@@ -289,8 +289,8 @@ def test_the_gate_stops_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
 
     select = flexproxy.select
     monkeypatch.setattr(flexproxy, "select", off)
-    with pytest.raises(SystemExit, match="gate failed: selection with P = 1"):
-        gate.check_selection(1)
+    with pytest.raises(SystemExit, match="gate failed: selection with ProxyConfig"):
+        gate.check_selection(ProxyConfig())
 
 
 # Whole runs, on small inputs, with a clock and kernels of this CPU
@@ -308,7 +308,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flexproxy, "attention", eager_attention)
     monkeypatch.setattr(harness, "environment", lambda: ENVIRONMENT)
     monkeypatch.setattr(gate, "check_attention", lambda every: None)
-    monkeypatch.setattr(gate, "check_selection", lambda num_proxies: None)
+    monkeypatch.setattr(gate, "check_selection", lambda config: None)
     replacements: dict[str, Any] = {"require_gpu": lambda: None, "inputs": small_inputs, "time_ms": fake_time}
     replacements |= {"flex": eager, "cpu_ms": lambda run: 0.5, "profile_stages": lambda run: fake_stages(run, 1.0)}
     replacements["peak_memory"] = lambda run: {"kept_mib": 1.0, "extra_mib": 0.5 * (run() is not None)}
@@ -377,10 +377,13 @@ def test_a_case_that_breaks_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.usefixtures("on_cpu")
 def test_bench_build_has_stages_and_the_share_of_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_build, "cudnn", lambda q, k, v: q)
-    arguments = ["--lengths", "512", "1000", "--num-proxies", "1", "3", "--dense-up-to", "512"]
+    arguments = ["--lengths", "512", "1000", "--num-proxies", "1", "3", "--outliers", "2", "--dense-up-to", "512"]
     rows = result_of(bench_build, tmp_path / "build.json", *arguments)
-    assert [(r["length"], r["num_proxies"]) for r in rows] == [(512, 1), (512, 3), (1000, 1), (1000, 3)]
-    good, impossible, long, _ = rows
+    kinds = [(1, "first"), (3, "first"), (2, "outlier")]
+    wanted = [(length, *kind) for length in (512, 1000) for kind in kinds]
+    assert [(r["length"], r["num_proxies"], r["query_choice"]) for r in rows] == wanted
+    good, impossible, outliers, long, _, _ = rows
+    assert outliers["error"] is None
     assert good["error"] is good["stage_error"] is good["dense_error"] is None
     assert (good["median_ms"], good["cpu_ms"], good["dense_ms"], good["share_of_dense"]) == (1.0, 0.5, 1.0, 1.0)
     assert {f"stage_{stage}_ms" for stage in (*stages.STAGES, "other")} < set(good)

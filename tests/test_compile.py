@@ -19,6 +19,7 @@ from tests.accuracy import assert_accurate, skip_unless_flex_compiles
 
 BATCH, HEADS, KV_HEADS, LENGTH, HEAD_DIM, BLOCK = 2, 4, 2, 300, 32, 64
 CONFIG = ProxyConfig(num_proxies=KV_HEADS, gamma=0.6, min_budget=0, block_size=BLOCK)
+OUTLIERS = ProxyConfig.outliers(num_proxies=KV_HEADS, gamma=0.6, min_budget=0, block_size=BLOCK)
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 Arguments = dict[str, Any]
@@ -136,6 +137,9 @@ KINDS: dict[str, Kind] = {
         }
     ),
     "another scale": Kind(lambda x: {"config": CONFIG, "scale": 0.25}),
+    "outliers": Kind(lambda x: {"config": OUTLIERS}),
+    "outliers, documents": Kind(lambda x: {"config": OUTLIERS, **KINDS["documents"].arguments(x)}),
+    "outliers, closure of tensors": Kind(lambda x: {"config": OUTLIERS, **KINDS["closure of tensors"].arguments(x)}),
 }
 
 # create_block_mask of a mask made inside is not something that every dynamo traces.

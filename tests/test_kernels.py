@@ -31,7 +31,7 @@ pytest.importorskip("triton")
 kernels: Any = importlib.import_module("flexproxy.kernels")
 LAUNCHERS = [
     importlib.import_module(f"flexproxy.kernels.{name}")
-    for name in ("block_logits", "classify", "counts", "lists", "masses", "pool", "rank", "scores")
+    for name in ("block_logits", "classify", "counts", "lists", "masses", "outlying", "pool", "rank", "scores")
 ]
 
 

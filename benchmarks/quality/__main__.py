@@ -59,8 +59,9 @@ def options(argv: Sequence[str] | None) -> Namespace:
         "--strides",
         type=stride_option,
         nargs="*",
-        default=["4", "8:2", "2", "1"],
-        help="flexproxy's strides; of queries and of keys, as 8:2, where they differ",
+        default=["4", "outlier16:1", "2", "1"],
+        help="flexproxy's strides; of queries and of keys, as 8:2, where they differ; the outlier of 16 queries: "
+        "outlier16:1",
     )
     found.add_argument(
         "--min-budget", type=int, default=256, help="tokens that a row keeps at least, where this can be set"
@@ -75,16 +76,23 @@ def options(argv: Sequence[str] | None) -> Namespace:
 
 def stride_option(text: str) -> str:
     """An argument of ``--strides``, as it stands: what is brought to ``config_of``."""
-    if not re.fullmatch(r"([1-9]\d*:)?[1-9]\d*", text):
-        raise ArgumentTypeError(f"expected a stride, as 4, or that of queries and that of keys, as 8:2, got {text}")
+    if not re.fullmatch(r"((outlier)?[1-9]\d*:)?[1-9]\d*", text):
+        raise ArgumentTypeError(
+            f"expected a stride, as 4, or that of queries and that of keys, as 8:2 or outlier16:1, got {text}"
+        )
     return text
 
 
 def config_of(proxies: int, text: str, min_budget: int) -> ProxyConfig:
     """flexproxy's settings for an argument of ``--strides``."""
     query, _, key = text.rpartition(":")
+    stride = query.removeprefix("outlier")
     return ProxyConfig(
-        num_proxies=proxies, stride=int(key), query_stride=int(query) if query else None, min_budget=min_budget
+        num_proxies=proxies,
+        stride=int(key),
+        query_stride=int(stride) if stride else None,
+        query_choice="outlier" if stride != query else "first",
+        min_budget=min_budget,
     )
 
 

@@ -91,7 +91,8 @@ def _of_config(config: ProxyConfig) -> Method:
         return flexproxy.select(q, k, config=config).block_map()
 
     stride = ":".join(map(str, dict.fromkeys(config.strides)))  # of queries and keys, where they differ
-    return Method(f"flexproxy P {config.total_proxies}, stride {stride}", setting, select)
+    kind = "stride" if config.query_choice == "first" else config.query_choice
+    return Method(f"flexproxy P {config.total_proxies}, {kind} {stride}", setting, select)
 
 
 def _baseline(name: str, target: float, min_budget: int) -> Method:
