@@ -6,7 +6,7 @@ bf16, B 1, Hq 32, Hkv 8, D 128, random inputs, causal, blocks of 128, a density 
 ``ProxyConfig.outliers``. First the gate: ranks and counts are those of the specification; if not, nothing is timed.
 
 Columns of a row, one for each length, number of proxy heads and choice of queries:
-- length (tokens), num_proxies, query_choice, density (target), min_budget (tokens)
+- length (tokens), num_proxies, query_choice, query_stride, density (target), min_budget (tokens)
 - median_ms, p10_ms, p90_ms, repeats: of one call, by CUDA events
 - cpu_ms: of one call on the CPU, until it returns; the median, with nothing queued before
 - stage_pool_ms ... stage_other_ms, kernels: device time by the names of kernels, and launches, from a profile
@@ -51,16 +51,17 @@ LENGTHS = [2**i for i in range(13, 21)]
 class Case(NamedTuple):
     length: int
     num_proxies: int
-    query_choice: str = "first"
+    outlier_of: int | None = None  # so many queries, as in ProxyConfig.outliers
 
     def __str__(self) -> str:
-        return f"{self.length} tokens, P {self.num_proxies}" + (", outliers" if self.query_choice == "outlier" else "")
+        outliers = "" if self.outlier_of is None else f", outliers of {self.outlier_of}"
+        return f"{self.length} tokens, P {self.num_proxies}{outliers}"
 
     def config(self, density: float) -> ProxyConfig:
         config = config_for(density, self.length, self.num_proxies)
-        if self.query_choice == "first":
+        if self.outlier_of is None:
             return config
-        return ProxyConfig.outliers(num_proxies=self.num_proxies, density=density, min_budget=config.min_budget)
+        return ProxyConfig.outliers(query_stride=self.outlier_of, density=density, min_budget=config.min_budget)
 
 
 def cpu_ms(run: Callable[[], Any], repeats: int = 5) -> float:
@@ -83,7 +84,8 @@ def dense_time(length: int, budget_ms: float) -> Row:
 
 def measure(case: Case, density: float, dense_up_to: int, budget_ms: float) -> list[Row]:
     config = case.config(density)
-    row: Row = case._asdict() | {"density": density, "min_budget": config.min_budget}
+    row: Row = {"length": case.length, "num_proxies": case.num_proxies, "query_choice": config.query_choice}
+    row |= {"query_stride": config.strides[0], "density": density, "min_budget": config.min_budget}
 
     def timed() -> Row:
         q, k, _ = inputs(case.length)
@@ -106,16 +108,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--lengths", type=positive_int, nargs="+", default=LENGTHS, help="tokens")
     options.add_argument("--num-proxies", type=positive_int, nargs="+", default=[1, 4, 8], help="proxy heads")
     options.add_argument(
-        "--outliers", type=positive_int, nargs="*", default=[2], help="proxy heads of ProxyConfig.outliers"
+        "--outliers", type=positive_int, nargs="*", default=[8, 16], help="query strides of ProxyConfig.outliers"
     )
     options.add_argument("--density", type=fraction, default=0.1, help="kept / admissible blocks")
     options.add_argument("--dense-up-to", type=positive_int, default=2**18, help="longest prompt for dense attention")
     options.add_argument("--budget-ms", type=positive_float, default=300.0, help="time for the repeats of one thing")
-    args = parse(options, argv, lengths=[8192, 32768], num_proxies=[1], outliers=[2], budget_ms=50.0)
+    args = parse(options, argv, lengths=[8192, 32768], num_proxies=[1], outliers=[8], budget_ms=50.0)
     require_gpu()
     for config in (ProxyConfig(), ProxyConfig(num_proxies=2), ProxyConfig.outliers()):
         gate.check_selection(config)
-    kinds = [(p, "first") for p in args.num_proxies] + [(p, "outlier") for p in args.outliers]
+    kinds = [(p, None) for p in args.num_proxies]
+    kinds += [(ProxyConfig.outliers().num_proxies, stride) for stride in args.outliers]
     cases = [Case(length, *kind) for length in args.lengths for kind in kinds]
     run_cases(
         cases,

@@ -101,7 +101,8 @@ def stages(rows: Sequence[Row], length: int) -> dict[str, Row]:
 
 
 def _proxies(row: Row) -> str:
-    return f"P = {row['num_proxies']}" + (", outliers" if row["query_choice"] == "outlier" else "")
+    outliers = f", outliers of {row['query_stride']}" if row["query_choice"] == "outlier" else ""
+    return f"P = {row['num_proxies']}{outliers}"
 
 
 def builds(rows: Sequence[Row]) -> Series:

@@ -30,7 +30,7 @@ class Benchmark(NamedTuple):
 BENCHMARKS = {
     "build": Benchmark(
         "time of build, beside dense attention",
-        ("length", "num_proxies", "query_choice", "density"),
+        ("length", "num_proxies", "query_choice", "query_stride", "density"),
         ("median_ms", "dense_ms"),
     ),
     "attention": Benchmark(

@@ -123,10 +123,11 @@ class ProxyConfig:
 
     @classmethod
     def outliers(cls, **changes: Any) -> ProxyConfig:
-        """The defaults, but two proxy heads, and scores of every key with the outlier of every 16 queries. [ours]
+        """Two proxy heads, and the scores of every key with the outlier of every 8 queries: finds more. [ours]
 
-        As many pairs as stride 4 for each proxy head, at about 0.6 ms more than the defaults at 128K tokens on an H200.
-        docs/quality.md has what it gains. With one key head or one query head, set ``num_proxies``.
+        ``query_stride=16`` takes half as long, and loses where several things are looked for in 16 tokens. What both
+        find, and take, is in docs/quality.md and docs/performance.md. For heads that two does not divide, set
+        ``num_proxies``.
 
         Args:
             changes: fields to set otherwise, by name.
@@ -134,7 +135,7 @@ class ProxyConfig:
         Raises:
             TypeError, ValueError: as ``ProxyConfig``.
         """
-        settings: dict[str, Any] = {"num_proxies": 2, "stride": 1, "query_stride": 16, "query_choice": "outlier"}
+        settings: dict[str, Any] = {"num_proxies": 2, "stride": 1, "query_stride": 8, "query_choice": "outlier"}
         return cls(**(settings | changes))
 
     @property

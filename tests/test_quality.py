@@ -229,9 +229,9 @@ def test_strides_of_queries_and_of_keys() -> None:
         num_proxies=2, query_stride=8, stride=2, min_budget=128
     )
     assert command.config_of(1, command.stride_option("4"), 0).strides == (4, 4)
-    assert command.config_of(2, command.stride_option("outlier16:1"), 64) == ProxyConfig.outliers(min_budget=64)
+    assert command.config_of(2, command.stride_option("outlier8:1"), 64) == ProxyConfig.outliers(min_budget=64)
     for text in ("8:", ":2", "0", "8:2:1", "x", "outlier4", "outlier:1", "8:outlier1"):
-        with pytest.raises(argparse.ArgumentTypeError, match="as 8:2 or outlier16:1, got"):
+        with pytest.raises(argparse.ArgumentTypeError, match="as 8:2 or outlier8:1, got"):
             command.stride_option(text)
 
 

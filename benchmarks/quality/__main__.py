@@ -59,9 +59,9 @@ def options(argv: Sequence[str] | None) -> Namespace:
         "--strides",
         type=stride_option,
         nargs="*",
-        default=["4", "outlier16:1", "2", "1"],
-        help="flexproxy's strides; of queries and of keys, as 8:2, where they differ; the outlier of 16 queries: "
-        "outlier16:1",
+        default=["4", "outlier8:1", "2", "1"],
+        help="flexproxy's strides; of queries and of keys, as 8:2, where they differ; the outlier of 8 queries: "
+        "outlier8:1",
     )
     found.add_argument(
         "--min-budget", type=int, default=256, help="tokens that a row keeps at least, where this can be set"
@@ -78,7 +78,7 @@ def stride_option(text: str) -> str:
     """An argument of ``--strides``, as it stands: what is brought to ``config_of``."""
     if not re.fullmatch(r"((outlier)?[1-9]\d*:)?[1-9]\d*", text):
         raise ArgumentTypeError(
-            f"expected a stride, as 4, or that of queries and that of keys, as 8:2 or outlier16:1, got {text}"
+            f"expected a stride, as 4, or that of queries and that of keys, as 8:2 or outlier8:1, got {text}"
         )
     return text
 
