@@ -14,6 +14,7 @@ from flexproxy._tensors import is_contiguous, pad_to_multiple
 from flexproxy.config import NEIGHBOURS
 
 Groups = tuple[tuple[int, ...], ...]
+CHUNK_ELEMENTS = 2**22  # of proxy queries in one piece, in double precision 32 MiB
 
 
 def head_groups(
@@ -112,10 +113,11 @@ def outlying_queries(q: Tensor, valid: Tensor, window: int) -> Tensor:
         valid: bool ``[b, p, Sq]``, the query has an allowed key.
         window: queries in a window, a power of two up to ``NEIGHBOURS``.
     """
-    batch, proxies, num_queries, _ = q.shape
+    batch, proxies, num_queries, head_dim = q.shape
     chosen = []
-    for start in range(0, num_queries, NEIGHBOURS * _CHUNK):
-        rows = slice(start, min(start + NEIGHBOURS * _CHUNK, num_queries))
+    rows_per_chunk = max(1, CHUNK_ELEMENTS // (batch * proxies * head_dim * NEIGHBOURS)) * NEIGHBOURS
+    for start in range(0, num_queries, rows_per_chunk):
+        rows = slice(start, min(start + rows_per_chunk, num_queries))
         present = pad_to_multiple(valid[:, :, rows], -1, NEIGHBOURS, False).unflatten(-1, (-1, NEIGHBOURS))[..., None]
         x = pad_to_multiple(q[:, :, rows].double(), -2, NEIGHBOURS, 0.0).unflatten(2, (-1, NEIGHBOURS))
         mean = torch.where(present, x, 0.0).sum(-2, keepdim=True) / present.sum(-2, keepdim=True).clamp(min=1)
@@ -123,10 +125,7 @@ def outlying_queries(q: Tensor, valid: Tensor, window: int) -> Tensor:
         distance = distance.masked_fill(distance.isnan(), -1.0).masked_fill(~present[..., 0], -2.0)
         best = distance.reshape(batch, proxies, -1, window).argmax(-1)
         chosen.append(best + torch.arange(start, start + best.shape[-1] * window, window, device=q.device))
-    return torch.cat(chosen, -1)[..., : -(-num_queries // window)]
-
-
-_CHUNK = 64  # neighbourhoods at a time
+    return torch.cat(chosen, -1)[..., : -(-num_queries // window)].contiguous()
 
 
 def merge_heads(mask: Tensor, groups: Groups) -> Tensor:

@@ -169,17 +169,50 @@ def test_names_exist(page: str) -> None:
             found = getattr(found, part)
 
 
-@pytest.mark.parametrize("name", ["quality_cpu", "quality_means_cpu"])
-def test_figures_of_quality(name: str) -> None:
+@pytest.mark.parametrize(("name", "number"), [("quality_32k", 5), ("quality_32k_demo", 2), ("quality_means_cpu", 2)])
+def test_figures_of_quality(name: str, number: int) -> None:
     """The tables are those of the committed result, and its plot is there."""
     report = pytest.importorskip("benchmarks.quality.report")
     data = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     assert data["complete"]
     page = (DOCS / "quality.md").read_text()
     tables = [report.markdown(data["rows"], length, task) for length, task in report.panels(data["rows"])]
-    assert len(tables) == 2
+    assert len(tables) == number
     assert all(table in page for table in tables)
     assert (ROOT / f"benchmarks/results/{name}.png").exists()
+
+
+def test_figures_against_dense_and_the_oracle() -> None:
+    """The table of what outliers lose is that of the committed result."""
+    rows = json.loads((ROOT / "benchmarks/results/quality_32k.json").read_text())["rows"]
+    percent = {(row["task"], row["setting"], row["method"]): 100 * row["mean"] for row in rows}
+    table = re.findall(r"^\| `(\w+)` \|((?: [+-][\d.]+ \|){6})$", (DOCS / "quality.md").read_text(), re.MULTILINE)
+    assert [task for task, _ in table] == ["single", "variables", "multiquery", "multivalue"]
+    for task, shown in table:
+        wanted = []
+        for window in (8, 16):
+            ours = f"flexproxy P 2, outlier {window}:1"
+            wanted.append(percent[task, "density 0.25", ours] - percent[task, "", "dense"])
+            settings = ("density 0.1", "density 0.04")
+            wanted += [percent[task, setting, ours] - percent[task, setting, "oracle"] for setting in settings]
+        assert shown.split(" |")[:-1] == [f" {x:+.1f}" for x in wanted], task
+
+
+def test_figures_of_outliers() -> None:
+    """What outliers take at 128K tokens, on three pages."""
+    rows = json.loads((ROOT / "benchmarks/results/build_outliers.json").read_text())["rows"]
+    at = [row for row in rows if row["length"] == 131072]
+    (plain,) = [r["median_ms"] for r in at if (r["num_proxies"], r["query_choice"]) == (1, "first")]
+    eight, sixteen = (
+        next(r["median_ms"] for r in at if (r["query_choice"], r["query_stride"]) == ("outlier", stride))
+        for stride in (8, 16)
+    )
+    page = " ".join((DOCS / "performance.md").read_text().split())
+    assert f"takes {eight:.2f} ms there, and {sixteen:.2f} ms with one of 16, beside {plain:.2f} ms" in page
+    assert f"add {eight - plain:.2f} ms, those of 16 {sixteen - plain:.2f}" in page
+    more = f"{eight - plain:.1f} ms more than the default"
+    assert more in " ".join((DOCS / "choosing.md").read_text().split())
+    assert more in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_figures_of_the_stages() -> None:

@@ -100,6 +100,21 @@ def test_figures_of_a_model() -> None:
     assert f"{ours['peak_mib'] - cudnn['peak_mib']:.0f} MiB more memory" in text
 
 
+def test_figures_of_quality() -> None:
+    """The table of answers is a part of that in docs/quality.md, which is the committed result's."""
+    lines = re.findall(r"^\| (?:flexproxy P|oracle|XAtt|Fl|Prism|mean|sink).*\([\d.]+ to .*$", README, re.MULTILINE)
+    assert len(lines) == 11
+    single = (
+        (ROOT / "docs/quality.md").read_text().partition("Exact answers of `single`")[2].partition("`variables`")[0]
+    )
+    assert all(line in single for line in lines)
+    rows = json.loads((ROOT / "benchmarks/results/quality_32k.json").read_text())["rows"]
+    dense = next(row for row in rows if (row["task"], row["method"]) == ("single", "dense"))
+    shown = f"{100 * dense['mean']:.1f} ({100 * dense['low']:.1f} to {100 * dense['high']:.1f})"
+    assert f"of {dense['number']}, by" in README
+    assert f"dense: {shown}" in README
+
+
 def test_links_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)]+)\)", README)
     local = [link for link in links if not link.startswith("https://")]
