@@ -20,11 +20,12 @@ import transformers
 
 from benchmarks.baselines import to_block_mask
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import evaluate, report
+from benchmarks.quality import evaluate, models, report
 from benchmarks.quality.attention import attention_with_lse, prefill_by
-from benchmarks.quality.evaluate import ResultFile
+from benchmarks.quality.byte_tasks import TASKS
+from benchmarks.quality.evaluate import ResultFile, run_case
 from benchmarks.quality.methods import BASELINES, DENSE, WITHOUT_CORRECTION, Method, check, methods_of
-from benchmarks.quality.models import attention_shape, fingerprint, name_of, tasks_for
+from benchmarks.quality.models import attention_shape, default_model, fingerprint, name_of, tasks_for
 from benchmarks.quality.samples import Sample, Task, bits_per_token, exact_answers, scored_positions
 from benchmarks.quality.texts import Text
 from flexproxy import ProxyConfig, reference
@@ -317,6 +318,22 @@ def test_what_cannot_run_is_said_first(folder: Path, text: Path, tmp_path: Path,
     with pytest.raises(SystemExit, match=message):
         command.main([*arguments(folder, text, tmp_path / "out.json"), *more])
     assert not (tmp_path / "out.json").exists()
+
+
+def test_the_model_of_the_repository_answers() -> None:
+    """Without ``--model``: the task that it was trained on most, in text that is not of its training."""
+    model = load_decoder(default_model(), CPU, "sdpa")
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    haystack = torch.frombuffer(bytearray(sources), dtype=torch.uint8)
+    task = TASKS["single"]
+    right = run_case(model, DENSE, task, task.make(0, 2048, haystack))["exact"]
+    assert sum(right) >= 0.9 * len(right) > 10
+
+
+def test_a_missing_model_of_the_repository_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "NEEDLE", tmp_path)
+    with pytest.raises(SystemExit, match=r"--model: expected a folder or name, got none, and there is no model\.safe"):
+        command.main(["--device", "cpu", "--out", str(tmp_path / "out.json")])
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """How much of a model's quality is left under sparse prefill: flexproxy, other methods and an oracle at equal density.
 
-    python -m benchmarks.quality                                       # the needle model of this repository
+    python -m benchmarks.quality                                       # a needle model of this repository
     python -m benchmarks.quality --model meta-llama/Llama-3.1-8B --text book.txt --lengths 32768 --tasks single multikey
 
 Tasks are made on the spot from a text: needles, chains of variables, frequent words, and the prediction of the text
@@ -23,13 +23,13 @@ from benchmarks.harness import fraction, parse, parser, positive_int, result_pat
 from benchmarks.quality import report
 from benchmarks.quality.evaluate import ResultFile, run
 from benchmarks.quality.methods import BASELINES, Method, check, methods_of
-from benchmarks.quality.models import attention_shape, fingerprint, name_of, tasks_for
+from benchmarks.quality.models import attention_shape, default_model, fingerprint, name_of, tasks_for
 from benchmarks.quality.prompt_tasks import TASKS as ALL_TASKS
 from benchmarks.quality.samples import Task
 from benchmarks.quality.texts import Text, default_folder, read_text
 from flexproxy import ProxyConfig
 from flexproxy._info import processor
-from flexproxy._inputs import default_model, load_decoder, pick_device, reads_bytes
+from flexproxy._inputs import load_decoder, pick_device, reads_bytes
 
 
 def options(argv: Sequence[str] | None) -> Namespace:
@@ -37,7 +37,7 @@ def options(argv: Sequence[str] | None) -> Namespace:
     tasks, baselines = ", ".join(ALL_TASKS), "; ".join(BASELINES)
     found = parser(__doc__)
     found.prog = "python -m benchmarks.quality"
-    found.add_argument("--model", help="folder or name of a causal model; if none, the needle model of the repository")
+    found.add_argument("--model", help="folder or name of a causal model; if none, benchmarks/quality/needle13m")
     found.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is the GPU if there is one"
     )
@@ -98,7 +98,7 @@ def config_of(proxies: int, text: str, min_budget: int) -> ProxyConfig:
 
 def prepare(args: Namespace) -> tuple[Any, Any, list[Task], list[Method], Text]:
     """Model, haystack, tasks, methods and text of a run; stops it with one line where something does not fit."""
-    args.model = str(default_model()) if args.model is None else args.model
+    args.model = default_model() if args.model is None else args.model
     model = load_decoder(args.model, pick_device(args.device), "sdpa")
     if args.text is None:
         if not reads_bytes(model):

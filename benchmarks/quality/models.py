@@ -13,6 +13,22 @@ from benchmarks.quality.samples import Task
 from benchmarks.quality.texts import Text
 from flexproxy._inputs import load_tokenizer, reads_bytes
 
+NEEDLE = Path(__file__).with_name("needle13m")  # seed 1 of benchmarks/quality/train.py
+
+
+def default_model() -> str:
+    """The folder of the needle model that quality is measured on where no other is named.
+
+    Raises:
+        ValueError: it is not here.
+    """
+    if not (NEEDLE / "model.safetensors").is_file():
+        raise ValueError(
+            f"--model: expected a folder or name, got none, and there is no model.safetensors in {NEEDLE}, which is a "
+            "part of the repository alone; clone it, or train one: python -m benchmarks.quality.train --out needle-models"
+        )
+    return str(NEEDLE)
+
 
 def tasks_for(model: Any, name: str, text: Text) -> tuple[dict[str, Task], Any]:
     """The tasks that a model can read, by name, and the haystack that they are made from."""
