@@ -25,7 +25,7 @@ def default_model() -> str:
     if not (NEEDLE / "model.safetensors").is_file():
         raise ValueError(
             f"--model: expected a folder or name, got none, and there is no model.safetensors in {NEEDLE}, which is a "
-            "part of the repository alone; clone it, or train one: python -m benchmarks.quality.train --out needle-models"
+            "part of the repository alone; clone it, or train one with python -m benchmarks.quality.train"
         )
     return str(NEEDLE)
 
