@@ -148,11 +148,6 @@ class ProxyConfig:
         """Tokens from one sampled query to the next, and from one sampled key to the next."""
         return self.stride if self.query_stride is None else self.query_stride, self.stride
 
-    @property
-    def forced(self) -> tuple[int, int]:
-        """First and recent blocks that every row keeps."""
-        return self.sink_blocks, self.local_blocks
-
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> dict[int, ProxyConfig]:
         """The settings of each layer, by index, from a file of ``flexproxy calibrate`` or of ``save_configuration``.

@@ -95,7 +95,8 @@ def select_for(
     sizes = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     q_stride, k_stride = config.strides
     choose = config.query_choice == "outlier" and q_stride > 1
-    frame = _Frame(*sizes, config.block_size, (None if choose else q_stride, k_stride), *config.forced)
+    sampling = None if choose else q_stride, k_stride
+    frame = _Frame(*sizes, config.block_size, sampling, config.sink_blocks, config.local_blocks)
     mask = _read_mask(mask_mod, block_mask, q, frame, groups, proxy_of)
 
     # 1. Proxy heads, and their scores: one ranking of blocks for all heads of a proxy.
