@@ -156,7 +156,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--density", type=float, default=None, help="mean density to reach, instead of --gamma")
     parser.add_argument("--min-budget", type=int, default=512, help="tokens that a row keeps at least (512)")
     parser.add_argument("--num-proxies", type=int, default=None, help="proxy heads; one, or one for each process")
-    parser.add_argument("--stride", type=int, default=4, help="every how many tokens one is sampled (4)")
+    parser.add_argument("--stride", type=int, default=None, help="every how many tokens one is sampled (4)")
+    parser.add_argument("--outliers", action="store_true", help="every key, and the outlier of every 8 queries")
     parser.add_argument("--tensor-parallel", action="store_true", help="under torchrun: divide the heads of each layer")
     parser.add_argument("--json", type=Path, default=None, help="also write the result to this file")
     return parser.parse_args(arguments)
@@ -168,13 +169,10 @@ def main(arguments: list[str] | None = None) -> None:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     first = not distributed or torch.distributed.get_rank() == 0
     processes = torch.distributed.get_world_size() if distributed else 1
-    config = ProxyConfig(
-        gamma=args.gamma,
-        density=args.density,
-        min_budget=args.min_budget,
-        num_proxies=args.num_proxies or processes,
-        stride=args.stride,
-    )
+    settings = {"gamma": args.gamma, "density": args.density, "min_budget": args.min_budget}
+    settings |= {"num_proxies": args.num_proxies or max(processes, 2 if args.outliers else 1)}
+    settings |= {} if args.stride is None else {"stride": args.stride}
+    config = ProxyConfig.outliers(**settings) if args.outliers else ProxyConfig(**settings)
     configure(model, config)
     tokens = read_tokens(args, model.config.get_text_config().vocab_size)
     console = Console(highlight=False)

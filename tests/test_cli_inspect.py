@@ -17,6 +17,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("matplotlib")
 
 from flexproxy import ProxyConfig, _inputs, cli, inspection
+from flexproxy.cli import _inspect
 from flexproxy.integrations.transformers import configure, save_configuration
 from tests.tiny_model import HEADS, LAYERS, save_tiny_model
 from tests.transformers_models import interpreted
@@ -187,6 +188,15 @@ def test_where_all_is_dense_the_record_is_kept(
         assert out.splitlines()[-2:] == [str(folder / "record.png"), str(record)]
     assert [path.name for path in folder.iterdir()] == ["record.png"]
     assert (folder / "record.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_outliers_are_a_setting(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = _inspect._settings({"outliers": True, "gamma": 0.9, "stride": 2}, None)
+    assert found == ProxyConfig.outliers(gamma=0.9, stride=2)
+    assert cli.main([*small, "--outliers", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"]
+    assert cli.main([*small, "--outliers", "--config", str(tmp_path / "settings.json")]) == 2
+    assert "--outliers besides" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["inspect", "calibrate"])

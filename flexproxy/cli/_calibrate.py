@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -47,7 +48,13 @@ def calibrate(
     ] = 4,
     max_proxies: Annotated[int, typer.Option(min=1, help="Proxy heads of a layer at most.")] = 8,
     min_budget: Annotated[int, typer.Option(min=0, help="Tokens that every row keeps at least.")] = 2048,
-    stride: Annotated[int, typer.Option(min=1, help="Every how many tokens one is sampled for the scores.")] = 4,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Every how many tokens one is sampled for the scores; by default 4.")
+    ] = None,
+    outliers: Annotated[
+        bool,
+        typer.Option("--outliers", help="Score every key with the outlier of every 8 queries: ProxyConfig.outliers()."),
+    ] = False,
     output: Annotated[Path, typer.Option(help="Where to write the settings, for configure(model, PATH).")] = Path(
         "calibration.json"
     ),
@@ -74,7 +81,9 @@ def calibrate(
             raise fail(f"--picture {picture}: {problem}")
     try:
         Target.of(density, quality)
-        config = ProxyConfig(min_budget=min_budget, stride=stride)
+        sampling: dict[str, Any] = {} if stride is None else {"stride": stride}
+        make = functools.partial(ProxyConfig.outliers, num_proxies=1) if outliers else ProxyConfig
+        config = make(min_budget=min_budget, **sampling)
     except ValueError as error:
         raise fail(error) from error
 

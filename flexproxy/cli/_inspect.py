@@ -61,8 +61,12 @@ def inspect(
         float | None, typer.Option(help="Attention mass of every budget, in (0, 1]; by default 0.95.")
     ] = None,
     density: Annotated[float | None, typer.Option(help="Mean density to reach, instead of --gamma.")] = None,
-    num_proxies: Annotated[int | None, typer.Option(help="Proxy heads; by default 1.")] = None,
+    num_proxies: Annotated[int | None, typer.Option(help="Proxy heads; by default 1. With --outliers, 2.")] = None,
     stride: Annotated[int | None, typer.Option(help="Every how many tokens one is sampled; by default 4.")] = None,
+    outliers: Annotated[
+        bool,
+        typer.Option("--outliers", help="Score every key with the outlier of every 8 queries: ProxyConfig.outliers()."),
+    ] = False,
     min_budget: Annotated[
         int | None, typer.Option(help="Tokens that every row keeps at least; by default 2048.")
     ] = None,
@@ -98,7 +102,7 @@ def inspect(
         check_output("--output", output, force)
     paths = [] if pictures is None else check_outputs("--pictures", pictures, _PICTURES[ranking is None], force)
     options = {"gamma": gamma, "density": density, "num_proxies": num_proxies}
-    options |= {"stride": stride, "min_budget": min_budget}
+    options |= {"stride": stride, "min_budget": min_budget, "outliers": outliers or None}
     settings = _settings({name: value for name, value in options.items() if value is not None}, config)
     result, tokens = _run(model, text, length, settings, layer, ranking, mass, device)
     paths = paths if result.call.selection is not None else paths[:1]  # a dense layer has no blocks to draw
@@ -127,7 +131,8 @@ def _settings(options: dict[str, Any], file: Path | None) -> ProxyConfig | Path:
         raise fail(f"gamma, density: expected one of the two, got {got}; leave one of them out")
     if file is None:
         try:
-            return ProxyConfig(**options)
+            make = ProxyConfig.outliers if options.pop("outliers", False) else ProxyConfig
+            return make(**options)
         except ValueError as error:
             raise fail(error) from error
     if options:
