@@ -163,8 +163,9 @@ def _mask_bytes(q: Tensor, k: Tensor, block_size: int, gradients: bool) -> int:
 
 
 def _pooled_bytes(q: Tensor, k: Tensor, config: ProxyConfig) -> int:
+    """The proxy heads, which are there before it."""
     q_stride, k_stride = config.strides
-    tokens = q.shape[2] // (1 if config.query_choice == "outlier" else q_stride) + k.shape[2] // k_stride
+    tokens = q.shape[2] // (1 if config.chooses_queries else q_stride) + k.shape[2] // k_stride
     return q.shape[0] * config.total_proxies * tokens * q.shape[3] * q.element_size()
 
 

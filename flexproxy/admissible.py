@@ -3,7 +3,8 @@
 NOTE [Two routes]
 A mask with clauses (NOTE [Clauses]) is classified by counting, and its tokens are evaluated from the clauses wherever
 they are needed. Any other ``mask_mod`` is evaluated once over all token pairs, in chunks of rows; what the estimator
-needs of it later is kept as one bit for each *sampled* pair, 1/(8 query stride * key stride) byte a pair.
+needs of it later is kept as one bit for each *sampled* pair, 1/(8 query stride * key stride) byte a pair. Where the
+sampled queries depend on their values, the mask is evaluated at these once more, for every sequence and proxy.
 
 Shapes: ``Bm`` is 1 or B and ``Hm`` is 1 or Hq, where 1 means that the mask does not depend on it.
 """
@@ -347,18 +348,24 @@ def bits_at(
     batch, heads, number = queries.shape
     queries = capturable(queries)
     rows_per_chunk = max(1, _evaluated_elements(queries.device) // (batch * heads * num_keys))
-    bits = []
-    for chunk in range(-(-number // rows_per_chunk)):
-        start = chunk * rows_per_chunk
-        rows = min(rows_per_chunk, number - start)
 
-        def q_index(b: Tensor, h: Tensor, row: Tensor, start: int = start) -> Tensor:
+    def piece(start: int) -> Tensor:
+        def q_index(b: Tensor, h: Tensor, row: Tensor) -> Tensor:
             return queries[b, h, row + start]
 
-        mask = evaluate(mask_mod, batch, heads, q_index, rows, num_keys, queries.device)
-        mask = mask[..., ::stride]
-        bits.append(pack_bits(mask if merge_heads is None else merge_heads(mask)))
-    return torch.cat(bits, 2)
+        rows = min(rows_per_chunk, number - start)
+        mask = evaluate(mask_mod, batch, heads, q_index, rows, num_keys, queries.device)[..., ::stride]
+        return pack_bits(mask if merge_heads is None else merge_heads(mask))
+
+    first, pieces = piece(0), -(-number // rows_per_chunk)
+    if pieces == 1:
+        return first
+    bits = first.new_empty(*first.shape[:2], number, first.shape[3])  # all pieces beside it would take it twice
+    bits[:, :, :rows_per_chunk] = first
+    for chunk in range(1, pieces):
+        start = chunk * rows_per_chunk
+        bits[:, :, start : start + rows_per_chunk] = piece(start)
+    return bits
 
 
 class _Tracked(Tensor):

@@ -120,7 +120,8 @@ def inclusion_exclusion(clauses: tuple[Clause, ...]) -> tuple[tuple[Clause, ...]
 def allowed(lo: Tensor, hi: Tensor, q_label: Tensor | None, k_label: Tensor | None, k_position: Tensor) -> Tensor:
     """Evaluate stacked clauses for some queries and keys: bool ``[b, rows, keys]``.
 
-    lo, hi, q_label: ``[C, b, rows]``; k_label: ``[C, b, keys]``; k_position: ``[keys]``.
+    lo, hi, q_label: ``[C, b, rows]``; k_label: ``[C, b, keys]``; k_position: ``[keys]``. All but the last, and the
+    result, may have heads after ``b``.
     """
     ok = (k_position >= lo[..., None]) & (k_position < hi[..., None])
     if q_label is not None and k_label is not None:

@@ -125,8 +125,8 @@ class ProxyConfig:
     def outliers(cls, **changes: Any) -> ProxyConfig:
         """Two proxy heads, and the scores of every key with the outlier of every 8 queries: finds more. [ours]
 
-        ``query_stride=16`` takes half as long, and loses where several things are looked for in 16 tokens. What both
-        find, and take, is in docs/quality.md and docs/performance.md. For heads that two does not divide, set
+        ``query_stride=16`` scores half as many pairs, and loses where several things are looked for in 16 tokens. What
+        both find, and take, is in docs/quality.md and docs/performance.md. For heads that two does not divide, set
         ``num_proxies``.
 
         Args:
@@ -147,6 +147,11 @@ class ProxyConfig:
     def strides(self) -> tuple[int, int]:
         """Tokens from one sampled query to the next, and from one sampled key to the next."""
         return self.stride if self.query_stride is None else self.query_stride, self.stride
+
+    @property
+    def chooses_queries(self) -> bool:
+        """Whether the sampled queries depend on their values."""
+        return self.query_choice == "outlier" and self.strides[0] > 1
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> dict[int, ProxyConfig]:
@@ -197,7 +202,7 @@ def _check_query_choice(value: object, stride: int) -> None:
         raise ValueError(f"query_choice: expected one of {list(choices)}, got {value!r}; 'first' is the paper's")
     if value == "outlier" and stride > NEIGHBOURS:
         raise ValueError(
-            f"query_stride: expected at most {NEIGHBOURS} where query_choice is 'outlier', got {stride}; use 16"
+            f"query_stride: expected at most {NEIGHBOURS} where query_choice is 'outlier', got {stride}; use 8 or 16"
         )
 
 

@@ -94,15 +94,14 @@ def select_for(
     proxy_of = proxy_of_heads(groups, q.device)
     sizes = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     q_stride, k_stride = config.strides
-    choose = config.query_choice == "outlier" and q_stride > 1
-    sampling = None if choose else q_stride, k_stride
+    sampling = (None if config.chooses_queries else q_stride), k_stride
     frame = _Frame(*sizes, config.block_size, sampling, config.sink_blocks, config.local_blocks)
     mask = _read_mask(mask_mod, block_mask, q, frame, groups, proxy_of)
 
     # 1. Proxy heads, and their scores: one ranking of blocks for all heads of a proxy.
-    q_proxy, k_proxy = pool_heads(q, groups, 1 if choose else q_stride), pool_heads(k, k_groups, k_stride)
+    q_proxy, k_proxy = pool_heads(q, groups, sampling[0] or 1), pool_heads(k, k_groups, k_stride)
     chosen, sampled = None, mask.sampled
-    if choose:
+    if config.chooses_queries:
         chosen = outlying_queries(q_proxy, merge_heads(mask.admissible.valid, groups), q_stride)
         if sampled.clauses is None:
             sampled = _evaluated_at(chosen, mask, frame, groups, proxy_of)
@@ -197,7 +196,9 @@ class _Mask(NamedTuple):
     rows: Tensor  # int32 [b, p, Nq, 5], summarize_rows of the proxies
     offset: Tensor  # integers [b], the position of query 0 among the keys
     forced: Tensor  # int32 [b, 1 or Hq], the most forced blocks of a row
-    sampled: SampledMask  # at the sampled queries and keys; where queries are chosen later, of use if it has clauses
+    sampled: (
+        SampledMask  # at the sampled queries and keys; with neither clauses nor bits where the queries are not known
+    )
     probes: Tensor  # int64 [b, h, block_size], the last valid queries, -1 where there are fewer
     probed: SampledMask  # by clauses at every query and key, or by bits at the probes and every key
 
@@ -235,7 +236,7 @@ def _classify(mask_mod: MaskMod, frame: _Frame, groups: Groups | None, device: t
         lambda mask: mask if groups is None else merge_heads(mask, groups),
         device,
     )
-    return _Classified(admissible, None, bits)
+    return _Classified(admissible, None, None if frame.strides[0] is None else bits)
 
 
 def _read_mask(
@@ -291,7 +292,8 @@ def _prepare(mask_mod: MaskMod, block_mask: BlockMask | None, frame: _Frame, gro
 def _evaluated_at(chosen: Tensor, mask: _Mask, frame: _Frame, groups: Groups, proxy_of: Tensor) -> SampledMask:
     """The mask at the chosen queries of every proxy, merged over its heads where these differ, and the sampled keys."""
     merge = None
-    if mask.admissible.any.shape[1] > 1:
+    # Asked of the function: a BlockMask may have one list for all heads where its function differs from head to head.
+    if mask.admissible.valid.shape[1] > 1:
         chosen, merge = chosen[:, proxy_of], lambda x: merge_heads(x, groups)
     bits = bits_at(mask.mask_mod, chosen, frame.num_keys, frame.strides[1], merge)
     return SampledMask(None, bits)

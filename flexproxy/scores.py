@@ -102,5 +102,5 @@ def block_scores(
 
 def _at_chosen(part: Tensor, chosen: Tensor) -> Tensor:
     """A part of clauses at the chosen queries of every proxy: ``[C, b, Sq]`` to ``[C, B, P, m]``."""
-    every = part[:, :, None].expand(-1, *chosen.shape[:2], -1)
-    return every.gather(-1, chosen[None].expand(part.shape[0], -1, -1, -1))
+    of_all = part[:, :, None].expand(-1, *chosen.shape[:2], -1)
+    return of_all.gather(-1, chosen[None].expand(part.shape[0], -1, -1, -1))

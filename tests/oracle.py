@@ -165,7 +165,7 @@ def pooled(case: Case) -> tuple[Tensor, Tensor]:
     config = case.config
     groups, k_groups = head_groups(config.num_proxies, config.groups, case.q.shape[1], case.k.shape[1])
     q_stride, k_stride = config.strides
-    q_stride = 1 if config.query_choice == "outlier" else q_stride
+    q_stride = 1 if config.chooses_queries else q_stride
     return pool_heads(case.q, groups, q_stride), pool_heads(case.k, k_groups, k_stride)
 
 

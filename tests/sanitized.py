@@ -48,6 +48,16 @@ def cases(device: str) -> dict[str, tuple[Shape, MaskMod | None, ProxyConfig]]:
             and_masks(masks.causal, masks.padding(present), masks.sliding_window(190)),
             ProxyConfig(gamma=0.8, min_budget=64, block_size=64),
         ),
+        "outliers of documents": (
+            Shape(2, 4, 2, 300, 333, 64),
+            masks.shift(and_masks(masks.causal, masks.document(torch.arange(333, device=device) // 150)), 33),
+            ProxyConfig.outliers(min_budget=64, block_size=64, density=0.4),
+        ),
+        "outliers of a mask by pairs": (
+            Shape(1, 4, 2, 260, 260, 256),
+            every_third,
+            ProxyConfig.outliers(min_budget=128, query_stride=16, stride=2),
+        ),
         "a mask by pairs": (Shape(1, 2, 2, 260, 260, 96), every_third, ProxyConfig(num_proxies=2, min_budget=128)),
     }
 

@@ -247,7 +247,7 @@ FIELDS = {
     "outliers of too many": Bad(
         lambda _: config(query_choice="outlier", query_stride=256, block_size=256),
         ValueError,
-        "query_stride: expected at most 128 where query_choice is 'outlier', got 256; use 16",
+        "query_stride: expected at most 128 where query_choice is 'outlier', got 256; use 8 or 16",
     ),
     "stride 0": Bad(lambda _: config(stride=0), ValueError, "stride: expected an integer of at least 1, got 0; ..."),
     "stride float": Bad(

@@ -296,7 +296,7 @@ def test_memory_that_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> No
         message = str(caught.value)
         assert message.startswith("q, k: expected the BlockMask to fit in the memory that is free, ")
         assert f"{free:.1f} GiB of cuda:0" in message
-        assert "Hq = 32, Sq = 1048576, Skv = 1048576, which need 18.2 GiB with blocks of 128" in message
+        assert "Hq = 32, Sq = 1048576, Skv = 1048576, which need 18.1 GiB with blocks of 128" in message
         assert f"; {remedy}, or give fewer sequences" in message
         if "=" in remedy:  # and it does
             check_memory(q, k, ProxyConfig(block_size=int(remedy.partition("=")[2])), False)
@@ -308,8 +308,10 @@ def test_memory_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = free_memory(monkeypatch, 10.0, cached=9.0)
     check_memory(q, k, ProxyConfig(), False)
     assert asked == ["cuda:0"]
-    with pytest.raises(torch.OutOfMemoryError, match=r"34\.2 GiB"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"34\.1 GiB"):
         check_memory(q, k, ProxyConfig(), True)
+    with pytest.raises(torch.OutOfMemoryError, match=r"35\.0 GiB"):  # two proxies, every query and key
+        check_memory(q, k, ProxyConfig.outliers(), True)
 
 
 def test_small_masks_ask_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,26 @@ def test_classified_mask_gives_the_same_selection(first: int, device: str) -> No
             assert torch.equal(by_block.kv_num_blocks, by_function.kv_num_blocks)
 
 
+@pytest.mark.parametrize("choice", ["first", "outlier"])
+def test_a_classified_mask_may_say_the_same_of_all_heads(choice: str, device: str) -> None:
+    """The lists of a BlockMask hold for every head, where its function differs from head to head; and the reverse."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 512, 32, generator=generator).to(device) for heads in (4, 2))
+    sampling: dict[str, Any] = {"stride": 2, "query_stride": 8, "query_choice": choice}
+    config = ProxyConfig(num_proxies=2, block_size=64, gamma=0.5, min_budget=64, **sampling)
+
+    def by_head(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (query >= key) & ((query - key) % (h + 2) != 1)
+
+    for mask_mod in (by_head, masks.causal):
+        given = [
+            create_block_mask(mask_mod, None, heads, 512, 512, device=device, BLOCK_SIZE=64) for heads in (None, 4)
+        ]
+        one, each = (flexproxy.select(q, k, block_mask=mask, config=config) for mask in given)
+        assert torch.equal(one.rank, each.rank)
+        assert torch.equal(one.count, each.count)
+
+
 def test_pooling_is_the_mean_rounded_once(device: str) -> None:
     """Pooled heads are within one unit in the last place of the exact mean."""
     for seed in range(40):
