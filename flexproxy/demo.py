@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flexproxy
-from flexproxy._info import processor
+from flexproxy._info import processor, versions
 from flexproxy._inputs import InputError
 from flexproxy.attention import run_flex
 from flexproxy.kernel_options import tiles_of
@@ -78,10 +78,10 @@ class DemoResult:
     selection: flexproxy.Selection = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The result as plain dicts, lists and numbers."""
+        """The result as plain dicts, lists and numbers, and the versions that it was made with."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "selection"}
         nested = {name: asdict(plain[name]) for name in ("config", "dense", "sparse")}
-        return plain | nested | {"density": [list(heads) for heads in self.density]}
+        return plain | nested | {"density": [list(heads) for heads in self.density], "versions": versions()}
 
 
 class _Attention:

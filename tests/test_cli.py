@@ -68,6 +68,7 @@ def test_demo_json_is_all_of_stdout(small: list[str], tmp_path: Path, capsys: py
     assert (data["tokens"], data["queries"]) == (512, 8)
     assert [len(heads) for heads in data["density"]] == [HEADS] * LAYERS
     assert data["dense"].keys() == data["sparse"].keys() == {"exact_answers", "bits_per_byte", "seconds"}
+    assert data["versions"]["torch"] == torch.__version__
 
 
 def test_demo_replaces_a_picture_only_when_told_to(
