@@ -12,6 +12,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
@@ -84,13 +85,20 @@ def _missing(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return 'triton is not installed (pip install "flexproxy[triton]")'
     if device.type != "cuda":
-        interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")  # as triton reads it
-        return None if interpreted else f"the tensors are on {device}, and TRITON_INTERPRET is not set"
+        if os.environ.get("TRITON_INTERPRET", "").lower() not in ("1", "true", "on"):  # as triton reads it
+            return f"the tensors are on {device}, and TRITON_INTERPRET is not set"
+        return None if interpreter_runs() else "the interpreter of triton before 3.4 cannot run the kernels"
     if _compat.IS_ROCM:
         return "on AMD GPUs the kernels have not been tried"
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return f"{device} has a compute capability below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
     return None
+
+
+def interpreter_runs() -> bool:
+    """Whether triton's interpreter runs the kernels: before 3.4 it overlooks constants whose annotation is a string."""
+    major, minor = metadata.version("triton").split(".")[:2]
+    return (int(major), int(minor)) >= (3, 4)
 
 
 @functools.cache

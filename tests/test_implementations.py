@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
+from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +37,7 @@ class Machine:
         modules = {"flexproxy.kernels": SimpleNamespace(OPERATORS={"op": self})}  # triton itself is not imported
         monkeypatch.setattr(implementations, "find_spec", lambda name: object() if triton else None)
         monkeypatch.setattr(implementations, "importlib", SimpleNamespace(import_module=modules.__getitem__))
+        monkeypatch.setattr(implementations, "interpreter_runs", lambda: True)
         monkeypatch.setattr(_compat, "IS_ROCM", False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
@@ -66,6 +68,7 @@ def test_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 MISSING = {
     "no triton": ({"triton": False}, CPU, r'triton is not installed \(pip install "flexproxy\[triton\]"\)'),
     "no interpreter": ({}, CPU, "the tensors are on cpu, and TRITON_INTERPRET is not set"),
+    "old interpreter": ({}, CPU, r"the interpreter of triton before 3\.4 cannot run the kernels"),
     "old GPU": ({}, on_gpu(), r"cuda:0 has a compute capability below 8\.0"),
     "AMD GPU": ({}, on_gpu(), "on AMD GPUs the kernels have not been tried"),
 }
@@ -80,10 +83,13 @@ def test_what_cannot_run_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     if name == "AMD GPU":
         monkeypatch.setattr(_compat, "IS_ROCM", True)
+    if name == "old interpreter":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(implementations, "interpreter_runs", lambda: False)
     assert kernel_of("op", x) is None
     chosen, why = implementations.automatic(x.device)
     assert chosen == "torch"
-    assert re.match("cpu is not a CUDA device" if name == "no interpreter" else f"{message}|cpu is not", why)
+    assert re.match("cpu is not a CUDA device" if x is CPU else f"{message}|cpu is not", why)
     with use("torch"):
         assert kernel_of("op", x) is None
     with (
@@ -91,6 +97,14 @@ def test_what_cannot_run_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.raises(RuntimeError, match=f"^implementation: 'triton' was asked for, but {message}; use"),
     ):
         kernel_of("op", x)
+
+
+@pytest.mark.parametrize(
+    ("version", "runs"), [("3.1.0", False), ("3.3.1", False), ("3.4.0", True), ("4.0.0+git1", True)]
+)
+def test_which_interpreter_runs(version: str, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda package: version)
+    assert implementations.interpreter_runs() is runs
 
 
 def test_an_operator_raises_it(monkeypatch: pytest.MonkeyPatch) -> None:

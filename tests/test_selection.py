@@ -133,16 +133,16 @@ def test_classified_mask_gives_the_same_selection(first: int, device: str) -> No
 def test_a_classified_mask_may_say_the_same_of_all_heads(choice: str, device: str) -> None:
     """The lists of a BlockMask hold for every head, where its function differs from head to head; and the reverse."""
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, heads, 512, 32, generator=generator).to(device) for heads in (4, 2))
+    q, k = (torch.randn(1, heads, 1024, 32, generator=generator).to(device) for heads in (4, 2))
     sampling: dict[str, Any] = {"stride": 2, "query_stride": 8, "query_choice": choice}
-    config = ProxyConfig(num_proxies=2, block_size=64, gamma=0.5, min_budget=64, **sampling)
+    config = ProxyConfig(num_proxies=2, gamma=0.5, min_budget=128, **sampling)
 
     def by_head(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (query >= key) & ((query - key) % (h + 2) != 1)
 
     for mask_mod in (by_head, masks.causal):
         given = [
-            create_block_mask(mask_mod, None, heads, 512, 512, device=device, BLOCK_SIZE=64) for heads in (None, 4)
+            create_block_mask(mask_mod, None, heads, 1024, 1024, device=device, BLOCK_SIZE=128) for heads in (None, 4)
         ]
         one, each = (flexproxy.select(q, k, block_mask=mask, config=config) for mask in given)
         assert torch.equal(one.rank, each.rank)
