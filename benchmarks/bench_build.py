@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--budget-ms", type=positive_float, default=300.0, help="time for the repeats of one thing")
     args = parse(options, argv, lengths=[8192, 32768], num_proxies=[1], outliers=[8], budget_ms=50.0)
     require_gpu()
-    for config in (ProxyConfig(), ProxyConfig(num_proxies=2), ProxyConfig.outliers()):
+    for config in (ProxyConfig(), ProxyConfig(num_proxies=4), ProxyConfig.outliers()):
         gate.check_selection(config)
     kinds = [(p, None) for p in args.num_proxies]
     kinds += [(ProxyConfig.outliers().num_proxies, stride) for stride in args.outliers]

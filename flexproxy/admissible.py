@@ -64,6 +64,23 @@ class SampledMask(NamedTuple):
         return (*(self.clauses or (None, None, None, None)), self.bits)
 
 
+def clauses_at(
+    queries: Tensor, lo: Tensor | None, hi: Tensor | None, q_label: Tensor | None, k_label: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Clauses of all queries, at some queries of each head: with heads, as ``mask_chunk`` takes them.
+
+    queries: int64 ``[b, heads, m]``; ``b`` is that of the clauses, or theirs is 1.
+    """
+
+    def at(part: Tensor | None) -> Tensor | None:
+        if part is None:
+            return None
+        index = queries.expand(part.shape[0], *queries.shape)
+        return part[:, :, None].expand(-1, *queries.shape[:2], -1).gather(-1, index)
+
+    return at(lo), at(hi), at(q_label), None if k_label is None else k_label[:, :, None]
+
+
 def mask_chunk(
     lo: Tensor | None,
     hi: Tensor | None,

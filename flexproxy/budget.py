@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flexproxy._ops import opaque
 from flexproxy._tensors import logsumexp_, pad_to_multiple
-from flexproxy.admissible import mask_chunk
+from flexproxy.admissible import clauses_at, mask_chunk
 
 CHUNK_ELEMENTS = 2**24  # logits in one piece, 64 MiB
 
@@ -82,7 +82,7 @@ def block_masses(
     present = probes >= 0
     place = probes.clamp(min=0)
     probed = q.gather(2, place.expand(batch, num_q_heads, -1)[..., None].expand(-1, -1, -1, head_dim))
-    lo, hi, q_label = (None if part is None else _at_probes(part, place) for part in (lo, hi, q_label))
+    lo, hi, q_label, k_label = clauses_at(place, lo, hi, q_label, k_label)
     queries = rearrange(probed.float(), "b (kv g) m d -> b kv (g m) d", kv=num_kv_heads)
     per_chunk = max(1, CHUNK_ELEMENTS // (batch * num_q_heads * num_probes * block_size)) * block_size
     parts = []
@@ -98,12 +98,6 @@ def block_masses(
     blocks = torch.cat(parts, -1)  # [B, Hq, m, Nk]
     probability = (blocks - blocks.logsumexp(-1, keepdim=True)).exp_().masked_fill_(~present[..., None], 0.0)
     return (probability.sum(2) / present.sum(2).clamp(min=1)[..., None]).nan_to_num_(0.0)
-
-
-def _at_probes(part: Tensor, place: Tensor) -> Tensor:
-    """A part of clauses at the probes: ``[C, b, Sq]`` to ``[C, b, m]``. Clauses do not depend on the head."""
-    index = place[None, :, 0].expand(part.shape[0], max(place.shape[0], part.shape[1]), -1)
-    return part.expand(-1, index.shape[1], -1).gather(-1, index)
 
 
 def _count_blocks_fake(

@@ -196,9 +196,7 @@ class _Mask(NamedTuple):
     rows: Tensor  # int32 [b, p, Nq, 5], summarize_rows of the proxies
     offset: Tensor  # integers [b], the position of query 0 among the keys
     forced: Tensor  # int32 [b, 1 or Hq], the most forced blocks of a row
-    sampled: (
-        SampledMask  # at the sampled queries and keys; with neither clauses nor bits where the queries are not known
-    )
+    sampled: SampledMask  # at the sampled queries and keys; empty if it must be evaluated at queries chosen later
     probes: Tensor  # int64 [b, h, block_size], the last valid queries, -1 where there are fewer
     probed: SampledMask  # by clauses at every query and key, or by bits at the probes and every key
 

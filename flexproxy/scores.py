@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flexproxy._ops import opaque
 from flexproxy._tensors import logsumexp_, pad_to_multiple
-from flexproxy.admissible import mask_chunk
+from flexproxy.admissible import clauses_at, mask_chunk
 
 CHUNK_ELEMENTS = 2**24  # logits in one piece, 64 MiB
 
@@ -78,8 +78,7 @@ def block_scores(
     """
     if chosen is not None:
         q = q.gather(2, chosen[..., None].expand(-1, -1, -1, q.shape[3]))
-        lo, hi, q_label = (None if part is None else _at_chosen(part, chosen) for part in (lo, hi, q_label))
-        k_label = None if k_label is None else k_label[:, :, None]
+        lo, hi, q_label, k_label = clauses_at(chosen, lo, hi, q_label, k_label)
     batch, proxies, num_queries, _ = q.shape
     num_keys = k.shape[2]
     num_blocks = -(-num_keys // k_cell)
@@ -98,9 +97,3 @@ def block_scores(
         relative = pad_to_multiple(relative, -2, q_cell, -torch.inf)
         out.append(reduce(relative, "b p (q_block row) block -> b p q_block block", "max", row=q_cell))
     return torch.cat(out, 2)
-
-
-def _at_chosen(part: Tensor, chosen: Tensor) -> Tensor:
-    """A part of clauses at the chosen queries of every proxy: ``[C, b, Sq]`` to ``[C, B, P, m]``."""
-    of_all = part[:, :, None].expand(-1, *chosen.shape[:2], -1)
-    return of_all.gather(-1, chosen[None].expand(part.shape[0], -1, -1, -1))

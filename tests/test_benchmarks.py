@@ -255,8 +255,8 @@ def gate_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("gate_on_cpu")
 def test_the_gate_lets_right_results_pass() -> None:
     gate.check_attention(every=True)
-    gate.check_selection(ProxyConfig())
-    gate.check_selection(ProxyConfig.outliers())
+    for config in (ProxyConfig(), ProxyConfig(num_proxies=4), ProxyConfig.outliers()):
+        gate.check_selection(config)
 
 
 @pytest.mark.usefixtures("gate_on_cpu")

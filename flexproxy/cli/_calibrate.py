@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexproxy.cli._common import Device, check_output, fail, input_errors, progress_bar, require, writing
+from flexproxy.cli._common import Device, Outliers, check_output, fail, input_errors, progress_bar, require, writing
 
 if TYPE_CHECKING:
     from flexproxy.calibration import Calibration
@@ -51,10 +51,7 @@ def calibrate(
     stride: Annotated[
         int | None, typer.Option(min=1, help="Every how many tokens one is sampled for the scores; by default 4.")
     ] = None,
-    outliers: Annotated[
-        bool,
-        typer.Option("--outliers", help="Score every key with the outlier of every 8 queries: ProxyConfig.outliers()."),
-    ] = False,
+    outliers: Outliers = False,
     output: Annotated[Path, typer.Option(help="Where to write the settings, for configure(model, PATH).")] = Path(
         "calibration.json"
     ),

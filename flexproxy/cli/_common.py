@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 from rich.console import Console
@@ -20,6 +20,12 @@ from flexproxy._files import replacing, write_problem
 
 Advance: TypeAlias = Callable[[str, int, int], None]
 """Called as ``advance(what is being done, how much of it is done, how much there is)``."""
+
+
+Outliers: TypeAlias = Annotated[
+    bool,
+    typer.Option("--outliers", help="Score every key with the outlier of every 8 queries: ProxyConfig.outliers()."),
+]
 
 
 class Device(str, Enum):

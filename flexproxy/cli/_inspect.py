@@ -13,6 +13,7 @@ from rich.console import Console
 
 from flexproxy.cli._common import (
     Device,
+    Outliers,
     check_output,
     check_outputs,
     fail,
@@ -63,10 +64,7 @@ def inspect(
     density: Annotated[float | None, typer.Option(help="Mean density to reach, instead of --gamma.")] = None,
     num_proxies: Annotated[int | None, typer.Option(help="Proxy heads; by default 1. With --outliers, 2.")] = None,
     stride: Annotated[int | None, typer.Option(help="Every how many tokens one is sampled; by default 4.")] = None,
-    outliers: Annotated[
-        bool,
-        typer.Option("--outliers", help="Score every key with the outlier of every 8 queries: ProxyConfig.outliers()."),
-    ] = False,
+    outliers: Outliers = False,
     min_budget: Annotated[
         int | None, typer.Option(help="Tokens that every row keeps at least; by default 2048.")
     ] = None,
