@@ -35,7 +35,7 @@ from benchmarks.harness import (
     settings_of,
     time_ms,
 )
-from flexproxy import _compat
+from flexproxy.ops import compat
 
 TILES: list[tuple[Any, ...]] = [
     (128, 128, 32, 8, 2, True, 128),
@@ -63,9 +63,10 @@ OPTIONS: list[dict[str, Any]] = [
 
 def tile_rows(part: str, q: Tensor, k: Tensor, budget_ms: float) -> list[Row]:
     """The operator alone, on what ``select`` gives it, with each tile: in a whole build, noise would hide a tile."""
-    from flexproxy import kernels, pipeline
-    from flexproxy.kernels import masses, scores, tiles
-    from flexproxy.kernels.block_logits import Tile
+    from flexproxy import pipeline
+    from flexproxy.ops import kernels
+    from flexproxy.ops.kernels import masses, scores, tiles
+    from flexproxy.ops.kernels.block_logits import Tile
 
     module: Any = scores if part == "scores" else masses
     operator: Callable[..., Tensor] = getattr(kernels, f"block_{part}")
@@ -92,7 +93,7 @@ def option_rows(q: Tensor, k: Tensor, v: Tensor, density: float, budget_ms: floa
     masks = {"listed": selection.listed_block_mask(), "built": selection.block_mask()}
     rows = []
     for options in OPTIONS:
-        if "BACKEND" in options and not _compat.flash_backend_exists():
+        if "BACKEND" in options and not compat.flash_backend_exists():
             continue
         for name, block_mask in masks.items():
             timed = attempt(lambda: time_ms(lambda: flex(q, k, v, block_mask, options), budget_ms))  # noqa: B023

@@ -16,13 +16,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 
 from benchmarks.baselines.blocks import BLOCK_SIZE, causal_blocks
-from flexproxy import ProxyConfig, _compat, masks
-from flexproxy._compat import run_compiled
-from flexproxy.block_mask import compile_block_mask
+from flexproxy import ProxyConfig, masks
+from flexproxy.ops import compat
+from flexproxy.ops.compat import run_compiled
+from flexproxy.stages.lists import compile_block_mask
 
 BATCH, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 1, 32, 8, 128
 SHAPE = f"bf16, B {BATCH}, Hq {NUM_Q_HEADS}, Hkv {NUM_KV_HEADS}, D {HEAD_DIM}, causal"
-_ATTENTION = sys.modules["flexproxy.attention"]  # the module, whose name the function has
+_ATTENTION = sys.modules["flexproxy.sparse.attention"]  # the module, whose name the function has
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -67,7 +68,7 @@ def causal_block_mask(length: int, device: torch.device) -> BlockMask:
 
 def without_flash() -> AbstractContextManager[Any]:
     """As if flash-attn-4 were not installed."""
-    return mock.patch.object(_compat, "flash_backend_exists", return_value=False)
+    return mock.patch.object(compat, "flash_backend_exists", return_value=False)
 
 
 def sparse_where_short() -> AbstractContextManager[Any]:
@@ -81,7 +82,7 @@ def kernel_variants() -> dict[str, Callable[[], AbstractContextManager[Any]]]:
     "default" is flexproxy's choice, "triton" its choice without flash-attn-4.
     """
     variants: dict[str, Callable[[], AbstractContextManager[Any]]] = {"default": nullcontext}
-    if _compat.flash_backend_exists():
+    if compat.flash_backend_exists():
         variants["triton"] = without_flash
     return variants
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import flexproxy
-from flexproxy._files import replacing
+from flexproxy.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
 MIN_REPEATS, MAX_REPEATS = 3, 30

@@ -21,7 +21,7 @@ from benchmarks.bench_attention import SHORT
 from benchmarks.contenders import SHAPE
 from benchmarks.harness import RESULTS, Row, fraction, positive_int
 from benchmarks.stages import STAGES
-from flexproxy._files import replacing
+from flexproxy.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

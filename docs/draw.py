@@ -22,7 +22,7 @@ from unittest import mock
 
 from benchmarks import harness, plots
 from flexproxy import plot
-from flexproxy._files import replacing
+from flexproxy.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

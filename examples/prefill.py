@@ -29,9 +29,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexproxy import ProxyConfig
-from flexproxy._files import replacing
+from flexproxy.cli.needle import VOCAB_SIZE
+from flexproxy.files import replacing
 from flexproxy.integrations.transformers import configuration, configure, record_selections
-from flexproxy.needle import VOCAB_SIZE
 
 NEEDLE_MODEL = Path(__file__).resolve().parent / "needle"
 REPEATS = 3

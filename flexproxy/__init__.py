@@ -7,12 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from flexproxy import masks
-from flexproxy.attention import attention
-from flexproxy.block_mask import and_block_masks
 from flexproxy.config import ProxyConfig
-from flexproxy.kernel_options import kernel_options
 from flexproxy.pipeline import build, select
 from flexproxy.selection import Selection
+from flexproxy.sparse.attention import attention
+from flexproxy.sparse.kernel_options import kernel_options
+from flexproxy.stages.lists import and_block_masks
 
 __version__ = "0.1.0"
 
@@ -30,11 +30,11 @@ __all__ = [
 ]
 
 # What needs more than torch and einops is imported when it is first asked for.
-_LAZY = {"calibrate": "flexproxy.calibration", "record": "flexproxy.recording"}
+_LAZY = {"calibrate": "flexproxy.calibration", "record": "flexproxy.inspect.recording"}
 
 if TYPE_CHECKING:
     from flexproxy.calibration import calibrate
-    from flexproxy.recording import record
+    from flexproxy.inspect.recording import record
 else:  # a type checker would take any name for one of these
 
     def __getattr__(name: str) -> Any:

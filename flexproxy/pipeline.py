@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy import masks
-from flexproxy._checks import check_config, check_masks, check_memory, check_queries_and_keys, check_scale, check_tables
-from flexproxy._kept import kept
-from flexproxy.admissible import (
+from flexproxy.checks import check_config, check_masks, check_memory, check_queries_and_keys, check_scale, check_tables
+from flexproxy.config import ProxyConfig
+from flexproxy.masks.blocks import (
     Admissible,
     SampledMask,
     bits_at,
@@ -24,15 +24,15 @@ from flexproxy.admissible import (
     depends_on,
     summarize_rows,
 )
-from flexproxy.block_mask import compile_block_mask, dense_maps
-from flexproxy.budget import block_masses, clip_counts, count_blocks, last_valid_queries
-from flexproxy.clauses import ClauseStack, stack
-from flexproxy.config import ProxyConfig
-from flexproxy.masks import MaskMod
-from flexproxy.proxy import Groups, head_groups, merge_heads, outlying_queries, pool_heads, proxy_of_heads
-from flexproxy.ranking import forced_counts, rank_blocks
-from flexproxy.scores import block_scores
+from flexproxy.masks.clauses import ClauseStack, stack
+from flexproxy.masks.mods import MaskMod, clauses_of, structure_of
+from flexproxy.ops.cache import kept
 from flexproxy.selection import Selection
+from flexproxy.stages.budget import block_masses, clip_counts, count_blocks, last_valid_queries
+from flexproxy.stages.lists import compile_block_mask, dense_maps
+from flexproxy.stages.proxy import Groups, head_groups, merge_heads, outlying_queries, pool_heads, proxy_of_heads
+from flexproxy.stages.ranking import forced_counts, rank_blocks
+from flexproxy.stages.scores import block_scores
 
 
 def select(
@@ -161,7 +161,7 @@ def dense_block_mask(
 def classify(q: Tensor, k: Tensor, mask_mod: MaskMod | None, block_size: int) -> tuple[MaskMod, Admissible]:
     """The mask, which is causal where none is given, and what it admits."""
     mask_mod = causal_at_end(q, k) if mask_mod is None else mask_mod
-    check_tables(masks.structure_of(mask_mod).tables, q)
+    check_tables(structure_of(mask_mod).tables, q)
     # No samples are needed: one token of each block is as few as there can be.
     frame = _Frame(q.shape[0], q.shape[1], q.shape[2], k.shape[2], block_size, (block_size, block_size), 0, 1)
     return mask_mod, _classify(mask_mod, frame, None, q.device).admissible
@@ -218,7 +218,7 @@ def _causal_at_end(device: torch.device, batch: int, num_before: int) -> MaskMod
 
 
 def _classify(mask_mod: MaskMod, frame: _Frame, groups: Groups | None, device: torch.device) -> _Classified:
-    clauses = masks.clauses_of(masks.structure_of(mask_mod), frame.num_queries, frame.num_keys, device)
+    clauses = clauses_of(structure_of(mask_mod), frame.num_queries, frame.num_keys, device)
     if clauses is not None:
         stacked = stack(clauses)
         return _Classified(classify_clauses(stacked, frame.num_keys, frame.block_size), stacked, None)
@@ -246,7 +246,7 @@ def _read_mask(
         # A trace keeps nothing, and would be made again where the size passes the limit.
         keep = not torch.compiler.is_compiling() and frame.batch * math.prod(frame.num_blocks()) <= MAX_KEPT_PAIRS
         return (_kept_causal if keep else _read_causal)(q.device, frame._replace(num_heads=1))
-    check_tables(masks.structure_of(mask_mod).tables, q)
+    check_tables(structure_of(mask_mod).tables, q)
     return _prepare(mask_mod, block_mask, frame, groups, proxy_of)
 
 
@@ -272,7 +272,7 @@ def _prepare(mask_mod: MaskMod, block_mask: BlockMask | None, frame: _Frame, gro
     some = merge_heads(admissible.any, groups)
     rows = summarize_rows(some, merge_heads(admissible.full, groups))
 
-    offset = masks.structure_of(mask_mod).offset
+    offset = structure_of(mask_mod).offset
     if not isinstance(offset, Tensor):
         at_end = frame.num_keys - frame.num_queries
         offset = torch.full((1,), at_end if offset is None else offset, device=device)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexproxy._ops import opaque
-from flexproxy.admissible import Admissible
-from flexproxy.block_mask import Lists, block_lists, of_lists
-from flexproxy.masks import MaskMod
+from flexproxy.masks.blocks import Admissible
+from flexproxy.masks.mods import MaskMod
+from flexproxy.ops.operators import opaque
+from flexproxy.stages.lists import Lists, block_lists, of_lists
 
 if TYPE_CHECKING:
-    from flexproxy.summary import Summary
+    from flexproxy.inspect.summary import Summary
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class Selection:
 
         It waits for the device: call it to look at a selection, not on the way to a mask.
         """
-        from flexproxy.summary import summarize
+        from flexproxy.inspect.summary import summarize
 
         return summarize(self)
 

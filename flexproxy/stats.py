@@ -14,13 +14,13 @@ from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexproxy._checks import check_fit, check_masks, check_queries_and_keys, check_rows, check_scale
-from flexproxy._tensors import pad_to_multiple
-from flexproxy.admissible import depends_on, evaluate
-from flexproxy.block_mask import dense_maps
-from flexproxy.masks import MaskMod
+from flexproxy.checks import check_fit, check_masks, check_queries_and_keys, check_rows, check_scale
+from flexproxy.masks.blocks import depends_on, evaluate
+from flexproxy.masks.mods import MaskMod
+from flexproxy.ops.tensors import pad_to_multiple
 from flexproxy.pipeline import causal_at_end, classify
 from flexproxy.selection import Selection
+from flexproxy.stages.lists import dense_maps
 
 __all__ = ["block_mass", "density", "recovered_mass"]
 

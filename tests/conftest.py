@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from flexproxy import implementations
+from flexproxy.ops import implementations
 
 # Without a GPU, Triton kernels run in its interpreter. It decides when a kernel is defined, so before the first import.
 if not torch.cuda.is_available():
@@ -43,7 +43,7 @@ def device(request: pytest.FixtureRequest) -> str:
 def sparse_where_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, ``attention`` stays dense for what is as short as most tests are; that rule has a test of its own."""
     for name in ("BUILD_FLOPS", "SPARSE_COST"):
-        monkeypatch.setattr(sys.modules["flexproxy.attention"], name, 0.0)
+        monkeypatch.setattr(sys.modules["flexproxy.sparse.attention"], name, 0.0)
 
 
 IMPLEMENTATIONS = [

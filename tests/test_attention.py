@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import and_masks, create_mask, flex_atten
 
 import flexproxy
 from flexproxy import ProxyConfig, masks
-from flexproxy.masks import MaskMod
+from flexproxy.masks.mods import MaskMod
 from tests.accuracy import assert_accurate, cpu_kernel_exists
 from tests.oracle import Case, random_case
 
@@ -146,8 +146,8 @@ def test_attention_is_dense_where_sparse_cannot_pay(
     lengths: tuple[int, int], config: ProxyConfig, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The default mask goes to SDPA: no estimate is made, and nothing is compiled."""
-    monkeypatch.setattr(sys.modules["flexproxy.attention"], "select_for", _must_not_run)
-    monkeypatch.setattr("flexproxy._compat.compiled_flex_attention", _must_not_run)
+    monkeypatch.setattr(sys.modules["flexproxy.sparse.attention"], "select_for", _must_not_run)
+    monkeypatch.setattr("flexproxy.ops.compat.compiled_flex_attention", _must_not_run)
     case = case_of(2, 4, 2, lengths, 64, torch.float32, device)
     out = flexproxy.attention(case.q, case.k, case.v, config=config)
     check_output(case, masks.shift(masks.causal, lengths[1] - lengths[0]), out)

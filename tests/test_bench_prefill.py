@@ -21,8 +21,8 @@ import flexproxy
 from benchmarks import bench_prefill, harness
 from benchmarks.harness import Row
 from flexproxy import ProxyConfig
-from flexproxy.attention import attend
 from flexproxy.integrations.transformers import attention as hf_attention
+from flexproxy.sparse.attention import attend
 from tests.transformers_models import interpreted
 
 if not hasattr(transformers.PreTrainedModel, "set_attn_implementation"):

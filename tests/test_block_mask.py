@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
 
 import flexproxy
-from flexproxy import ProxyConfig, _compat, and_block_masks, masks, reference
-from flexproxy._compat import seq_lengths_of
-from flexproxy.block_mask import compile_block_mask, dense_maps
-from flexproxy.masks import MaskMod
+from flexproxy import ProxyConfig, and_block_masks, masks, reference
+from flexproxy.masks.mods import MaskMod
+from flexproxy.ops import compat
+from flexproxy.ops.compat import seq_lengths_of
 from flexproxy.selection import membership
+from flexproxy.stages.lists import compile_block_mask, dense_maps
 from tests.lists import full_blocks, partial_blocks
 
 HEADS = 4
@@ -160,8 +161,8 @@ def test_lists_for_gradients_in_attention(trained: str, device: str, monkeypatch
         seen.append(block_mask)
         return q
 
-    monkeypatch.setattr(_compat, "compiled_flex_attention", lambda device_type: kernel)
-    monkeypatch.setattr(sys.modules["flexproxy.attention"], "check_attention_options", lambda *args: None)
+    monkeypatch.setattr(compat, "compiled_flex_attention", lambda device_type: kernel)
+    monkeypatch.setattr(sys.modules["flexproxy.sparse.attention"], "check_attention_options", lambda *args: None)
     (q, k), (_, v) = tensors(device, 256, 256), tensors(device, 256, 256)
     if trained != "none":
         {"q": q, "k": k, "v": v}[trained].requires_grad_()

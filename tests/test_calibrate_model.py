@@ -20,11 +20,12 @@ import transformers
 
 import flexproxy
 from benchmarks import bench_calibrate
-from flexproxy import ProxyConfig, _inputs, stats
+from flexproxy import ProxyConfig, stats
 from flexproxy.calibration import Calibration, CalibrationError, calibrate, choose
 from flexproxy.calibration.collect import Layer, read
+from flexproxy.cli import inputs
+from flexproxy.cli.needle import plant
 from flexproxy.integrations.transformers import configuration, configure, record_selections, save_configuration
-from flexproxy.needle import plant
 from tests.transformers_models import interpreted, make_model, make_tokens, make_vision_language_model, use
 
 BLOCK, LENGTH = 16, 256
@@ -178,8 +179,8 @@ def test_a_text_that_was_used_is_known(result: Calibration) -> None:
 
 def test_the_needle_model_recovers_more_than_with_the_same_settings_everywhere() -> None:
     """On texts kept aside, at no more density: the mean over its layers, and the worst of them."""
-    model = _inputs.load_model(_inputs.default_model(), torch.device("cpu"))
-    sources = [_inputs.read_text(Path(str(module.__file__)), 1024).long() for module in (typing, subprocess)]
+    model = inputs.load_model(inputs.default_model(), torch.device("cpu"))
+    sources = [inputs.read_text(Path(str(module.__file__)), 1024).long() for module in (typing, subprocess)]
     texts = [plant(text, 16, torch.Generator().manual_seed(seed)).tokens for seed, text in enumerate(sources)]
     config = ProxyConfig(block_size=64, min_budget=64)
     found = flexproxy.calibrate(model, texts, density=0.3, config=config, max_proxies=2, rows=256)

@@ -19,7 +19,8 @@ import pytest
 import torch
 
 import flexproxy
-from flexproxy import _compat, _info, cli, implementations
+from flexproxy import cli, environment
+from flexproxy.ops import compat, implementations
 from tests.conftest import COMMAND
 from tests.tiny_model import HEADS, LAYERS, save_tiny_model
 
@@ -195,7 +196,7 @@ def test_info_as_json(model_folder: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_info_says_what_is_missing(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_info, "version_of", lambda name: None if name == "triton" else "1.0")
+    monkeypatch.setattr(environment, "version_of", lambda name: None if name == "triton" else "1.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("COLUMNS", "250")
     assert cli.main(["info"]) == 0
@@ -206,9 +207,11 @@ def test_info_says_what_is_missing(
     assert "No CUDA device" in out
 
 
-@pytest.mark.parametrize("name", _info._PACKAGES)
+@pytest.mark.parametrize("name", environment._PACKAGES)
 def test_info_names_the_extra_that_brings_a_package(name: str) -> None:
-    found = re.fullmatch(r'pip install (?:--pre )?"flexproxy(?:\[(\w+)\])?"', str(_info._package(name)["install"]))
+    found = re.fullmatch(
+        r'pip install (?:--pre )?"flexproxy(?:\[(\w+)\])?"', str(environment._package(name)["install"])
+    )
     assert found is not None
     entry = found[1] or "dependencies"
     assert re.search(rf'^{entry} = \[.*"{name}\b', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
@@ -218,11 +221,11 @@ def test_info_without_triton_and_flash(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The reasons are those of the places that choose."""
-    options = importlib.import_module("flexproxy.kernel_options")
+    options = importlib.import_module("flexproxy.sparse.kernel_options")
     reason = 'triton is not installed (pip install "flexproxy[triton]")'
     monkeypatch.setattr(implementations, "_why_torch", lambda device: reason)
     monkeypatch.setattr(options, "_why_torchs_own", lambda q, gradients: None)
-    monkeypatch.setattr(_compat, "flash_backend_exists", lambda: False)
+    monkeypatch.setattr(compat, "flash_backend_exists", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["info", "--json"]) == 0
     (device,) = json.loads(capsys.readouterr().out)["devices"]

@@ -22,9 +22,11 @@ pytest.importorskip("matplotlib")
 import huggingface_hub
 import transformers
 
-from flexproxy import _files, _info, _inputs, benchmarking, calibration, cli, inspection
-from flexproxy import demo as demo_module
-from flexproxy.needle import VOCAB_SIZE
+import flexproxy.environment as environment
+from flexproxy import calibration, cli, files
+from flexproxy.cli import benchmarking, inputs, inspection
+from flexproxy.cli import demo as demo_module
+from flexproxy.cli.needle import VOCAB_SIZE
 from tests.tiny_model import save_tiny_model
 from tests.transformers_models import interpreted
 
@@ -149,7 +151,7 @@ def test_a_model_that_cannot_be_used(
 def any_model(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Commands that take any decoder, whose folder MODEL stands for."""
     output = tmp_path_factory.mktemp("calibration") / "calibration.json"
-    text = ["--text", str(_inputs.default_text()), "--length", "512", "--device", "cpu"]
+    text = ["--text", str(inputs.default_text()), "--length", "512", "--device", "cpu"]
     settings = ["--density", "0.5", "--min-budget", "64", "--max-proxies", "1", "--output", str(output)]
     return {
         "inspect": ["inspect", "MODEL", *commands["inspect"][2:]],
@@ -318,7 +320,7 @@ def test_what_is_no_file_is_never_replaced(
         assert cli.main([*command, *force]) == 2
         message = "is a folder; name a file" if kind.endswith("folder") else "is no ordinary file; name another file"
         assert_one_line(capsys, f"{file}: {message}")
-    with pytest.raises(FileExistsError, match="is no ordinary file"), _files.replacing(file):
+    with pytest.raises(FileExistsError, match="is no ordinary file"), files.replacing(file):
         pytest.fail("it was written to")
     assert file.is_symlink() == kind.startswith("link")
     assert file.is_fifo() == kind.endswith("pipe")
@@ -411,7 +413,7 @@ def test_interrupted(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_info, "collect", interrupted)
+    monkeypatch.setattr(environment, "collect", interrupted)
     monkeypatch.setattr(demo_module, "run", interrupted)
     monkeypatch.setattr(inspection, "prefill", interrupted)
     monkeypatch.setattr(benchmarking, "committed", interrupted)

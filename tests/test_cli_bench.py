@@ -13,9 +13,10 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from flexproxy import benchmarking, cli
-from flexproxy._inputs import InputError
-from flexproxy.benchmarking import BENCHMARKS, Comparison, compare
+from flexproxy import cli
+from flexproxy.cli import benchmarking
+from flexproxy.cli.benchmarking import BENCHMARKS, Comparison, compare
+from flexproxy.cli.inputs import InputError
 
 HERE = {"gpu": "A GPU", "torch": "2.99", "date": "2026-01-02"}
 

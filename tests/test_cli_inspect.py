@@ -16,8 +16,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 pytest.importorskip("matplotlib")
 
-from flexproxy import ProxyConfig, _inputs, cli, inspection
-from flexproxy.cli import _inspect
+from flexproxy import ProxyConfig, cli
+from flexproxy.cli import inputs, inspection
+from flexproxy.cli.commands import inspect as _inspect
 from flexproxy.integrations.transformers import configure, save_configuration
 from tests.tiny_model import HEADS, LAYERS, save_tiny_model
 from tests.transformers_models import interpreted
@@ -70,7 +71,7 @@ def test_json_is_all_of_stdout_and_the_file_is_the_same(
 
 
 def test_the_settings_of_a_file(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = _inputs.load_decoder(str(model_folder), torch.device("cpu"), "flexproxy")
+    model = inputs.load_decoder(str(model_folder), torch.device("cpu"), "flexproxy")
     configure(model, {0: ProxyConfig(min_budget=512), 1: ProxyConfig(density=0.6, min_budget=64)})
     save_configuration(model, tmp_path / "settings.json")
     command = ["inspect", str(model_folder), "--device", "cpu", "--length", "512", "--json"]
@@ -88,7 +89,7 @@ def test_the_default_length_is_bounded(
 
     def prefill(model: Any, tokens: Any, **_: Any) -> Any:
         taken.append(tokens.shape[1])
-        raise _inputs.InputError("enough")
+        raise inputs.InputError("enough")
 
     monkeypatch.setattr(inspection, "prefill", prefill)
     text, command = (
@@ -103,9 +104,9 @@ def test_the_default_length_is_bounded(
 
 
 def test_the_layer_whose_heads_differ_most_is_looked_at(model_folder: Path) -> None:
-    model: Any = _inputs.load_decoder(str(model_folder), torch.device("cpu"), "flexproxy")
+    model: Any = inputs.load_decoder(str(model_folder), torch.device("cpu"), "flexproxy")
     config = ProxyConfig(gamma=0.5, min_budget=64)
-    tokens = _inputs.read_text(_inputs.default_text(), 300).long()
+    tokens = inputs.read_text(inputs.default_text(), 300).long()
     stages: list[tuple[str, int, int]] = []
     for dense in range(LAYERS):
         configure(model, config)

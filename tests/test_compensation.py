@@ -20,15 +20,17 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block
 
 import flexproxy
 from benchmarks.baselines.flashprefill_v2 import mean_correction
-from flexproxy import ProxyConfig, Selection, _compat, compensation, masks, reference
-from flexproxy.admissible import Admissible, whole_blocks
-from flexproxy.block_mask import dense_maps
-from flexproxy.masks import MaskMod
+from flexproxy import ProxyConfig, Selection, masks, reference
+from flexproxy.masks.blocks import Admissible, whole_blocks
+from flexproxy.masks.mods import MaskMod
+from flexproxy.ops import compat
 from flexproxy.pipeline import select_for
+from flexproxy.sparse import compensation
+from flexproxy.stages.lists import dense_maps
 from tests.accuracy import cpu_kernel_exists, skip_unless_flex_compiles
 from tests.oracle import random_case
 
-attention: Any = sys.modules["flexproxy.attention"]  # the module, whose name the function has
+attention: Any = sys.modules["flexproxy.sparse.attention"]  # the module, whose name the function has
 BLOCK = 16
 LOW = ProxyConfig(block_size=BLOCK, min_budget=2 * BLOCK, max_budget=2 * BLOCK)  # two blocks a row, whatever the scores
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -77,13 +79,13 @@ def kernel(
 
 
 def not_compiled(*args: Any, **kwargs: Any) -> Any:
-    raise _compat.NotCompiledError
+    raise compat.NotCompiledError
 
 
 @pytest.fixture
 def flex(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in of the compiled kernel, by name."""
-    monkeypatch.setattr(_compat, "run_compiled", kernel if request.param == "kernel" else not_compiled)
+    monkeypatch.setattr(compat, "run_compiled", kernel if request.param == "kernel" else not_compiled)
 
 
 on_both = pytest.mark.parametrize("flex", ["kernel", "eager"], indirect=True)
@@ -91,7 +93,7 @@ on_both = pytest.mark.parametrize("flex", ["kernel", "eager"], indirect=True)
 
 @pytest.fixture
 def dense_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_compat, "run_compiled", kernel)
+    monkeypatch.setattr(compat, "run_compiled", kernel)
 
 
 Way = Callable[[Tensor, Tensor, Tensor, Selection], Tensor]
@@ -234,7 +236,7 @@ def test_is_the_correction_of_the_baseline() -> None:
     """Our reading of FlashPrefill V2 (benchmarks/baselines), which is causal and eager, gives the same."""
     x = inputs((1, 4, 2), (150, 150))
     selection = flexproxy.select(x.q, x.k, config=LOW)
-    out, lse = attention._run_selected(*x, selection, arguments_of(x.q, x.k) | _compat.lse_arguments())
+    out, lse = attention._run_selected(*x, selection, arguments_of(x.q, x.k) | compat.lse_arguments())
     corrected = mean_correction(*x, out, lse, selection.block_map(), BLOCK)
     assert not torch.allclose(out, corrected, atol=0.1)
     torch.testing.assert_close(merged(*x, selection), corrected)
@@ -465,12 +467,12 @@ def test_lists_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(kwargs["block_mask"])
         return kernel(*args, **kwargs)
 
-    monkeypatch.setattr(_compat, "run_compiled", watched)
+    monkeypatch.setattr(compat, "run_compiled", watched)
     x = inputs((1, 2, 1), (64, 64))
     for gradients in (False, True):
         selection = select_for(x.q, x.k, None, None, LOW, None, gradients, lists=True)
         attention._run_merged(*x, selection, arguments_of(x.q, x.k), True, gradients)
-    if "compute_q_blocks" in _compat._FROM_KV_BLOCKS:  # else they are always made
+    if "compute_q_blocks" in compat._FROM_KV_BLOCKS:  # else they are always made
         assert [mask.q_indices is not None for mask in seen] == [False, False, True, True]
     assert all(mask.BLOCK_SIZE == (BLOCK, BLOCK) for mask in seen)
 
@@ -479,12 +481,12 @@ def test_the_unit_of_the_log_sum_exp(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch takes the logarithms of FLASH for those to the base 2, that is undone; elsewhere nothing is."""
     out, lse = torch.zeros(1), torch.ones(1)
     for knows in (False, True):
-        monkeypatch.setattr(_compat, "_KNOWS_UNIT_OF_FLASH", knows)
+        monkeypatch.setattr(compat, "_KNOWS_UNIT_OF_FLASH", knows)
         for options in ({}, {"BACKEND": "TRITON"}, {"BACKEND": "FLASH"}):
-            got = _compat.with_lse((out, lse), options)[1]
+            got = compat.with_lse((out, lse), options)[1]
             off = options.get("BACKEND") == "FLASH" and not knows
             torch.testing.assert_close(got, lse / torch.log(torch.tensor(2.0)) if off else lse)
-    assert _compat.with_lse(out, {}) is out
+    assert compat.with_lse(out, {}) is out
 
 
 @pytest.mark.skipif(not cpu_kernel_exists(), reason="this torch's dynamo cannot trace masks")

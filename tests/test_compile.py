@@ -14,7 +14,8 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flexproxy
-from flexproxy import ProxyConfig, _compat, masks, reference
+from flexproxy import ProxyConfig, masks, reference
+from flexproxy.ops import compat
 from tests.accuracy import assert_accurate, skip_unless_flex_compiles
 
 BATCH, HEADS, KV_HEADS, LENGTH, HEAD_DIM, BLOCK = 2, 4, 2, 300, 32, 64
@@ -229,7 +230,7 @@ def dynamo_traces_functions_with_attributes() -> bool:
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
-    with _compat.many_lengths():
+    with compat.many_lengths():
         yield
     torch._dynamo.reset()
 
@@ -329,9 +330,9 @@ def test_dense_where_sparse_cannot_pay(name: str, num_queries: int | None, devic
 @pytest.mark.usefixtures("needs_dynamo")
 def test_the_choice_of_a_backend_is_traced() -> None:
     """Where FLASH is a choice, a compiled ``attention`` asks whether it is there: an answer of the trace's time."""
-    _compat._flash_backend_exists.cache_clear()
-    traced = torch.compile(lambda x: x + _compat.flash_backend_exists(), fullgraph=True, backend="eager")
-    assert int(traced(torch.zeros(()))) == _compat.flash_backend_exists()
+    compat._flash_backend_exists.cache_clear()
+    traced = torch.compile(lambda x: x + compat.flash_backend_exists(), fullgraph=True, backend="eager")
+    assert int(traced(torch.zeros(()))) == compat.flash_backend_exists()
 
 
 @pytest.mark.usefixtures("needs_dynamo")
@@ -476,11 +477,11 @@ def test_many_lengths_stay_below_the_limit(monkeypatch: pytest.MonkeyPatch) -> N
         for length in NEW_LENGTHS[:2]:
             run(length)
         assert getattr(torch._dynamo.config, limit) == 1
-        monkeypatch.setattr(_compat, "MAX_COMPILED_LENGTHS", 1)
+        monkeypatch.setattr(compat, "MAX_COMPILED_LENGTHS", 1)
         with pytest.raises(Exception, match=r"limit|fullgraph"):
             run(NEW_LENGTHS[2])
     monkeypatch.undo()
-    assert _compat.MAX_COMPILED_LENGTHS >= 256
+    assert compat.MAX_COMPILED_LENGTHS >= 256
 
 
 # ------------------------------------------------------------------------------------------------ operators

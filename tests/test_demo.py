@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import flexproxy
-from flexproxy import _inputs, demo
-from flexproxy._inputs import InputError
-from flexproxy.demo import DemoResult
-from flexproxy.needle import VOCAB_SIZE, plant
+from flexproxy.cli import demo, inputs
+from flexproxy.cli.demo import DemoResult
+from flexproxy.cli.inputs import InputError
+from flexproxy.cli.needle import VOCAB_SIZE, plant
 from tests.tiny_model import HEADS, LAYERS, save_tiny_model
 
 pytest.importorskip("transformers")
@@ -34,11 +34,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(model_folder: Path) -> Any:
-    return _inputs.load_model(model_folder, CPU)
+    return inputs.load_model(model_folder, CPU)
 
 
 def run(model: Any, **overrides: Any) -> DemoResult:
-    text = _inputs.read_text(_inputs.default_text(), LENGTH)
+    text = inputs.read_text(inputs.default_text(), LENGTH)
     arguments: dict[str, Any] = {"config": CONFIG, "num_needles": NEEDLES, "seed": 0} | overrides
     return demo.run(model, text, **arguments)
 
@@ -81,7 +81,7 @@ def test_sparse_differs_from_dense_but_not_with_every_block(result: DemoResult, 
 
 
 def test_the_registered_attention_is_causal(result: DemoResult, model: Any) -> None:
-    tokens = _inputs.read_text(_inputs.default_text(), LENGTH).long()
+    tokens = inputs.read_text(inputs.default_text(), LENGTH).long()
     changed = tokens.clone()
     changed[:, 384:] = 7
     dense = model(input_ids=tokens, use_cache=False).logits
@@ -100,7 +100,7 @@ def test_the_registered_attention_is_causal(result: DemoResult, model: Any) -> N
 
 
 def test_bits_per_byte_are_those_of_the_text() -> None:
-    text = _inputs.read_text(_inputs.default_text(), LENGTH)
+    text = inputs.read_text(inputs.default_text(), LENGTH)
     batch = plant(text, NEEDLES, torch.Generator().manual_seed(0))
     logits = torch.zeros(1, LENGTH, 2 * VOCAB_SIZE)
     assert demo._measure(batch, logits, 1.0).bits_per_byte == pytest.approx(math.log2(2 * VOCAB_SIZE), rel=1e-5)
@@ -185,62 +185,62 @@ def test_what_cannot_be_run_is_said_before_it_is_run(model: Any, overrides: dict
 
 def test_text_is_the_first_bytes_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(bytes(range(256)))
-    assert _inputs.read_text(tmp_path / "text", 200).tolist() == [list(range(200))]
+    assert inputs.read_text(tmp_path / "text", 200).tolist() == [list(range(200))]
     with pytest.raises(InputError, match=r"has 256 bytes, and --length asks for 257; use a longer text"):
-        _inputs.read_text(tmp_path / "text", 257)
+        inputs.read_text(tmp_path / "text", 257)
     with pytest.raises(InputError, match=r"cannot read the text .*nowhere"):
-        _inputs.read_text(tmp_path / "nowhere", 1)
+        inputs.read_text(tmp_path / "nowhere", 1)
 
 
 def test_default_model_says_where_it_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_inputs, "__file__", str(tmp_path / "flexproxy" / "_inputs.py"))
+    monkeypatch.setattr(inputs, "__file__", str(tmp_path / "flexproxy" / "_inputs.py"))
     with pytest.raises(InputError) as error:
-        _inputs.default_model()
+        inputs.default_model()
     assert str(tmp_path / "examples" / "needle") in str(error.value)
     assert "--model DIR" in str(error.value)
     (tmp_path / "examples" / "needle").mkdir(parents=True)
     (tmp_path / "examples" / "needle" / "model.safetensors").touch()
-    assert _inputs.default_model() == tmp_path / "examples" / "needle"
+    assert inputs.default_model() == tmp_path / "examples" / "needle"
 
 
 def test_models_that_cannot_be_loaded(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no config\.json in "):
-        _inputs.load_model(tmp_path / "nowhere", CPU)
+        inputs.load_model(tmp_path / "nowhere", CPU)
 
     broken = tmp_path / "broken"
     shutil.copytree(model_folder, broken)
     weights = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(InputError, match=r"cannot load the model in .*broken: "):
-        _inputs.load_model(broken, CPU)
+        inputs.load_model(broken, CPU)
     (broken / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"cannot load the model in .*broken: "):
-        _inputs.load_model(broken, CPU)
+        inputs.load_model(broken, CPU)
 
     incomplete = save_tiny_model(tmp_path / "incomplete")
     settings = json.loads((incomplete / "config.json").read_text())
     (incomplete / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": LAYERS + 1}))
     with pytest.raises(InputError, match=r"lacks weights: model\.layers\.2\."):
-        _inputs.load_model(incomplete, CPU)
+        inputs.load_model(incomplete, CPU)
 
     with pytest.raises(InputError, match=r"with 100 tokens; the needle task is for a LlamaForCausalLM with 260"):
-        _inputs.load_model(save_tiny_model(tmp_path / "small", vocab_size=100), CPU)
+        inputs.load_model(save_tiny_model(tmp_path / "small", vocab_size=100), CPU)
 
 
 def test_an_explicit_device_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert _inputs.pick_device("auto") == _inputs.pick_device("cpu") == CPU
+    assert inputs.pick_device("auto") == inputs.pick_device("cpu") == CPU
     with pytest.raises(InputError, match="no CUDA device"):
-        _inputs.pick_device("cuda")
+        inputs.pick_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert (_inputs.pick_device("auto").type, _inputs.pick_device("cpu").type) == ("cuda", "cpu")
+    assert (inputs.pick_device("auto").type, inputs.pick_device("cpu").type) == ("cuda", "cpu")
 
 
 def test_a_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     with pytest.raises(InputError, match=r"no C\+\+ compiler: .*no-such-compiler is not to be found"):
-        _inputs.check_compiler(CPU)
-    _inputs.check_compiler(torch.device("cuda"))
+        inputs.check_compiler(CPU)
+    inputs.check_compiler(torch.device("cuda"))
 
 
 @pytest.mark.slow
@@ -248,8 +248,8 @@ def test_a_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_trained_model_answers_dense_and_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo with its defaults. The text differs a little from Python to Python, so the bounds have some room."""
     monkeypatch.setattr(demo, "_REPEATS", 1)
-    model = _inputs.load_model(_inputs.default_model(), CPU)
-    text = _inputs.read_text(_inputs.default_text(), 8192)
+    model = inputs.load_model(inputs.default_model(), CPU)
+    text = inputs.read_text(inputs.default_text(), 8192)
     result = demo.run(model, text, flexproxy.ProxyConfig(num_proxies=2, min_budget=512), num_needles=32, seed=0)
     assert result.dense.exact_answers >= 0.95 * 32
     assert result.sparse.exact_answers >= 0.85 * 32

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks import plots
-from flexproxy import _compat
+from flexproxy.ops import compat
 from tests.accuracy import skip_unless_flex_compiles
 from tests.test_imports import core
 from tests.tiny_model import LAYERS, save_tiny_model
@@ -85,7 +85,7 @@ def test_code_of_inspection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.importorskip(package)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_compat, "compiled_flex_attention", lambda _: _compat._flex_attention)
+    monkeypatch.setattr(compat, "compiled_flex_attention", lambda _: compat._flex_attention)
     names: dict[str, Any] = {}
     run("inspection.md", names)
     assert {x.dense for passes in names["record"].layers.values() for x in passes} == {None}

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention
 
 import flexproxy
-from flexproxy import ProxyConfig, _compat, masks
-from flexproxy._compat import seq_lengths_of
+from flexproxy import ProxyConfig, masks
+from flexproxy.masks.mods import MaskMod
+from flexproxy.ops import compat
+from flexproxy.ops.compat import seq_lengths_of
 
 # What is passed wrongly on purpose must get past the type checker.
 api: Any = flexproxy
@@ -772,7 +774,7 @@ def test_bad_input_on_a_cpu(case: str) -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_the_remedy_for_gradients_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under ``torch.no_grad()``, as the message advises, tensors that require gradients are no error on a CPU."""
-    monkeypatch.setattr(_compat, "compiled_flex_attention", lambda device_type: flex_attention)
+    monkeypatch.setattr(compat, "compiled_flex_attention", lambda device_type: flex_attention)
     x = inputs("cpu")
     settings = ProxyConfig(min_budget=128)
     want = api.attention(x.q, x.k, x.v, config=settings)
@@ -860,7 +862,7 @@ def poison(q: Tensor, k: Tensor, place: str, value: float) -> None:
         k[POISONED] = value
 
 
-def not_finite_mask(name: str, device: str) -> masks.MaskMod | None:
+def not_finite_mask(name: str, device: str) -> MaskMod | None:
     index = torch.arange(LENGTH, device=device)
     left = (index >= torch.tensor([[0], [20], [50]], device=device)).long()
     number = torch.tensor([3, 30, 60], device=device)

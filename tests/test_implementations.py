@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import flexproxy
-from flexproxy import ProxyConfig, _compat, implementations
-from flexproxy.implementations import kernel_of, use
+from flexproxy import ProxyConfig
+from flexproxy.ops import compat, implementations
+from flexproxy.ops.implementations import kernel_of, use
 
 CPU = torch.empty(0)
 
@@ -34,11 +35,11 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, triton: bool = True, interpreted: bool = False) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
-        modules = {"flexproxy.kernels": SimpleNamespace(OPERATORS={"op": self})}  # triton itself is not imported
+        modules = {"flexproxy.ops.kernels": SimpleNamespace(OPERATORS={"op": self})}  # triton itself is not imported
         monkeypatch.setattr(implementations, "find_spec", lambda name: object() if triton else None)
         monkeypatch.setattr(implementations, "importlib", SimpleNamespace(import_module=modules.__getitem__))
         monkeypatch.setattr(implementations, "interpreter_runs", lambda: True)
-        monkeypatch.setattr(_compat, "IS_ROCM", False)
+        monkeypatch.setattr(compat, "IS_ROCM", False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
@@ -82,7 +83,7 @@ def test_what_cannot_run_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     if name == "old GPU":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     if name == "AMD GPU":
-        monkeypatch.setattr(_compat, "IS_ROCM", True)
+        monkeypatch.setattr(compat, "IS_ROCM", True)
     if name == "old interpreter":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(implementations, "interpreter_runs", lambda: False)

@@ -264,7 +264,7 @@ def test_kernels_know_no_stage() -> None:
 def test_reference_is_independent() -> None:
     """The specification shares nothing with what is tested against it but the type of a mask."""
     own = {name for name in imported_names(tree_of("reference")) if name.startswith("flexproxy")}
-    assert own == {"flexproxy.masks", "flexproxy.masks.MaskMod"}
+    assert own == {"flexproxy.masks.mods", "flexproxy.masks.mods.MaskMod"}
     assert "reference" not in core()
 
 
@@ -322,7 +322,7 @@ def test_the_scans_see_mistakes() -> None:
         "def f(x):\n"
         "    import transformers\n"
         "    from flexproxy import scores\n"
-        "    from flexproxy.budget import clip_counts\n"
+        "    from flexproxy.stages.budget import clip_counts\n"
         "    hasattr(torch.nn, 'x')\n"
         "    return x.cpu().sum().item(), torch.where(x), torch._dynamo.config\n"
         "if TYPE_CHECKING:\n"
@@ -331,9 +331,9 @@ def test_the_scans_see_mistakes() -> None:
     assert set(imported_names(tree)) == {
         "transformers",
         "flexproxy",
-        "flexproxy.scores",
-        "flexproxy.budget",
-        "flexproxy.budget.clip_counts",
+        "flexproxy.stages.scores",
+        "flexproxy.stages.budget",
+        "flexproxy.stages.budget.clip_counts",
     }
     assert {"cpu", "item", "where", "hasattr"} <= {name for name, _ in calls(tree)}
     assert [root_of(node.args[0]) for name, node in calls(tree) if name == "hasattr"] == ["torch"]

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flexproxy
-from flexproxy import ProxyConfig, _kept, implementations, masks
+from flexproxy import ProxyConfig, masks
+from flexproxy.ops import cache, implementations
 
 CUDA = torch.device("cuda", 0)
 SETTINGS: dict[str, ProxyConfig] = {
@@ -28,7 +29,7 @@ SETTINGS: dict[str, ProxyConfig] = {
 def keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is kept on a CPU too, for this test alone."""
     place = object()
-    monkeypatch.setattr(_kept, "_place", lambda device: place)
+    monkeypatch.setattr(cache, "_place", lambda device: place)
 
 
 @pytest.fixture
@@ -60,10 +61,10 @@ def test_a_kept_mask_changes_nothing(name: str, device: str, monkeypatch: pytest
     calls = [(*make_inputs(seed, 200 - 70 * (seed % 2)), SETTINGS[name]) for seed in range(4)]
     calls = [(q.to(device), k.to(device), config) for q, k, config in calls]
     with monkeypatch.context() as context:
-        context.setattr(_kept, "_place", lambda device: None)
+        context.setattr(cache, "_place", lambda device: None)
         wanted = [parts(flexproxy.select(q, k, config=config)) for q, k, config in calls]
     place = object()
-    monkeypatch.setattr(_kept, "_place", lambda device: place)
+    monkeypatch.setattr(cache, "_place", lambda device: place)
     for (q, k, config), fresh in zip(calls, wanted, strict=True):
         for ours, theirs in zip(parts(flexproxy.select(q, k, config=config)), fresh, strict=True):
             assert torch.equal(ours, theirs)
@@ -120,7 +121,7 @@ def test_large_masks_are_not_kept(keeps: None, classified: list[int], monkeypatc
 def counted(maximum: int) -> tuple[Callable[[torch.device, int], Tensor], list[int]]:
     made: list[int] = []
 
-    @_kept.kept(maximum)
+    @cache.kept(maximum)
     def make(device: torch.device, number: int) -> Tensor:
         made.append(number)
         return torch.full((2,), number)

@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexproxy import ProxyConfig, _checks, masks
-from flexproxy._checks import check_memory
-from flexproxy.masks import MaskMod
+from flexproxy import ProxyConfig, checks, masks
+from flexproxy.checks import check_memory
+from flexproxy.masks.mods import MaskMod, structure_of
 from tests.accuracy import cpu_kernel_exists
 
 # Not by attribute: flexproxy.attention and flexproxy.kernel_options are the functions.
-attention: Any = importlib.import_module("flexproxy.attention")
-options: Any = importlib.import_module("flexproxy.kernel_options")
+attention: Any = importlib.import_module("flexproxy.sparse.attention")
+options: Any = importlib.import_module("flexproxy.sparse.kernel_options")
 # As they are, before the fixture of conftest changes them.
 BUILD_FLOPS, SPARSE_COST = attention.BUILD_FLOPS, attention.SPARSE_COST
 
@@ -145,7 +145,7 @@ NUMBER: dict[str, MaskMod | None] = {"shift by []": masks.shift(masks.causal, to
 
 
 def chosen(mask_mod: MaskMod | None, length: int = 1024, **changes: Any) -> Any:
-    structure = None if mask_mod is None else masks.structure_of(mask_mod)
+    structure = None if mask_mod is None else structure_of(mask_mod)
     given = {"membership": False, "has_score_mod": False, "block_size": 128, "gradients": False} | changes
     return options.options_for(*pair(length), structure, **given)
 
@@ -322,7 +322,7 @@ def test_small_masks_ask_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     check_memory(*long(2**20), ProxyConfig(), False)
     assert asked == []
-    assert _checks.MEMORY_WORTH_ASKING == 2**30
+    assert checks.MEMORY_WORTH_ASKING == 2**30
 
 
 # ------------------------------------------------------------------------------------------------ not compiled

@@ -21,16 +21,19 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import or_masks
 
 import flexproxy
-from flexproxy import ProxyConfig, implementations, masks
-from flexproxy.masks import MaskMod
-from flexproxy.proxy import head_groups, pool_heads
+from flexproxy import ProxyConfig, masks
+from flexproxy.masks.blocks import summarize_rows
+from flexproxy.masks.mods import MaskMod
+from flexproxy.ops import implementations
+from flexproxy.stages.proxy import head_groups, pool_heads
+from flexproxy.stages.ranking import rank_blocks
 from tests.conftest import IMPLEMENTATIONS
 from tests.oracle import Case, check_count, check_rank, expect, random_case
 
 pytest.importorskip("triton")
-kernels: Any = importlib.import_module("flexproxy.kernels")
+kernels: Any = importlib.import_module("flexproxy.ops.kernels")
 LAUNCHERS = [
-    importlib.import_module(f"flexproxy.kernels.{name}")
+    importlib.import_module(f"flexproxy.ops.kernels.{name}")
     for name in ("block_logits", "classify", "counts", "lists", "masses", "outlying", "pool", "rank", "scores")
 ]
 
@@ -154,7 +157,7 @@ def unwritten(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["classify", "counts", "lists", "masses", "pool", "rank", "scores"])
 def test_an_unwritten_element_is_seen(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above finds one element that a launcher leaves unwritten, whichever launcher it is."""
-    module = importlib.import_module(f"flexproxy.kernels.{name}")
+    module = importlib.import_module(f"flexproxy.ops.kernels.{name}")
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 2, length, 16, generator=generator).to(device) for length in (40, 90))
     config = ProxyConfig(block_size=16, min_budget=0, density=0.5)
@@ -287,13 +290,13 @@ def test_ranks_of_rows_too_long_for_one_program(device: str, monkeypatch: pytest
     admissible[:, :, 1, 40:] = False  # ends in the first half of a program's places, which is sorted alone
     admissible[:, :, 2] = False
     scores, admissible = scores.to(device), admissible.to(device)
-    summary = flexproxy.admissible.summarize_rows(admissible, admissible)
+    summary = summarize_rows(admissible, admissible)
     offset = torch.tensor([85 * 16, 3 * 16 - 5], device=device)
     arguments = scores, admissible, summary, offset, 75, 16, 1, 2
     with implementations.use("torch"):
-        want = flexproxy.ranking.rank_blocks(*arguments)
+        want = rank_blocks(*arguments)
     assert torch.equal(kernels.rank_blocks(*arguments), want)
-    monkeypatch.setattr(kernels.rank, "MAX_SORTED", 32)
+    monkeypatch.setattr(kernels.ranking, "MAX_SORTED", 32)
     launched: list[Any] = []
     launch = kernels.rank.launch
 

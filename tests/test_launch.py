@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 triton: Any = pytest.importorskip("triton")
-launching: Any = importlib.import_module("flexproxy.kernels.launch")
+launching: Any = importlib.import_module("flexproxy.ops.kernels.launch")
 JITFunction: Any = importlib.import_module("triton.runtime.jit").JITFunction
 
 

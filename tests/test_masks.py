@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, flex_attention, noop_mask, or_masks
 
 import flexproxy
-from flexproxy import ProxyConfig, admissible, masks, reference
-from flexproxy._compat import seq_lengths_of
-from flexproxy.admissible import (
+from flexproxy import ProxyConfig, masks, reference
+from flexproxy.masks import blocks
+from flexproxy.masks.blocks import (
     SampledMask,
     classify_by_evaluation,
     classify_clauses,
@@ -22,8 +22,9 @@ from flexproxy.admissible import (
     mask_chunk,
     pack_bits,
 )
-from flexproxy.clauses import MAX_CLAUSES, Clause, stack
-from flexproxy.masks import MaskMod, clauses_of, structure_of
+from flexproxy.masks.clauses import MAX_CLAUSES, Clause, stack
+from flexproxy.masks.mods import MaskMod, clauses_of, structure_of
+from flexproxy.ops.compat import seq_lengths_of
 from tests.accuracy import assert_accurate
 from tests.lists import full_blocks, partial_blocks
 
@@ -247,8 +248,8 @@ def test_chunks_make_no_difference(seed: int, device: str, monkeypatch: pytest.M
     mask_mod = and_masks(
         masks.shift(masks.causal, 17), masks.shift(masks.document(nest.ints(-1, 3, nest.batch, 900)), 17)
     )
-    monkeypatch.setattr(admissible, "CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(admissible, "_evaluated_elements", lambda device: 1)
+    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(blocks, "_evaluated_elements", lambda device: 1)
     clauses = clauses_of(structure_of(mask_mod), *lengths, torch.device(device))
     assert clauses is not None
     check_clauses(mask_mod, clauses, nest.batch, lengths, nest.block_size)
@@ -383,7 +384,7 @@ def test_known_masks_in_build(name: str, device: str, monkeypatch: pytest.Monkey
     def never(*args: object, **kwargs: object) -> Tensor:
         raise AssertionError("a token was evaluated")
 
-    monkeypatch.setattr(admissible, "create_mask", never)
+    monkeypatch.setattr(blocks, "create_mask", never)
     counted = flexproxy.select(q, k, mask_mod=mask_mod, config=CONFIG)
     assert torch.equal(counted.rank, evaluated.rank)
     assert torch.equal(counted.count, evaluated.count)

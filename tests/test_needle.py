@@ -1,4 +1,4 @@
-"""What ``flexproxy.needle`` plants, and how it judges answers."""
+"""What ``flexproxy.cli.needle`` plants, and how it judges answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexproxy.needle import ANSWER_LENGTH, END, KEY, QRY, VAL, VOCAB_SIZE, NeedleBatch, exact_answers, plant
+from flexproxy.cli.needle import ANSWER_LENGTH, END, KEY, QRY, VAL, VOCAB_SIZE, NeedleBatch, exact_answers, plant
 
 # (batch size, length, needles); the last has a needle or query in every window, the third a ragged end.
 SHAPES = [(1, 32, 1), (3, 512, 4), (2, 1023, 9), (2, 512, 16)]

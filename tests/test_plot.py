@@ -13,8 +13,8 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
 import flexproxy
 from flexproxy import ProxyConfig, Selection, masks, plot, stats
+from flexproxy.inspect.recording import Pass, Record
 from flexproxy.plot.figures import save_problem
-from flexproxy.recording import Pass, Record
 
 matplotlib = pytest.importorskip("matplotlib")
 

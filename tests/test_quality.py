@@ -29,7 +29,7 @@ from benchmarks.quality.models import attention_shape, default_model, fingerprin
 from benchmarks.quality.samples import Sample, Task, bits_per_token, exact_answers, scored_positions
 from benchmarks.quality.texts import Text
 from flexproxy import ProxyConfig, reference
-from flexproxy._inputs import load_decoder, reads_bytes
+from flexproxy.cli.inputs import load_decoder, reads_bytes
 from tests.accuracy import skip_unless_flex_compiles
 from tests.test_quality_tasks import PROSE, make_tokenizer
 from tests.tiny_model import HEADS, LAYERS, save_tiny_model

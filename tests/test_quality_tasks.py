@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.quality import byte_tasks, prompt_tasks, texts
 from benchmarks.quality.samples import Sample
 from benchmarks.quality.texts import Purpose, read_text
-from flexproxy.needle import END, KEY, QRY, VAL
+from flexproxy.cli.needle import END, KEY, QRY, VAL
 
 TEXT = torch.randint(256, (20000,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 LENGTHS = (512, 1023, 2048)

@@ -21,8 +21,8 @@ from benchmarks.quality import train as command
 from benchmarks.quality import training
 from benchmarks.quality.byte_tasks import plant_task
 from benchmarks.quality.texts import read_text
-from flexproxy._inputs import load_decoder, reads_bytes
-from flexproxy.needle import VOCAB_SIZE, NeedleBatch
+from flexproxy.cli.inputs import load_decoder, reads_bytes
+from flexproxy.cli.needle import VOCAB_SIZE, NeedleBatch
 
 CPU = torch.device("cpu")
 

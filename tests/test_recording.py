@@ -20,10 +20,10 @@ import transformers
 
 import flexproxy
 from flexproxy import ProxyConfig, stats
+from flexproxy.inspect.recording import Pass, Record
+from flexproxy.inspect.totals import totals_of
 from flexproxy.integrations.transformers import attention as hf_attention
 from flexproxy.integrations.transformers import configure, observing, record_selections
-from flexproxy.recording import Pass, Record
-from flexproxy.totals import totals_of
 from tests.tiny_model import save_tiny_model
 from tests.transformers_models import interpreted, make_model, make_tokens, use
 
@@ -71,7 +71,7 @@ def test_a_sparse_and_a_dense_layer(model: Any) -> None:
 
 def test_attention_estimates_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is recorded is the selection that attention used, and not another one like it."""
-    attention: Any = sys.modules["flexproxy.attention"]
+    attention: Any = sys.modules["flexproxy.sparse.attention"]
     select_for, made = attention.select_for, []
 
     def counted(*args: Any, **others: Any) -> Any:
@@ -303,10 +303,10 @@ def test_the_name_is_lazy() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_times_by_events_and_no_wait(tmp_path: Path) -> None:
     """On a GPU: a recorded pass waits for it no more often than another, until the record is read."""
-    from flexproxy import _inputs
+    from flexproxy.cli import inputs
 
     device = torch.device("cuda")
-    model = _inputs.load_decoder(str(save_tiny_model(tmp_path)), device, "flexproxy")
+    model = inputs.load_decoder(str(save_tiny_model(tmp_path)), device, "flexproxy")
     configure(model, ProxyConfig(gamma=0.6, min_budget=128))
     tokens = torch.randint(2, 200, (1, 1024), device=device)
 

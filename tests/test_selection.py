@@ -12,7 +12,8 @@ import torch
 from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
 import flexproxy
-from flexproxy import ProxyConfig, implementations, masks, reference
+from flexproxy import ProxyConfig, masks, reference
+from flexproxy.ops import implementations
 from tests.oracle import EPS, Case, check_count, check_rank, expect, pooled, random_case
 
 NUM_CASES, CASES_PER_TEST = 240, 12

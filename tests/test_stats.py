@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import flexproxy
 from flexproxy import masks, reference, stats
+from flexproxy.stages.lists import compile_block_mask
 from tests.accuracy import allowed_pairs
 from tests.oracle import Case, random_case
 from tests.test_selection import rounds_lengths_up
@@ -195,7 +196,7 @@ def test_a_long_sequence_takes_little_memory() -> None:
 def create_block_mask_of_diagonal(number: int) -> BlockMask:
     diagonal = torch.eye(number, dtype=torch.bool)[None, None]
     lengths = number * 128, number * 128
-    return flexproxy.block_mask.compile_block_mask(diagonal, diagonal & False, masks.causal, 128, lengths, False)
+    return compile_block_mask(diagonal, diagonal & False, masks.causal, 128, lengths, False)
 
 
 def test_mistakes_are_named() -> None:

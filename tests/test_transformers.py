@@ -296,7 +296,7 @@ def test_a_window_that_the_least_budget_covers_is_dense(monkeypatch: pytest.Monk
         estimated.append(not arguments[5].keeps_all)
         return attend(*arguments, **others)
 
-    from flexproxy.attention import attend
+    from flexproxy.sparse.attention import attend
 
     monkeypatch.setattr(hf_attention, "attend", recorded)
     monkeypatch.setattr(hf_attention, "_MAX_TOKEN_PAIRS", 0)

@@ -16,10 +16,11 @@ pytest.importorskip("transformers")
 from transformers import AttentionMaskInterface, masking_utils
 
 import flexproxy.integrations.transformers  # noqa: F401
-from flexproxy import ProxyConfig, masks
+from flexproxy import ProxyConfig
 from flexproxy.integrations.transformers import configure, parts
 from flexproxy.integrations.transformers import masks as hf_masks
 from flexproxy.integrations.transformers.masks import forward_mask, forward_mask_of
+from flexproxy.masks.mods import structure_of
 from flexproxy.pipeline import dense_block_mask
 from tests.lists import full_blocks, partial_blocks
 from tests.transformers_models import make_model, make_tokens
@@ -143,7 +144,7 @@ def test_nothing_of_a_mask_is_lost(name: str, offsets: tuple[int, int], side: st
 def test_known_masks_are_counted(name: str) -> None:
     """A mask that flexproxy knows has a structure, so its blocks are counted; another has none."""
     result = made_mask(arguments_for(made(name), 160, 0, padded("left", KEYS)))
-    assert (masks.structure_of(result.mask_mod).clauses is not None) is FUNCTIONS[name][1]
+    assert (structure_of(result.mask_mod).clauses is not None) is FUNCTIONS[name][1]
 
 
 def test_packed_positions_of_later_releases() -> None:
@@ -157,7 +158,7 @@ def test_packed_positions_of_later_releases() -> None:
         function = utils.packed_sequence_compatibility_function(inner, places, ids)
         arguments = arguments_for(function, 160, 0, None)
         result = made_mask(arguments)
-        assert (masks.structure_of(result.mask_mod).clauses is not None) is known
+        assert (structure_of(result.mask_mod).clauses is not None) is known
         ours = create_mask(result.mask_mod, BATCH, 1, QUERIES, KEYS, device="cpu")
         assert torch.equal(ours, AttentionMaskInterface()["sdpa"](**arguments))
 
@@ -184,7 +185,7 @@ def test_a_constructor_that_means_something_else_is_not_known(monkeypatch: pytes
     monkeypatch.setattr(masking_utils, "sliding_window_overlay", sliding_window_overlay)
     arguments = arguments_for(utils.sliding_window_causal_mask_function(70), 160, 0, None)
     result = made_mask(arguments)
-    assert masks.structure_of(result.mask_mod).clauses is None
+    assert structure_of(result.mask_mod).clauses is None
     ours = create_mask(result.mask_mod, BATCH, 1, QUERIES, KEYS, device="cpu")
     theirs = AttentionMaskInterface()["sdpa"](**arguments)
     assert theirs[0, 0, 0].sum() == 71
@@ -234,7 +235,7 @@ def test_a_mask_on_a_second_device_is_made_again() -> None:
     known = arguments_for(utils.sliding_window_causal_mask_function(70), 160, 0, padded("left", KEYS))
     shared = forward_mask_of(made_mask(known))
     assert shared is not None
-    tables = masks.structure_of(shared._mask_mod(meta)).tables
+    tables = structure_of(shared._mask_mod(meta)).tables
     assert {table.name: table.value.device for table in tables} == {"attention_mask": meta, "q_offset": meta}
 
     shared = forward_mask_of(made_mask(arguments_for(made("a function of somebody else"), 160, 0, None)))

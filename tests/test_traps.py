@@ -27,10 +27,10 @@ from torch.nn.attention.flex_attention import (
 
 import flexproxy
 from flexproxy import ProxyConfig, Selection, masks
-from flexproxy._compat import from_kv_blocks, many_lengths, seq_lengths_of
-from flexproxy.block_mask import dense_maps
-from flexproxy.masks import MaskMod
+from flexproxy.masks.mods import MaskMod
+from flexproxy.ops.compat import from_kv_blocks, many_lengths, seq_lengths_of
 from flexproxy.selection import membership
+from flexproxy.stages.lists import dense_maps
 from tests.accuracy import allowed_pairs, assert_accurate, skip_unless_flex_compiles
 
 # A length that is no multiple of the block, and heads that share keys. One shape for all: each new one is compiled.
@@ -254,7 +254,7 @@ def test_3_flash_gets_membership_where_a_mask_may_be_trivial(backend: str, monke
         given.append(block_mask)
         return q
 
-    monkeypatch.setattr("flexproxy._compat.run_compiled", run)
+    monkeypatch.setattr("flexproxy.ops.compat.run_compiled", run)
     qkv = inputs("cpu")
     for mask_mod in (noop_mask, masks.full):
         flexproxy.attention(*qkv, mask_mod=mask_mod, config=CONFIG, kernel_options={"BACKEND": backend})

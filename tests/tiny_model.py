@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flexproxy.needle import VOCAB_SIZE
+from flexproxy.cli.needle import VOCAB_SIZE
 
 LAYERS, HEADS = 2, 4
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, and_masks
 
 from flexproxy import masks
-from flexproxy.block_mask import compile_block_mask
 from flexproxy.selection import membership
+from flexproxy.stages.lists import compile_block_mask
 
 BLOCK_SIZE = 128
 # Logits in one piece: on a GPU 256 MiB in bf16, 512 MiB in fp32; on a CPU what its caches hold.

@@ -28,8 +28,8 @@ from benchmarks.quality.prompt_tasks import TASKS as ALL_TASKS
 from benchmarks.quality.samples import Task
 from benchmarks.quality.texts import Text, default_folder, read_text
 from flexproxy import ProxyConfig
-from flexproxy._info import processor
-from flexproxy._inputs import load_decoder, pick_device, reads_bytes
+from flexproxy.cli.inputs import load_decoder, pick_device, reads_bytes
+from flexproxy.environment import processor
 
 
 def options(argv: Sequence[str] | None) -> Namespace:

@@ -1,4 +1,4 @@
-"""Tasks for models that read bytes: entries planted into a text, in the needle model's tokens (``flexproxy.needle``).
+"""Tasks for models that read bytes: entries planted into a text, in the tokens of ``flexproxy.cli.needle``.
 
 - ``single``: ``KEY kkkk VAL vvvv END``, later ``QRY kkkk VAL vvvv END``; many keys, each with one value, asked once.
 - ``multikey``: as ``single``, and before each query three more needles whose keys differ in the last letter alone.
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.quality.samples import Sample, Task
-from flexproxy.needle import ALPHABET, ANSWER_LENGTH, END, KEY, NUM_WORDS, QRY, VAL, NeedleBatch, plant, spell
+from flexproxy.cli.needle import ALPHABET, ANSWER_LENGTH, END, KEY, NUM_WORDS, QRY, VAL, NeedleBatch, plant, spell
 
 Randint = Callable[..., Tensor]
 TOKENS_PER_NEEDLE = 128  # of ``single``

@@ -11,7 +11,7 @@ import torch
 from benchmarks.quality import byte_tasks, prompt_tasks
 from benchmarks.quality.samples import Task
 from benchmarks.quality.texts import Text
-from flexproxy._inputs import load_tokenizer, reads_bytes
+from flexproxy.cli.inputs import load_tokenizer, reads_bytes
 
 NEEDLE = Path(__file__).with_name("needle13m")  # seed 1 of benchmarks/quality/train.py
 

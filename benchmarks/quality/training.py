@@ -23,10 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.harness import versions
 from benchmarks.quality.byte_tasks import plant_task
 from benchmarks.quality.texts import read_text
-from flexproxy._compat import many_lengths
-from flexproxy._files import replacing
-from flexproxy._info import processor
-from flexproxy.needle import VOCAB_SIZE, NeedleBatch, exact_answers
+from flexproxy.cli.needle import VOCAB_SIZE, NeedleBatch, exact_answers
+from flexproxy.environment import processor
+from flexproxy.files import replacing
+from flexproxy.ops.compat import many_lengths
 
 ANSWER_WEIGHT, SCAFFOLD_WEIGHT = 4.0, 0.05  # text weighs 1
 WARMUP_STEPS, WEIGHT_DECAY = 200, 0.05

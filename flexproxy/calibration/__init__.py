@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 from torch import Tensor
 
 from flexproxy import ProxyConfig
-from flexproxy._checks import check_config
-from flexproxy._info import processor, versions
 from flexproxy.calibration import choose
 from flexproxy.calibration.choose import Target
 from flexproxy.calibration.collect import Layer, read
@@ -27,6 +25,8 @@ from flexproxy.calibration.heads import Measured, measure
 from flexproxy.calibration.measure import Kept, evaluate
 from flexproxy.calibration.result import Calibration
 from flexproxy.calibration.texts import marks, split
+from flexproxy.checks import check_config
+from flexproxy.environment import processor, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

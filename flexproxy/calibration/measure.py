@@ -15,8 +15,8 @@ from torch import Tensor
 import flexproxy
 from flexproxy import ProxyConfig, Selection
 from flexproxy.calibration.collect import Layer
-from flexproxy.proxy import head_groups, pool_heads
-from flexproxy.ranking import forced_blocks
+from flexproxy.stages.proxy import head_groups, pool_heads
+from flexproxy.stages.ranking import forced_blocks
 from flexproxy.stats import recovered_mass, row_masses, spread_rows
 
 _POOLED_ELEMENTS = 2**28  # of the pooled queries in one piece, 512 MiB in 16 bits

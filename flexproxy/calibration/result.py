@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from flexproxy._files import write_text
 from flexproxy.calibration.texts import marks
 from flexproxy.config import ProxyConfig, changed_fields, read_settings
+from flexproxy.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

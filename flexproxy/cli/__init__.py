@@ -40,11 +40,11 @@ def _options(
 
 
 def _app() -> typer.Typer:
-    from flexproxy.cli._bench import bench
-    from flexproxy.cli._calibrate import calibrate
-    from flexproxy.cli._demo import demo
-    from flexproxy.cli._info import info
-    from flexproxy.cli._inspect import inspect
+    from flexproxy.cli.commands.bench import bench
+    from flexproxy.cli.commands.calibrate import calibrate
+    from flexproxy.cli.commands.demo import demo
+    from flexproxy.cli.commands.info import info
+    from flexproxy.cli.commands.inspect import inspect
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.callback()(_options)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexproxy._files import check_problem, replacing, write_problem
+from flexproxy.files import check_problem, replacing, write_problem
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flexproxy.inspect.recording import Record
+from flexproxy.inspect.totals import Totals, mean, together, totals_of
 from flexproxy.plot.figures import DARK, LIGHT, MIDDLE, add_title, plain_style
-from flexproxy.recording import Record
 from flexproxy.selection import Selection
 from flexproxy.stats import check_index
-from flexproxy.totals import Totals, mean, together, totals_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

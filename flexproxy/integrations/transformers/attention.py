@@ -14,11 +14,11 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AttentionInterface
 
 from flexproxy import ProxyConfig
-from flexproxy.attention import Built, attend, why_dense
 from flexproxy.integrations.transformers.configuration import is_decoder_attention, local_config
 from flexproxy.integrations.transformers.masks import BLOCK_SIZE, ForwardMask, forward_mask_of
 from flexproxy.integrations.transformers.observing import Call, now, observers_of
 from flexproxy.pipeline import select_for
+from flexproxy.sparse.attention import Built, attend, why_dense
 
 # Token pairs up to which a dense layer takes a mask token by token, as it does in transformers.
 _MAX_TOKEN_PAIRS = 2048**2

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flexproxy import ProxyConfig
-from flexproxy._files import replacing
 from flexproxy.config import changed_fields, read_settings
+from flexproxy.files import replacing
 from flexproxy.integrations.transformers.identity import check_identity, shape_of
-from flexproxy.proxy import head_groups
+from flexproxy.stages.proxy import head_groups
 
 Settings: TypeAlias = "ProxyConfig | Mapping[int, ProxyConfig] | str | os.PathLike[str]"
 

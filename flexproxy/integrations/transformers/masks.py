@@ -11,9 +11,9 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks
 from transformers import AttentionMaskInterface, masking_utils
 
 from flexproxy import ProxyConfig, masks
-from flexproxy._ops import capturable
 from flexproxy.integrations.transformers.parts import Keys, MaskFunction, translate, window_of
-from flexproxy.masks import MaskMod
+from flexproxy.masks.mods import MaskMod
+from flexproxy.ops.operators import capturable
 from flexproxy.pipeline import dense_block_mask
 
 BLOCK_SIZE = ProxyConfig().block_size  # of the mask that is passed on; layers with another block size get one of theirs

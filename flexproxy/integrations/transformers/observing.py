@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexproxy import ProxyConfig, Selection, _compat
+from flexproxy import ProxyConfig, Selection
 from flexproxy.integrations.transformers.configuration import all_modules, attention_layers
+from flexproxy.ops import compat
 
 Moment: TypeAlias = "float | torch.cuda.Event"
 Observer: TypeAlias = "Callable[[Call], None]"
@@ -85,7 +86,7 @@ def observers_of(module: nn.Module) -> tuple[Observer, ...]:
     observers: tuple[Observer, ...] = getattr(module, _ATTRIBUTE, ())
     if observers and torch.compiler.is_compiling():
         refuse_a_trace()
-    return () if observers and _compat.in_backward() else observers
+    return () if observers and compat.in_backward() else observers
 
 
 def _no_compiled_model_can_be_observed() -> None:

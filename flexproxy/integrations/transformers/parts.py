@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import and_masks, create_mask, or_masks
 from transformers import masking_utils
 
 from flexproxy import masks
-from flexproxy.masks import MaskMod
+from flexproxy.masks.mods import MaskMod
 
 MaskFunction: TypeAlias = Callable[..., Any]
 

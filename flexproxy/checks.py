@@ -1,0 +1,289 @@
+"""Checks of what a caller passes. Each error names the argument, what was expected, what came, and the remedy."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexproxy.config import ProxyConfig
+from flexproxy.masks.mods import Table
+from flexproxy.ops.compat import seq_lengths_of
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+
+
+def check_queries_and_keys(q: Any, k: Any) -> None:
+    _check_tensor("q", q, "[B, Hq, Sq, D]")
+    _check_tensor("k", k, "[B, Hkv, Skv, D]")
+    _check_like("k", k, "q", q)
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q: expected dtype float32, float16 or bfloat16, got {q.dtype}; convert it with .to(...)")
+    if not MIN_HEAD_DIM <= q.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"q: expected a head dimension D from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {q.shape[3]} in shape "
+            f"{list(q.shape)}; is q laid out as [B, Hq, Sq, D]?"
+        )
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"k: expected the head dimension D = {q.shape[3]} of q, got {k.shape[3]}; pass q and k of one layer"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q: expected a number of heads Hq that is a multiple of Hkv = {k.shape[1]}, got {q.shape[1]}; are q and k "
+            "laid out as [B, H, S, D]?"
+        )
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"q: expected at most as many queries as keys, got Sq = {q.shape[2]} and Skv = {k.shape[2]}; pass the keys "
+            "of all tokens, cached ones included"
+        )
+
+
+def check_values(v: Any, q: Tensor, k: Tensor) -> None:
+    _check_tensor("v", v, "[B, Hkv, Skv, D]")
+    _check_like("v", v, "q", q)
+    if v.shape[1:3] != k.shape[1:3]:
+        raise ValueError(
+            f"v: expected Hkv, Skv = {list(k.shape[1:3])} as in k, got {list(v.shape[1:3])}; pass the values of the "
+            "same heads and tokens"
+        )
+
+
+def check_config(config: Any) -> ProxyConfig:
+    if config is None:
+        return ProxyConfig()
+    if not isinstance(config, ProxyConfig):
+        raise TypeError(
+            f"config: expected a flexproxy.ProxyConfig or None, got {type(config).__name__}; "
+            "use for example ProxyConfig(gamma=0.9)"
+        )
+    return config
+
+
+def check_scale(scale: Any, head_dim: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}; pass a Python float")
+    if not -sys.float_info.max <= scale <= sys.float_info.max:  # not-a-number, too
+        raise ValueError(f"scale: expected a finite number, got {scale}; None is 1 / sqrt(D)")
+    return float(scale)
+
+
+def check_masks(mask_mod: Any, block_mask: Any, q: Tensor, k: Tensor, block_size: int) -> None:
+    if mask_mod is not None and block_mask is not None:
+        raise ValueError(
+            "mask_mod: expected None beside a block_mask, whose own mask_mod is the mask, got both; "
+            "combine them with and_masks before create_block_mask, or with flexproxy.and_block_masks"
+        )
+    if mask_mod is not None:
+        _check_mask_mod(mask_mod)
+    if block_mask is not None:
+        _check_block_mask(block_mask, q, k, block_size)
+
+
+def check_attention_options(
+    q: Tensor, k: Tensor, v: Tensor, score_mod: Any, kernel_options: Any, return_lse: Any, compensate: Any
+) -> None:
+    if score_mod is not None and not callable(score_mod):
+        raise TypeError(
+            f"score_mod: expected a function of (score, b, h, q_idx, kv_idx) or None, got {type(score_mod).__name__}; "
+            "a mask goes to mask_mod"
+        )
+    if kernel_options is not None and not isinstance(kernel_options, dict):
+        raise TypeError(
+            f"kernel_options: expected a dict or None, got {type(kernel_options).__name__}; "
+            "None takes flexproxy.kernel_options(q, k)"
+        )
+    for name, flag in (("return_lse", return_lse), ("compensate", compensate)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}; pass True or False")
+    if compensate and score_mod is not None:
+        raise ValueError(
+            "compensate: expected False beside a score_mod, which changes the scores of tokens and not of means of "
+            "blocks, got True; leave one of them out"
+        )
+    if q.device.type != "cpu":
+        return
+    if return_lse:
+        raise ValueError(
+            "return_lse: expected False on a CPU, whose kernel keeps no log-sum-exp, got True; use a GPU, or eager "
+            "flex_attention with flexproxy.build(q, k)"
+        )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(
+                f"{name}: expected no gradients on a CPU, whose kernel has no backward pass, got a tensor that "
+                "requires them; use torch.no_grad(), or a GPU"
+            )
+
+
+def check_memory(q: Tensor, k: Tensor, config: ProxyConfig, gradients: bool) -> None:
+    """Raise before memory is taken, where the BlockMask of a long sequence cannot fit on its GPU.
+
+    A list has a place for every block pair of every head: with 32 heads and blocks of 128, 8 GiB at 1M tokens.
+    """
+    block_size = config.block_size
+    pooled = _pooled_bytes(q, k, config)
+    needed = _mask_bytes(q, k, block_size, gradients) + pooled
+    # Asking the driver takes longer than a small mask is worth, and is impossible while a graph is captured.
+    if needed < MEMORY_WORTH_ASKING or not q.is_cuda or torch.compiler.is_compiling():
+        return
+    if torch.cuda.is_current_stream_capturing():
+        return
+    cached = torch.cuda.memory_reserved(q.device) - torch.cuda.memory_allocated(q.device)
+    free = torch.cuda.mem_get_info(q.device)[0] + cached
+    if needed <= free:
+        return
+    fitting = [
+        size for size in (256, 512, 1024) if size > block_size and _mask_bytes(q, k, size, gradients) + pooled <= free
+    ]
+    remedy = f"use block_size={fitting[0]}" if fitting else f"use a larger block_size than {block_size}"
+    raise torch.OutOfMemoryError(
+        f"q, k: expected the BlockMask to fit in the memory that is free, {free / 2**30:.1f} GiB of {q.device}, got "
+        f"Hq = {q.shape[1]}, Sq = {q.shape[2]}, Skv = {k.shape[2]}, which need {needed / 2**30:.1f} GiB with blocks of "
+        f"{block_size}; {remedy}, or give fewer sequences or fewer queries a call (chunked prefill)"
+    )
+
+
+MEMORY_WORTH_ASKING = 2**30
+
+
+def _mask_bytes(q: Tensor, k: Tensor, block_size: int, gradients: bool) -> int:
+    """Two int32 lists (four for gradients) and the map of kept blocks."""
+    pairs = q.shape[0] * q.shape[1] * -(-q.shape[2] // block_size) * -(-k.shape[2] // block_size)
+    return pairs * (4 * (4 if gradients else 2) + 1)
+
+
+def _pooled_bytes(q: Tensor, k: Tensor, config: ProxyConfig) -> int:
+    """The proxy heads, which are there before it."""
+    q_stride, k_stride = config.strides
+    tokens = q.shape[2] // (1 if config.chooses_queries else q_stride) + k.shape[2] // k_stride
+    return q.shape[0] * config.total_proxies * tokens * q.shape[3] * q.element_size()
+
+
+def _check_tensor(name: str, x: Any, shape: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor {shape}, got {type(x).__name__}; use torch.as_tensor")
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(
+            f"{name}: expected a dense tensor {shape}, got {kind}; pad it and pass mask_mod=masks.padding(...), or "
+            "pack it into one sequence and pass masks.document(...)"
+        )
+    if x.dim() != 4:
+        raise ValueError(
+            f"{name}: expected a tensor {shape}, got shape {list(x.shape)}; add the missing dimensions, for example "
+            "with unsqueeze(0) for one sequence"
+        )
+    if 0 in x.shape:
+        raise ValueError(
+            f"{name}: expected a tensor {shape} with no empty dimension, got shape {list(x.shape)}; leave the call out "
+            "where there is nothing to attend to"
+        )
+
+
+def _check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name}: expected the dtype {other.dtype} of {other_name}, got {x.dtype}; convert one of them")
+    if x.device != other.device:
+        raise ValueError(
+            f"{name}: expected the device {other.device} of {other_name}, got {x.device}; move one of them"
+        )
+    if x.shape[0] != other.shape[0]:
+        raise ValueError(
+            f"{name}: expected the batch size {other.shape[0]} of {other_name}, got {x.shape[0]} in {list(x.shape)}; "
+            "expand or repeat one of them"
+        )
+
+
+def _check_mask_mod(mask_mod: Any) -> None:
+    if isinstance(mask_mod, BlockMask):
+        raise TypeError("mask_mod: expected a function, got a BlockMask; pass it as block_mask=")
+    if not callable(mask_mod):
+        raise TypeError(
+            f"mask_mod: expected a function of (b, h, q_idx, kv_idx), got {type(mask_mod).__name__}; "
+            "masks are in flexproxy.masks, those with parameters are made by a call, for example masks.padding(mask)"
+        )
+    if torch.compiler.is_compiling():
+        return
+    name, signature = getattr(mask_mod, "__name__", str(mask_mod)), ""
+    try:
+        signature = str(inspect.signature(mask_mod))
+        inspect.signature(mask_mod).bind(0, 0, 0, 0)
+    except (TypeError, ValueError):  # a builtin has no signature
+        raise TypeError(
+            f"mask_mod: expected a function of (b, h, q_idx, kv_idx), got {name}{signature}; masks with parameters are "
+            "made by a call, for example masks.sliding_window(1024)"
+        ) from None
+
+
+def check_tables(tables: tuple[Table, ...], q: Tensor) -> None:
+    """Check the tensors that a mask of ``flexproxy.masks`` looks up."""
+    for name, value, per_sequence in tables:
+        if value.device != q.device:
+            raise ValueError(
+                f"{name}: expected a tensor on {q.device}, as q, got one on {value.device}; move it with .to(device) "
+                "before making the mask"
+            )
+        if per_sequence and value.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"{name}: expected a batch of {q.shape[0]}, as q, got a batch of {value.shape[0]}; give each sequence "
+                "a row of its own, for example with expand"
+            )
+
+
+def check_rows(name: str, block_mask: BlockMask) -> None:
+    """A BlockMask sliced along its queries keeps the lengths of the whole, and means something else."""
+    shape = block_mask.kv_indices.shape
+    if len(shape) != 4 or shape[2] < -(-block_mask.shape[-2] // block_mask.BLOCK_SIZE[0]):
+        raise ValueError(
+            f"{name}: expected lists [B, H, Nq, Nk] with a row for every query block, got {list(shape)}; slice only "
+            "the batch and the heads of a mask"
+        )
+
+
+def _check_block_mask(block_mask: Any, q: Tensor, k: Tensor, block_size: int) -> None:
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(
+            f"block_mask: expected a BlockMask, got {type(block_mask).__name__}; pass a function as mask_mod="
+        )
+    check_rows("block_mask", block_mask)
+    if tuple(block_mask.BLOCK_SIZE) != (block_size, block_size):
+        raise ValueError(
+            f"block_mask: expected blocks of {block_size} x {block_size} as in config, got "
+            f"{' x '.join(map(str, block_mask.BLOCK_SIZE))}; make it with BLOCK_SIZE={block_size}, or set "
+            "ProxyConfig(block_size=...)"
+        )
+    check_fit("block_mask", block_mask, q, k)
+
+
+def check_fit(name: str, block_mask: BlockMask, q: Tensor, k: Tensor) -> None:
+    """Check that a mask, of any block size, is one for q and k."""
+    lengths, wanted = seq_lengths_of(block_mask), (q.shape[2], k.shape[2])
+    if lengths is None:  # this torch keeps only the numbers of blocks
+        rows, columns = block_mask.kv_indices.shape[-2:]
+        q_size, k_size = block_mask.BLOCK_SIZE
+        lengths = rows * q_size, columns * k_size
+        wanted = -(-wanted[0] // q_size) * q_size, -(-wanted[1] // k_size) * k_size
+    if lengths != wanted:
+        raise ValueError(
+            f"{name}: expected a mask for Sq, Skv = {wanted}, got one for {lengths}; make it for these lengths"
+        )
+    for dim, (what, size) in enumerate((("batch", q.shape[0]), ("head", q.shape[1]))):
+        if block_mask.kv_indices.shape[dim] not in (1, size):
+            raise ValueError(
+                f"{name}: expected a {what} dimension of 1 or {size}, got {block_mask.kv_indices.shape[dim]}; "
+                "the kernels read any other wrongly"
+            )
+    if block_mask.kv_indices.device != q.device:
+        raise ValueError(
+            f"{name}: expected a mask on {q.device}, as q, got {block_mask.kv_indices.device}; move it with .to(device)"
+        )

@@ -1,0 +1,149 @@
+"""``flexproxy calibrate``."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flexproxy.cli.common import Device, Outliers, check_output, fail, input_errors, progress_bar, require, writing
+
+if TYPE_CHECKING:
+    from flexproxy.calibration import Calibration
+
+
+def calibrate(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Folder of a model of transformers, or its name on the Hugging Face hub."),
+    ],
+    text: Annotated[
+        list[Path],
+        typer.Option(
+            help="File of text like what the model will read; repeat it for several. Not what it is tested on."
+        ),
+    ],
+    density: Annotated[
+        float | None,
+        typer.Option(help="Target: blocks kept / admissible, the mean over layers, in (0, 1]. This or --quality."),
+    ] = None,
+    quality: Annotated[
+        float | None,
+        typer.Option(help="Target: share of attention mass that every layer recovers, in (0, 1]. This or --density."),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of a sequence; by default the longest of which the texts have two, up to 32768."
+        ),
+    ] = None,
+    sequences: Annotated[
+        int, typer.Option(min=2, help="Sequences to use at most; half of them decide, the others confirm.")
+    ] = 4,
+    max_proxies: Annotated[int, typer.Option(min=1, help="Proxy heads of a layer at most.")] = 8,
+    min_budget: Annotated[int, typer.Option(min=0, help="Tokens that every row keeps at least.")] = 2048,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Every how many tokens one is sampled for the scores; by default 4.")
+    ] = None,
+    outliers: Outliers = False,
+    output: Annotated[Path, typer.Option(help="Where to write the settings, for configure(model, PATH).")] = Path(
+        "calibration.json"
+    ),
+    picture: Annotated[Path | None, typer.Option(help="Where to draw what was found (.png, .svg, .pdf).")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    device: Annotated[Device, typer.Option(help="Where to run; auto takes a GPU if there is one.")] = Device.auto,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the file's content, and nothing else.")] = False,
+) -> None:
+    """Choose proxies and budgets for every layer of a model, from a few texts."""
+    require("transformers", "transformers", "safetensors")
+    if picture is not None:
+        require("plot", "matplotlib")
+    from flexproxy import ProxyConfig
+    from flexproxy.calibration import Target
+    from flexproxy.calibration import calibrate as run
+    from flexproxy.cli import inputs
+
+    check_output("--output", output, force)
+    if picture is not None:
+        from flexproxy import plot
+        from flexproxy.plot.figures import save_problem
+
+        problem = save_problem(picture, force)
+        if problem is not None:
+            raise fail(f"--picture {picture}: {problem}")
+    try:
+        Target.of(density, quality)
+        sampling: dict[str, Any] = {} if stride is None else {"stride": stride}
+        make = functools.partial(ProxyConfig.outliers, num_proxies=1) if outliers else ProxyConfig
+        config = make(min_budget=min_budget, **sampling)
+    except ValueError as error:
+        raise fail(error) from error
+
+    notes = Console(stderr=True, highlight=False)
+    with input_errors():
+        where = inputs.pick_device(device.value)
+        loaded = inputs.load_decoder(model, where, "sdpa")
+        inputs.check_decoder(loaded, length)
+        texts = [inputs.read_tokens(path, loaded, model, None) for path in text]
+        with progress_bar(notes) as progress:
+            found = run(
+                loaded,
+                texts,
+                density=density,
+                quality=quality,
+                config=config,
+                length=length,
+                sequences=sequences,
+                max_proxies=max_proxies,
+                progress=progress,
+            )
+    with writing("--output", output):
+        found.save(output, force)
+    if picture is not None:
+        with writing("--picture", picture):
+            plot.save(found.figure(), picture, force)
+
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        _show(found, output)
+
+
+def _show(found: Calibration, output: Path) -> None:
+    console = Console(highlight=False)
+    evidence = found.evidence
+    used = evidence["sequences"]["confirmed_on"]
+    number = "1 sequence" if used == 1 else f"{used} sequences"
+    table = Table(title=f"Measured on {number} of {evidence['length']} tokens, kept aside")
+    (target,) = evidence["target"]
+    setting = "gamma" if target == "quality" else "density"
+    for heading in ("layer", "proxies", f"set {setting}", "kept", "mass recovered", "worst head", "same in all layers"):
+        table.add_column(heading, justify="right")
+    for index, config in found.layers.items():
+        layer = evidence["layers"][str(index)]
+        kept, uniform = layer["confirmed_on"], layer["uniform"]
+        table.add_row(
+            str(index),
+            str(found.num_proxies[index]),
+            f"{getattr(config, setting):g}",
+            f"{fmean(kept['density']):.3f}",
+            f"{fmean(kept['recovered']):.3f}",
+            f"{min(kept['recovered']):.3f}",
+            f"{fmean(uniform['recovered']):.3f}",
+        )
+    ours, uniform = evidence["mean"]["confirmed_on"], evidence["mean"]["uniform"]
+    table.add_section()
+    means = f"{ours['density']:.3f}", f"{ours['recovered']:.3f}", "", f"{uniform['recovered']:.3f}"
+    table.add_row("mean", "", "", *means)
+    table.caption = f"Same in all layers: one setting for all of them, which keeps {uniform['density']:.3f}"
+    console.print(table)
+    grouped = [str(index) for index, config in found.layers.items() if config.groups is not None]
+    if grouped:
+        console.print(f"Heads that do not lie side by side share proxies in layers {', '.join(grouped)}.")
+    console.print(f"The settings are in {output}: configure(model, path) reads them.", soft_wrap=True)

@@ -1,0 +1,127 @@
+"""What the commands share: their options, their errors, a progress bar."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from flexproxy.files import replacing, write_problem
+
+Advance: TypeAlias = Callable[[str, int, int], None]
+"""Called as ``advance(what is being done, how much of it is done, how much there is)``."""
+
+
+Outliers: TypeAlias = Annotated[
+    bool,
+    typer.Option("--outliers", help="Score every key with the outlier of every 8 queries: ProxyConfig.outliers()."),
+]
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def fail(message: object) -> typer.BadParameter:
+    """A user's mistake, as one line."""
+    return typer.BadParameter(" ".join(str(message).split()))
+
+
+def impossible(message: object) -> typer.Exit:
+    """What cannot be done here, said in one line; the exit code is 1."""
+    print(f"flexproxy: {' '.join(str(message).split())}", file=sys.stderr)
+    return typer.Exit(1)
+
+
+@contextmanager
+def input_errors() -> Iterator[None]:
+    """What goes wrong with a model, a text or a device inside, said in one line."""
+    import torch
+
+    from flexproxy.calibration.errors import CalibrationError
+    from flexproxy.cli.inputs import ImpossibleError, InputError
+
+    try:
+        yield
+    except ImpossibleError as error:
+        raise impossible(error) from error
+    except (InputError, CalibrationError) as error:
+        raise fail(error) from error
+    except torch.OutOfMemoryError as error:
+        raise impossible("out of memory; use a lower --length, or another --device") from error
+
+
+def require(extra: str, *modules: str) -> None:
+    """End the command if a package of an extra is missing."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise impossible(f'{module} is not installed: pip install "flexproxy[{extra}]"')
+
+
+def check_output(option: str, path: Path, force: bool) -> None:
+    """Find out before the work is done that its result cannot be written."""
+    problem = write_problem(path, force)
+    if problem is not None:
+        raise fail(f"{option} {path}: {problem}")
+
+
+def check_outputs(option: str, folder: Path, names: Sequence[str], force: bool) -> list[Path]:
+    """The same for files in a folder, which may have to be made; gives their paths."""
+    paths = [folder / name for name in names]
+    if folder.exists() and not folder.is_dir():
+        raise fail(f"{option}: expected a folder, got the file {folder}; name a folder")
+    for path in paths if folder.exists() else [folder]:
+        check_output(option, path, force)
+    return paths
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """What goes wrong with a file in spite of that: a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise impossible(f"{option} {path}: {error.strerror}") from error
+
+
+def write_json(option: str, path: Path, data: Any) -> None:
+    """Write a file whole or not at all."""
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    with writing(option, path), replacing(path) as unfinished:
+        unfinished.write_text(text)
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Advance]:
+    """A bar where there is a terminal; elsewhere a line for every stage."""
+    if not console.is_terminal:
+        begin, last = time.perf_counter(), ""
+
+        def line(stage: str, done: int, total: int) -> None:
+            nonlocal last
+            if stage != last:
+                console.print(f"{time.perf_counter() - begin:6.1f} s  {stage}")
+            last = stage
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("")
+
+        def advance(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage, completed=done, total=total)
+
+        yield advance

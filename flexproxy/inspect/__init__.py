@@ -1,0 +1,1 @@
+"""What a selection and a running model keep, in numbers."""

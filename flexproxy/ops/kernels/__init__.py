@@ -1,0 +1,32 @@
+"""Triton kernels of the operators, each with its launcher. Importing this needs triton; flexproxy does so when asked.
+
+A launcher takes the arguments of the operator of its name and gives the same result: ranks, counts, maps and lists
+exactly, scores and masses within the rounding of fp32.
+"""
+
+from flexproxy.ops.kernels.blocks import classify_union, last_valid_queries, summarize_rows
+from flexproxy.ops.kernels.counts import count_blocks
+from flexproxy.ops.kernels.lists import block_lists, selected_lists
+from flexproxy.ops.kernels.masses import block_masses
+from flexproxy.ops.kernels.outlying import outlying_queries
+from flexproxy.ops.kernels.pool import pool_groups
+from flexproxy.ops.kernels.ranking import forced_counts, rank_blocks
+from flexproxy.ops.kernels.scores import block_scores
+
+OPERATORS = {
+    launcher.__name__: launcher
+    for launcher in (
+        block_lists,
+        block_masses,
+        block_scores,
+        classify_union,
+        count_blocks,
+        forced_counts,
+        last_valid_queries,
+        outlying_queries,
+        pool_groups,
+        rank_blocks,
+        selected_lists,
+        summarize_rows,
+    )
+}

@@ -1,0 +1,245 @@
+"""Triton kernels that classify blocks by clauses (NOTE [Clauses]), and that find the last valid queries."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flexproxy.ops.kernels.launch import launch, power_of_2
+from flexproxy.ops.tensors import pad_to_multiple
+
+
+@triton.jit
+def _keys_in_union(
+    lo, hi, first, last, row_label_at, row_ok, q_label, key_label_at, key_label, clause_stride, label_stride,
+    NUM_CLAUSES: tl.constexpr, HAS_LABELS: tl.constexpr,
+):  # fmt: skip
+    """How many of the keys first .. last - 1 (which have one label) the union of clauses allows to each row."""
+    count = tl.zeros_like(row_label_at + first).to(tl.int32)
+    for subset in tl.static_range(1, 2**NUM_CLAUSES):  # inclusion and exclusion
+        begin = tl.zeros_like(count) + first
+        end = tl.zeros_like(count) + last
+        sign = -1
+        for c in tl.static_range(NUM_CLAUSES):
+            if (subset >> c) % 2 == 1:
+                sign = -sign
+                begin = tl.maximum(begin, tl.load(lo + row_label_at + c * clause_stride, mask=row_ok, other=0))
+                end = tl.minimum(end, tl.load(hi + row_label_at + c * clause_stride, mask=row_ok, other=0))
+                if HAS_LABELS:
+                    row_label = tl.load(q_label + row_label_at + c * clause_stride, mask=row_ok, other=-1)
+                    same = (row_label == tl.load(key_label + key_label_at + c * label_stride)) & (row_label >= 0)
+                    end = tl.where(same, end, begin)
+        count += sign * tl.maximum(end - begin, 0)
+    return count
+
+
+NUMBERS = ["clause_stride", "label_stride", "summary_stride", "num_queries", "num_keys", "num_k_blocks"]
+
+
+@triton.jit(do_not_specialize=[name for name in NUMBERS if not name.startswith(("label", "summary"))])
+def _intervals_kernel(
+    lo, hi, any_, full, valid, clause_stride, num_queries, num_keys, num_k_blocks,
+    NUM_CLAUSES: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Clauses without labels: one row of blocks."""
+    i = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    row = i * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    row_ok = row < num_queries
+    at = b * num_queries + row
+    begin, end = num_keys, 0
+    full_begin, full_end = num_keys, 0  # keys that one clause allows to every row
+    seen = row < 0
+    for c in tl.static_range(NUM_CLAUSES):
+        first = tl.maximum(tl.load(lo + at + c * clause_stride, mask=row_ok, other=0), 0)
+        last = tl.minimum(tl.load(hi + at + c * clause_stride, mask=row_ok, other=0), num_keys)
+        begin = tl.minimum(begin, tl.min(tl.where(row_ok, first, num_keys)))
+        end = tl.maximum(end, tl.max(last))
+        full_begin, full_end = tl.max(first), tl.min(last)  # 0 where there is no row
+        seen |= last > first
+    tl.store(valid + at, seen, mask=row_ok)
+    # Nothing before begin and behind end, everything between full_begin and full_end: counted is only in between.
+    full_begin, full_end = tl.minimum(full_begin, end), tl.maximum(full_end, full_begin)
+    out = (b * tl.num_programs(0) + i) * num_k_blocks
+    for start in tl.range(0, num_k_blocks, BLOCK_W):
+        j = start + tl.arange(0, BLOCK_W)
+        whole = (j * BLOCK_SIZE >= full_begin) & ((j + 1) * BLOCK_SIZE <= full_end)
+        tl.store(any_ + out + j, whole, mask=j < num_k_blocks)
+        tl.store(full + out + j, whole, mask=j < num_k_blocks)
+    tl.debug_barrier()  # some of these are written again
+    left = begin // BLOCK_SIZE
+    left_end = tl.minimum(tl.cdiv(full_begin, BLOCK_SIZE), num_k_blocks)
+    right = tl.maximum(full_end // BLOCK_SIZE, left_end)
+    right_end = tl.minimum(tl.cdiv(end, BLOCK_SIZE), num_k_blocks)
+    chunks = tl.cdiv(tl.maximum(left_end - left, 0), BLOCK_J)
+    for chunk in tl.range(0, chunks + tl.cdiv(tl.maximum(right_end - right, 0), BLOCK_J)):
+        start = tl.where(chunk < chunks, left + chunk * BLOCK_J, right + (chunk - chunks) * BLOCK_J)
+        stop = tl.where(chunk < chunks, left_end, right_end)
+        j = start + tl.arange(0, BLOCK_J)
+        first_key = (j * BLOCK_SIZE)[None, :]
+        last_key = tl.minimum(first_key + BLOCK_SIZE, num_keys)
+        count = _keys_in_union(
+            lo, hi, first_key, last_key, at[:, None], row_ok[:, None], lo, 0, lo, clause_stride, 0, NUM_CLAUSES, False
+        )
+        tl.store(any_ + out + j, tl.max(count, 0) > 0, mask=j < stop)
+        tl.store(full + out + j, tl.min(count, 0) == BLOCK_SIZE, mask=j < stop)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _labels_kernel(
+    lo, hi, q_label, k_label, lowest, highest, any_, full, valid,
+    clause_stride, label_stride, summary_stride, num_queries, num_keys, num_k_blocks,
+    NUM_CLAUSES: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Clauses with labels: one row of blocks. Tokens are compared only in blocks of keys with several labels.
+
+    lowest, highest: int64 ``[C, b, Nk]``, of the labels in each block of keys.
+    """
+    i = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    row = i * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    row_ok = row < num_queries
+    at = b * num_queries + row
+    seen = row < 0
+    out = (b * tl.num_programs(0) + i) * num_k_blocks
+    for j in tl.range(0, num_k_blocks):
+        first = j * BLOCK_SIZE
+        last = tl.minimum(first + BLOCK_SIZE, num_keys)
+        relevant = False
+        uniform = True
+        for c in tl.static_range(NUM_CLAUSES):
+            row_label = tl.load(q_label + at + c * clause_stride, mask=row_ok, other=-1)
+            low = tl.load(lowest + c * summary_stride + b * num_k_blocks + j)
+            high = tl.load(highest + c * summary_stride + b * num_k_blocks + j)
+            begin = tl.load(lo + at + c * clause_stride, mask=row_ok, other=0)
+            end = tl.load(hi + at + c * clause_stride, mask=row_ok, other=0)
+            reaches = (begin < last) & (end > first) & (row_label >= low) & (row_label <= high) & (row_label >= 0)
+            relevant |= tl.max(reaches.to(tl.int32)) > 0
+            uniform &= low == high
+        some = False
+        all_ = False
+        if relevant:
+            if uniform:
+                count = _keys_in_union(
+                    lo, hi, first, last, at, row_ok, q_label, b * num_k_blocks + j, lowest, clause_stride,
+                    summary_stride, NUM_CLAUSES, True,
+                )  # fmt: skip
+            else:
+                count = tl.zeros([BLOCK_SIZE], tl.int32)
+                for start in tl.range(0, BLOCK_SIZE, BLOCK_K):
+                    key = first + start + tl.arange(0, BLOCK_K)
+                    ok = (row < 0)[:, None] & (key < 0)[None, :]
+                    for c in tl.static_range(NUM_CLAUSES):
+                        row_label = tl.load(q_label + at + c * clause_stride, mask=row_ok, other=-1)
+                        key_label = tl.load(
+                            k_label + c * label_stride + b * num_keys + key, mask=key < num_keys, other=-2
+                        )
+                        begin = tl.load(lo + at + c * clause_stride, mask=row_ok, other=0)
+                        end = tl.load(hi + at + c * clause_stride, mask=row_ok, other=0)
+                        same = (row_label[:, None] == key_label[None, :]) & (row_label >= 0)[:, None]
+                        ok |= same & (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
+                    count += tl.sum(ok.to(tl.int32), 1)
+            seen |= count > 0
+            some = tl.max(count) > 0
+            all_ = tl.min(count) == BLOCK_SIZE
+        tl.store(any_ + out + j, some)
+        tl.store(full + out + j, all_)
+    tl.store(valid + at, seen, mask=row_ok)
+
+
+def classify_union(
+    lo: Tensor, hi: Tensor, q_label: Tensor | None, k_label: Tensor | None, num_keys: int, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``flexproxy.masks.blocks.classify_union``."""
+    num_clauses, batch, num_queries = lo.shape
+    num_q_blocks, num_k_blocks = -(-num_queries // block_size), -(-num_keys // block_size)
+    any_ = torch.empty(batch, 1, num_q_blocks, num_k_blocks, dtype=torch.bool, device=lo.device)
+    full = torch.empty_like(any_)
+    valid = torch.empty(batch, 1, num_queries, dtype=torch.bool, device=lo.device)
+    lo, hi = lo.contiguous(), hi.contiguous()
+    if q_label is None or k_label is None:
+        launch(
+            _intervals_kernel,
+            (num_q_blocks, batch, 1),
+            (lo, hi, any_, full, valid),
+            (lo.stride(0), num_queries, num_keys, num_k_blocks),
+            (num_clauses, block_size, power_of_2(num_k_blocks, 16, 1024), max(2, min(16, 8192 // block_size))),
+        )
+        return any_, full, valid
+    q_label, k_label = q_label.contiguous(), k_label.contiguous()
+    # A ragged last block has several labels, the padding's among them: there tokens are compared.
+    by_block = pad_to_multiple(k_label, -1, block_size, -1).unflatten(-1, (-1, block_size))
+    lowest, highest = by_block.amin(-1), by_block.amax(-1)
+    launch(
+        _labels_kernel,
+        (num_q_blocks, batch, 1),
+        (lo, hi, q_label, k_label, lowest, highest, any_, full, valid),
+        (lo.stride(0), k_label.stride(0), lowest.stride(0), num_queries, num_keys, num_k_blocks),
+        (num_clauses, block_size, max(16, min(block_size, 8192 // block_size))),
+    )
+    return any_, full, valid
+
+
+@triton.jit(do_not_specialize=["length"])
+def _last_valid_kernel(valid, index, length, NUMBER: tl.constexpr, BLOCK: tl.constexpr):
+    """The last NUMBER valid queries of one sequence and head, read from the end."""
+    bh = tl.program_id(0).to(tl.int64)
+    found = 0
+    stop = length
+    while (found < NUMBER) & (stop > 0):
+        query = stop - 1 - tl.arange(0, BLOCK)
+        ok = tl.load(valid + bh * length + query, mask=query >= 0, other=0).to(tl.int32)
+        slot = NUMBER - (found + tl.cumsum(ok, 0))
+        tl.store(index + bh * NUMBER + slot, query.to(tl.int64), mask=(ok != 0) & (slot >= 0))
+        found += tl.sum(ok)
+        stop -= BLOCK
+    for start in tl.static_range(0, NUMBER, 16):
+        slot = start + tl.arange(0, 16)
+        tl.store(index + bh * NUMBER + slot, tl.full([16], -1, tl.int64), mask=slot < NUMBER - found)
+
+
+def last_valid_queries(valid: Tensor, number: int) -> Tensor:
+    """``flexproxy.stages.budget.last_valid_queries``."""
+    valid = valid.contiguous()
+    index = torch.empty(*valid.shape[:2], number, dtype=torch.int64, device=valid.device)
+    launch(
+        _last_valid_kernel, (valid.shape[0] * valid.shape[1], 1, 1), (valid, index), (valid.shape[2],), (number, 1024)
+    )
+    return index
+
+
+@triton.jit(do_not_specialize=["num_k_blocks"])
+def _summary_kernel(any_, full, summary, num_k_blocks, BLOCK_J: tl.constexpr):
+    """One row of blocks: first, end, full_first, full_end, number. See ``flexproxy.masks.blocks.summarize_rows``."""
+    row = tl.program_id(0).to(tl.int64)
+    first, end, number = num_k_blocks, 0, 0
+    full_first, full_end = num_k_blocks, num_k_blocks
+    for start in tl.range(0, num_k_blocks, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        some = tl.load(any_ + row * num_k_blocks + j, mask=j < num_k_blocks, other=0) != 0
+        all_ = tl.load(full + row * num_k_blocks + j, mask=j < num_k_blocks, other=0) != 0
+        first = tl.minimum(first, tl.min(tl.where(some, j, num_k_blocks)))
+        end = tl.maximum(end, tl.max(tl.where(some, j + 1, 0)))
+        number += tl.sum(some.to(tl.int32))
+        full_first = tl.minimum(full_first, tl.min(tl.where(all_, j, num_k_blocks)))
+        after = (j > full_first) & (all_ == 0)
+        full_end = tl.minimum(full_end, tl.min(tl.where(after, tl.minimum(j, num_k_blocks), num_k_blocks)))
+    at = summary + row * 5
+    tl.store(at, first)
+    tl.store(at + 1, end)
+    tl.store(at + 2, full_first)
+    tl.store(at + 3, full_end)
+    tl.store(at + 4, number)
+
+
+def summarize_rows(any_: Tensor, full: Tensor) -> Tensor:
+    """``flexproxy.masks.blocks.summarize_rows``."""
+    any_, full = any_.contiguous(), full.contiguous()
+    summary = torch.empty(*any_.shape[:3], 5, dtype=torch.int32, device=any_.device)
+    rows, num_k_blocks = any_.shape[:3].numel(), any_.shape[3]
+    launch(
+        _summary_kernel, (rows, 1, 1), (any_, full, summary), (num_k_blocks,), (power_of_2(num_k_blocks, 16, 1024),), 1
+    )
+    return summary

@@ -1,0 +1,1 @@
+"""Attention under a selection: the only room that calls ``flex_attention``."""

@@ -1,0 +1,189 @@
+"""Stage 3, dynamic budgets: how many blocks each query head keeps (paper section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from flexproxy.masks.blocks import clauses_at, mask_chunk
+from flexproxy.ops.operators import opaque
+from flexproxy.ops.tensors import logsumexp_, pad_to_multiple
+
+CHUNK_ELEMENTS = 2**24  # logits in one piece, 64 MiB
+
+
+def _last_valid_queries_fake(valid: Tensor, number: int) -> Tensor:
+    return valid.new_empty(*valid.shape[:2], number, dtype=torch.int64)
+
+
+@opaque("(Tensor valid, int number) -> Tensor", _last_valid_queries_fake)
+def last_valid_queries(valid: Tensor, number: int) -> Tensor:
+    """Indices of the last ``number`` valid queries, in order: int64 ``[b, h, number]``; -1 where there are fewer.
+
+    valid: bool ``[b, h, Sq]``.
+    """
+    from_end = valid.flip(-1).to(torch.int32).cumsum(-1).flip(-1)  # 1 for the last valid query
+    slot = torch.where(valid & (from_end <= number), number - from_end, number).to(torch.int64)
+    index = torch.arange(valid.shape[-1], device=valid.device).expand(slot.shape)
+    empty = torch.full((*valid.shape[:-1], number + 1), -1, dtype=torch.int64, device=valid.device)
+    return empty.scatter_(-1, slot, index)[..., :number].contiguous()  # all the others went to the last slot
+
+
+def _block_masses_fake(
+    q: Tensor,
+    k: Tensor,
+    probes: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    q_label: Tensor | None,
+    k_label: Tensor | None,
+    bits: Tensor | None,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], -(-k.shape[2] // block_size), dtype=torch.float32)
+
+
+@opaque(
+    "(Tensor q, Tensor k, Tensor probes, Tensor? lo, Tensor? hi, Tensor? q_label, Tensor? k_label, Tensor? bits,"
+    " int block_size, float scale) -> Tensor",
+    _block_masses_fake,
+)
+def block_masses(
+    q: Tensor,
+    k: Tensor,
+    probes: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    q_label: Tensor | None,
+    k_label: Tensor | None,
+    bits: Tensor | None,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    """Probability mass of every key block, the mean over the probed queries: fp32 ``[B, Hq, Nk]``.
+
+    The masses of a head sum to 1. Not-a-number counts as no mass at all.
+
+    Args:
+        q: all queries ``[B, Hq, Sq, D]``.
+        k: all keys ``[B, Hkv, Skv, D]``.
+        probes: int64 ``[b, h, m]``, which of the queries are probed; -1 is none.
+        lo, hi, q_label, k_label: clauses of all queries and keys, or
+        bits: a SampledMask at the probes and all keys.
+        block_size: tokens per key block.
+        scale: factor of the scores.
+    """
+    batch, num_q_heads, _, head_dim = q.shape
+    num_kv_heads, num_keys = k.shape[1], k.shape[2]
+    num_probes = probes.shape[2]
+    present = probes >= 0
+    place = probes.clamp(min=0)
+    probed = q.gather(2, place.expand(batch, num_q_heads, -1)[..., None].expand(-1, -1, -1, head_dim))
+    lo, hi, q_label, k_label = clauses_at(place, lo, hi, q_label, k_label)
+    queries = rearrange(probed.float(), "b (kv g) m d -> b kv (g m) d", kv=num_kv_heads)
+    per_chunk = max(1, CHUNK_ELEMENTS // (batch * num_q_heads * num_probes * block_size)) * block_size
+    parts = []
+    for start in range(0, num_keys, per_chunk):
+        keys = slice(start, min(start + per_chunk, num_keys))
+        logits = (queries @ k[:, :, keys].float().transpose(-1, -2)).mul_(scale)
+        logits = rearrange(logits, "b kv (g m) key -> b (kv g) m key", m=num_probes)
+        ok = mask_chunk(lo, hi, q_label, k_label, bits, slice(0, num_probes), keys, 1)
+        logits.masked_fill_(~ok, -torch.inf)
+        padded = pad_to_multiple(logits, -1, block_size, -torch.inf)
+        by_block = rearrange(padded, "b h m (block key) -> b h m block key", key=block_size)
+        parts.append(logsumexp_(by_block, by_block.amax(-1)))
+    blocks = torch.cat(parts, -1)  # [B, Hq, m, Nk]
+    probability = (blocks - blocks.logsumexp(-1, keepdim=True)).exp_().masked_fill_(~present[..., None], 0.0)
+    return (probability.sum(2) / present.sum(2).clamp(min=1)[..., None]).nan_to_num_(0.0)
+
+
+def _count_blocks_fake(
+    masses: Tensor, summary: Tensor, forced: Tensor, gamma: float, density: float | None, min_blocks: int,
+    max_blocks: int,
+) -> Tensor:  # fmt: skip
+    return masses.new_empty(masses.shape[:2], dtype=torch.int32)
+
+
+@opaque(
+    "(Tensor masses, Tensor summary, Tensor forced, float gamma, float? density, int min_blocks, SymInt max_blocks)"
+    " -> Tensor",
+    _count_blocks_fake,
+)
+def count_blocks(
+    masses: Tensor, summary: Tensor, forced: Tensor, gamma: float, density: float | None, min_blocks: int,
+    max_blocks: int,
+) -> Tensor:  # fmt: skip
+    """How many blocks every head keeps: int32 ``[B, Hq]``.
+
+    Args:
+        masses: fp32 ``[B, Hq, Nk]`` of ``block_masses``.
+        summary: int32 ``[b, h, Nq, 5]`` of ``summarize_rows``, of the heads.
+        forced, min_blocks, max_blocks: as in ``clip_counts``.
+        gamma, density: as in ProxyConfig.
+    """
+    cumulative = cumulative_masses(masses)
+    limit: float | Tensor = gamma
+    if density is not None:
+        limit = gamma_for_density(cumulative, summary[..., 4], forced, density, min_blocks, max_blocks)
+    return clip_counts(blocks_to_reach(cumulative, limit), forced, min_blocks, max_blocks, masses.shape[-1])
+
+
+def cumulative_masses(masses: Tensor) -> Tensor:
+    """Mass of the n + 1 heaviest blocks, for every n: fp32 ``[B, Hq, Nk]``."""
+    return masses.sort(dim=-1, descending=True).values.cumsum(-1)
+
+
+def blocks_to_reach(cumulative: Tensor, gamma: float | Tensor) -> Tensor:
+    """The smallest number of blocks whose masses reach gamma, a number or ``[B, 1, 1]``: int32 ``[B, Hq]``."""
+    return (cumulative < gamma).sum(-1, dtype=torch.int32) + 1
+
+
+def clip_counts(count: Tensor, forced: Tensor, min_blocks: int, max_blocks: int, num_blocks: int) -> Tensor:
+    """A head's count between its bounds: int32, broadcast over ``count`` and ``forced``.
+
+    forced: int32, the most forced blocks that a row of the sequence has; they are always kept.
+    """
+    count = count.clamp(min=min_blocks, max=max_blocks)
+    return torch.maximum(count, forced).clamp(max=num_blocks).to(torch.int32)
+
+
+def gamma_for_density(
+    cumulative: Tensor, rows: Tensor, forced: Tensor, density: float, min_blocks: int, max_blocks: int
+) -> Tensor:
+    """The one gamma of each sequence whose mean density over heads is nearest to the target: fp32 ``[B, 1, 1]``.
+
+    Args:
+        cumulative: ``[B, Hq, Nk]`` of ``cumulative_masses``.
+        rows: admissible blocks of every row, int32 ``[b, h, Nq]``.
+        forced: as in ``clip_counts``, ``[b, h]``.
+        density: the target, kept / admissible blocks.
+
+    Returns:
+        One of the values of ``cumulative`` (each head's count changes only there), or inf for every block.
+    """
+    num_heads, num_blocks = cumulative.shape[1:]
+    # kept[c]: blocks that a head keeps with count c, the sum over its rows of min(c, admissible blocks).
+    histogram = torch.zeros(*rows.shape[:2], num_blocks + 1, dtype=torch.float64, device=rows.device)
+    histogram.scatter_add_(-1, rows.to(torch.int64), torch.ones_like(rows, dtype=torch.float64))
+    rows_with_more = histogram.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # [..., c]: rows with more than c blocks
+    kept = F.pad(rows_with_more.cumsum(-1), (1, 0))
+    count = torch.arange(num_blocks + 1, device=rows.device)
+    clipped = clip_counts(count, forced[..., None], min_blocks, max_blocks, num_blocks).to(torch.int64)
+    kept, clipped = torch.broadcast_tensors(kept, clipped)
+    kept = kept.gather(-1, clipped)
+    density_of = kept / histogram.mul(count).sum(-1, keepdim=True).clamp(min=1)  # [b, h, count]
+    density_of = density_of.expand(cumulative.shape[0], num_heads, -1)
+
+    # Past cumulative[n], a head that kept n + 1 blocks keeps n + 2. Walk through all these steps of all heads in order.
+    step = F.pad(density_of[..., 2:] - density_of[..., 1:-1], (0, 1)).flatten(1) / num_heads
+    threshold, order = cumulative.flatten(1).sort(dim=-1)
+    before = F.pad(step.gather(1, order).cumsum(-1), (1, 0))[:, :-1]
+    first_equal = torch.searchsorted(threshold, threshold)
+    reached = density_of[..., 1].mean(1, keepdim=True) + before.gather(1, first_equal)
+    everything = density_of[..., -1].mean(1, keepdim=True)
+    distance = (torch.cat([reached, everything], 1) - density).abs()
+    candidates = F.pad(threshold, (0, 1), value=torch.inf)
+    return candidates.gather(1, distance.argmin(1, keepdim=True))[..., None]

@@ -1,0 +1,131 @@
+"""Stage 4, ranking: the order in which a row keeps its blocks (paper section 3.2; ties and forced blocks are ours)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexproxy.ops.operators import opaque
+
+# Scores are log-probabilities. These stand below every score that matters, and keep the classes apart.
+_LOWEST_SCORE, _UNSCORED, _INADMISSIBLE = -1e38, -2e38, -torch.inf
+
+
+def forced_blocks(
+    offset: Tensor,
+    end: Tensor,
+    num_queries: int,
+    num_k_blocks: int,
+    block_size: int,
+    sink_blocks: int,
+    local_blocks: int,
+) -> Tensor:
+    """Blocks that a row keeps in any case, where they are admissible: bool ``[b, p, Nq, Nk]``.
+
+    The blocks in which the queries of the row stand themselves (two, where query blocks straddle key blocks), the
+    ``local_blocks - 1`` before them, and the ``sink_blocks`` first. A mask may end before the position of a query, for
+    example in a cache with free places behind: then the query stands in one of the last two blocks that it may see.
+
+    Args:
+        offset: integers ``[b]``, the position of query 0 among the keys.
+        end: int32 ``[b, p, Nq]``, one more than the last admissible block of each row; 0 where there is none.
+    """
+    block = torch.arange(num_k_blocks, device=offset.device)
+    first_query = torch.arange(end.shape[2], device=offset.device) * block_size
+    last_query = (first_query + block_size - 1).clamp(max=num_queries - 1)
+    first = (offset[:, None, None] + first_query).div(block_size, rounding_mode="floor")  # [b, 1, Nq]
+    last = (offset[:, None, None] + last_query).div(block_size, rounding_mode="floor")
+    first = torch.where(last > end - 1, torch.minimum(first, end - 2), first) - (local_blocks - 1)
+    last = torch.minimum(last, end - 1)
+    return (block >= first[..., None]) & (block <= last[..., None]) | (block < sink_blocks)
+
+
+def _rank_blocks_fake(
+    scores: Tensor,
+    admissible: Tensor,
+    summary: Tensor,
+    offset: Tensor,
+    num_queries: int,
+    block_size: int,
+    sink_blocks: int,
+    local_blocks: int,
+) -> Tensor:
+    return torch.empty_like(scores, dtype=torch.int32, memory_format=torch.contiguous_format)
+
+
+@opaque(
+    "(Tensor scores, Tensor admissible, Tensor summary, Tensor offset, SymInt num_queries, int block_size,"
+    " int sink_blocks, int local_blocks) -> Tensor",
+    _rank_blocks_fake,
+)
+def rank_blocks(
+    scores: Tensor,
+    admissible: Tensor,
+    summary: Tensor,
+    offset: Tensor,
+    num_queries: int,
+    block_size: int,
+    sink_blocks: int,
+    local_blocks: int,
+) -> Tensor:
+    """Rank of every block in its row, 0 first: int32 ``[B, P, Nq, Nk]``, each row a permutation of 0 .. Nk - 1.
+
+    Forced blocks, then scored ones by score, then unscored ones, then inadmissible ones; equals by block index.
+
+    Args:
+        scores: fp32 ``[B, P, Nq, Nk]``, -inf where there is none; not-a-number counts as none.
+        admissible, summary: bool ``[b, p, Nq, Nk]``, and its ``summarize_rows``.
+        offset, num_queries, block_size, sink_blocks, local_blocks: as in ``forced_blocks``.
+    """
+    num_k_blocks = scores.shape[-1]
+    forced = forced_blocks(offset, summary[..., 1], num_queries, num_k_blocks, block_size, sink_blocks, local_blocks)
+    unscored = scores.isnan() | (scores == -torch.inf)
+    key = scores.clamp(min=_LOWEST_SCORE).masked_fill(unscored, _UNSCORED)
+    key = key.masked_fill(forced, torch.inf).masked_fill(~admissible, _INADMISSIBLE)
+    order = key.argsort(dim=-1, descending=True, stable=True)
+    place = torch.arange(num_k_blocks, dtype=torch.int32, device=scores.device).expand_as(order)
+    return torch.empty_like(place, memory_format=torch.contiguous_format).scatter_(-1, order, place)
+
+
+def _forced_counts_fake(
+    admissible: Tensor,
+    summary: Tensor,
+    proxy_of: Tensor,
+    offset: Tensor,
+    num_queries: int,
+    block_size: int,
+    sink_blocks: int,
+    local_blocks: int,
+) -> Tensor:
+    batch = max(admissible.shape[0], summary.shape[0], offset.shape[0])
+    heads = 1 if admissible.shape[1] == summary.shape[1] == 1 else proxy_of.shape[0]
+    return admissible.new_empty(batch, heads, dtype=torch.int32)
+
+
+@opaque(
+    "(Tensor admissible, Tensor summary, Tensor proxy_of, Tensor offset, SymInt num_queries, int block_size,"
+    " int sink_blocks, int local_blocks) -> Tensor",
+    _forced_counts_fake,
+)
+def forced_counts(
+    admissible: Tensor,
+    summary: Tensor,
+    proxy_of: Tensor,
+    offset: Tensor,
+    num_queries: int,
+    block_size: int,
+    sink_blocks: int,
+    local_blocks: int,
+) -> Tensor:
+    """The most forced blocks that a row of a head has: int32 ``[b, 1]``, or ``[b, Hq]`` where heads differ.
+
+    Args:
+        admissible: bool ``[b, h, Nq, Nk]``, of the heads.
+        summary: int32 ``[b, p, Nq, 5]``, of the proxies.
+        proxy_of: int64 ``[Hq]``.
+        offset, num_queries, block_size, sink_blocks, local_blocks: as in ``forced_blocks``.
+    """
+    end = summary[..., 1] if summary.shape[1] == 1 else summary[:, proxy_of, :, 1]
+    num_k_blocks = admissible.shape[-1]
+    forced = forced_blocks(offset, end, num_queries, num_k_blocks, block_size, sink_blocks, local_blocks)
+    return (forced & admissible).sum(-1, dtype=torch.int32).amax(-1)
