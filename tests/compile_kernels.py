@@ -90,7 +90,9 @@ def calls(dtype: torch.dtype, head_dim: int) -> None:
         ProxyConfig.outliers(min_budget=0, block_size=16, query_stride=2),
     ):
         flexproxy.build(q, k, config=config, scale=-1.0)
-    flexproxy.ops.kernels.block_lists(torch.zeros(1, 1, 3, 4, dtype=torch.bool), torch.zeros(1, 1, 3, 4, dtype=torch.bool))  # type: ignore[attr-defined]
+    flexproxy.ops.kernels.block_lists(
+        torch.zeros(1, 1, 3, 4, dtype=torch.bool), torch.zeros(1, 1, 3, 4, dtype=torch.bool)
+    )
 
 
 def main(capabilities: list[int], only: list[str] | None = None) -> None:

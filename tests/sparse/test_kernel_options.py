@@ -58,7 +58,7 @@ def hopper_with_flash(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], flash: bool) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(options._compat, "flash_backend_exists", lambda: flash)
+    monkeypatch.setattr(options.compat, "flash_backend_exists", lambda: flash)
 
 
 @pytest.mark.parametrize("flash", [False, True])

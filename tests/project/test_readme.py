@@ -14,7 +14,7 @@ import flexproxy
 from flexproxy import Selection
 from tests.accuracy import skip_unless_flex_compiles
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 

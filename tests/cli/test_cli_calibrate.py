@@ -22,7 +22,7 @@ from flexproxy.calibration import Calibration, choose
 from tests.conftest import COMMAND
 from tests.tiny_model import LAYERS, save_tiny_model
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "flexproxy" / "masks.py").read_bytes()
 
 

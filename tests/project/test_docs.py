@@ -19,10 +19,10 @@ import torch
 from benchmarks import plots
 from flexproxy.ops import compat
 from tests.accuracy import skip_unless_flex_compiles
-from tests.test_imports import core
+from tests.project.test_imports import core
 from tests.tiny_model import LAYERS, save_tiny_model
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(page.name for page in DOCS.glob("*.md"))
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the pages are in the repository, not in the sdist")

@@ -75,7 +75,7 @@ new = [sorted(set(a) - set(b)) for a, b in zip(after[0], before[0])]
 kept = [all(a[k] is b[k] for k in b) for a, b in zip(after[0], before[0])]
 print(json.dumps([new, kept, after[1] == before[1]]))
 """
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=root, timeout=120
     )
@@ -91,7 +91,7 @@ old.__version__, old.AttentionInterface = "4.52.4", object
 sys.modules["transformers"] = old
 import flexproxy.integrations.transformers
 """
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=root, timeout=120
     )

@@ -29,7 +29,7 @@ from tests.transformers_models import interpreted, make_model, make_tokens, use
 
 BLOCK = 32
 DENSE, SPARSE = ProxyConfig(min_budget=1024), ProxyConfig(gamma=0.6, min_budget=BLOCK, block_size=BLOCK)
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from flexproxy.ops import compat, implementations
 from tests.conftest import COMMAND
 from tests.tiny_model import HEADS, LAYERS, save_tiny_model
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

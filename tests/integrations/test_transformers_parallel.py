@@ -21,7 +21,7 @@ from flexproxy import ProxyConfig
 from flexproxy.integrations.transformers import configure
 from tests.transformers_models import interpreted, make_model, make_tokens, use
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMMON: dict[str, Any] = {"gamma": 0.6, "min_budget": 32, "block_size": 32}
 FITTING: list[dict[str, Any]] = [
     COMMON | {"num_proxies": 2},

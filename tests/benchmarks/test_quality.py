@@ -31,7 +31,7 @@ from benchmarks.quality.texts import Text
 from flexproxy import ProxyConfig, reference
 from flexproxy.cli.inputs import load_decoder, reads_bytes
 from tests.accuracy import skip_unless_flex_compiles
-from tests.test_quality_tasks import PROSE, make_tokenizer
+from tests.benchmarks.test_quality_tasks import PROSE, make_tokenizer
 from tests.tiny_model import HEADS, LAYERS, save_tiny_model
 
 if not hasattr(transformers.PreTrainedModel, "set_attn_implementation"):
@@ -324,7 +324,7 @@ def test_what_cannot_run_is_said_first(folder: Path, text: Path, tmp_path: Path,
 def test_the_model_of_the_repository_answers() -> None:
     """Without ``--model``: the task that it was trained on most, in text that is not of its training."""
     model = load_decoder(default_model(), CPU, "sdpa")
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
     haystack = torch.frombuffer(bytearray(sources), dtype=torch.uint8)
     task = TASKS["single"]
     right = run_case(model, DENSE, task, task.make(0, 2048, haystack))["exact"]

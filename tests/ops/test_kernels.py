@@ -34,7 +34,7 @@ pytest.importorskip("triton")
 kernels: Any = importlib.import_module("flexproxy.ops.kernels")
 LAUNCHERS = [
     importlib.import_module(f"flexproxy.ops.kernels.{name}")
-    for name in ("block_logits", "classify", "counts", "lists", "masses", "outlying", "pool", "rank", "scores")
+    for name in ("block_logits", "blocks", "counts", "lists", "masses", "outlying", "pool", "ranking", "scores")
 ]
 
 
@@ -154,7 +154,7 @@ def unwritten(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "launch", forgetful)
 
 
-@pytest.mark.parametrize("name", ["classify", "counts", "lists", "masses", "pool", "rank", "scores"])
+@pytest.mark.parametrize("name", ["blocks", "counts", "lists", "masses", "pool", "ranking", "scores"])
 def test_an_unwritten_element_is_seen(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above finds one element that a launcher leaves unwritten, whichever launcher it is."""
     module = importlib.import_module(f"flexproxy.ops.kernels.{name}")
@@ -298,15 +298,15 @@ def test_ranks_of_rows_too_long_for_one_program(device: str, monkeypatch: pytest
     assert torch.equal(kernels.rank_blocks(*arguments), want)
     monkeypatch.setattr(kernels.ranking, "MAX_SORTED", 32)
     launched: list[Any] = []
-    launch = kernels.rank.launch
+    launch = kernels.ranking.launch
 
     def noted(kernel: Any, *rest: Any, **options: Any) -> None:
         launched.append(kernel)
         launch(kernel, *rest, **options)
 
-    monkeypatch.setattr(kernels.rank, "launch", noted)
+    monkeypatch.setattr(kernels.ranking, "launch", noted)
     assert torch.equal(kernels.rank_blocks(*arguments), want)
-    assert launched == [kernels.rank._keys_kernel], "not the way of long rows"
+    assert launched == [kernels.ranking._keys_kernel], "not the way of long rows"
 
 
 def test_scores_do_not_depend_on_the_workspace(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +331,7 @@ def test_scores_do_not_depend_on_the_workspace(device: str, monkeypatch: pytest.
 def operators() -> dict[str, Callable[..., Any]]:
     """The operators that may have a kernel, found in the text of the package."""
     found = {}
-    for path in sorted(Path(flexproxy.__file__).parent.glob("*.py")):
+    for path in sorted(Path(flexproxy.__file__).parent.rglob("*.py")):
         for node in ast.parse(path.read_text()).body:
             decorators = node.decorator_list if isinstance(node, ast.FunctionDef) else []
             for decorator in decorators:

@@ -21,7 +21,7 @@ from tests.tiny_model import HEADS, LAYERS, save_tiny_model
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LENGTH, NEEDLES = 512, 8
 CONFIG = flexproxy.ProxyConfig(num_proxies=2, gamma=0.5, min_budget=64)
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ import torch
 from tests.accuracy import skip_unless_flex_compiles
 from tests.tiny_model import HEADS, LAYERS, save_tiny_model
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the examples are in the repository, not in the sdist")
 
 # What each script prints, as a pattern; numbers differ from platform to platform.
