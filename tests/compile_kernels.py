@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import flexproxy
 from flexproxy import ProxyConfig, masks
 from flexproxy.ops import implementations
-from flexproxy.ops.kernels import block_logits, launch, tiles
+from flexproxy.ops.kernels import block_logits, launch, lists, tiles
 
 POINTERS = {
     torch.bool: "*i1",
@@ -90,9 +90,7 @@ def calls(dtype: torch.dtype, head_dim: int) -> None:
         ProxyConfig.outliers(min_budget=0, block_size=16, query_stride=2),
     ):
         flexproxy.build(q, k, config=config, scale=-1.0)
-    flexproxy.ops.kernels.block_lists(
-        torch.zeros(1, 1, 3, 4, dtype=torch.bool), torch.zeros(1, 1, 3, 4, dtype=torch.bool)
-    )
+    lists.block_lists(torch.zeros(1, 1, 3, 4, dtype=torch.bool), torch.zeros(1, 1, 3, 4, dtype=torch.bool))
 
 
 def main(capabilities: list[int], only: list[str] | None = None) -> None:
