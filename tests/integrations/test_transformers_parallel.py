@@ -27,6 +27,7 @@ FITTING: list[dict[str, Any]] = [
     COMMON | {"num_proxies": 2},
     COMMON | {"num_proxies": 4},
     COMMON | {"groups": [0, 1, 2, 2]},
+    COMMON | {"gamma": 1.0, "num_proxies": 1},  # nothing is ranked
 ]
 NOT_FITTING: list[dict[str, Any]] = [COMMON | {"num_proxies": 1}, COMMON | {"groups": [0, 1, 1, 2]}]
 
@@ -59,7 +60,7 @@ def test_two_ranks_give_the_logits_of_one(tmp_path: Path) -> None:
             torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-4)
         proxies, groups = results[len(FITTING) :]
         assert "num_proxies: expected a multiple of the 2 tensor-parallel ranks" in proxies
-        assert "got 1; use configure(model, ProxyConfig(num_proxies=2))" in proxies
+        assert "got 1; use ProxyConfig(num_proxies=2)" in proxies
         assert "groups: expected every proxy's heads on one of the 2 tensor-parallel ranks, got proxies [1]" in groups
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from flexproxy import ProxyConfig
 from flexproxy.config import changed_fields, read_settings
 from flexproxy.files import replacing
+from flexproxy.integrations.parallel import share_of_rank
 from flexproxy.integrations.transformers.identity import check_identity, shape_of
 from flexproxy.stages.proxy import head_groups
 
@@ -161,23 +161,7 @@ def _share(module: nn.Module, config: ProxyConfig, num_heads: int) -> ProxyConfi
     if sharded is None or total == num_heads:
         return config
     mesh = sharded.device_mesh
-    rank, ranks = mesh.get_local_rank(mesh.ndim - 1), total // num_heads
-    if config.groups is None:
-        if config.num_proxies % ranks:
-            raise ValueError(
-                f"num_proxies: expected a multiple of the {ranks} tensor-parallel ranks, whose heads are ranked apart, "
-                f"got {config.num_proxies}; use configure(model, ProxyConfig(num_proxies={ranks}))"
-            )
-        return dataclasses.replace(config, num_proxies=config.num_proxies // ranks)
-    own = config.groups[rank * num_heads : (rank + 1) * num_heads]
-    others = {*config.groups[: rank * num_heads], *config.groups[(rank + 1) * num_heads :]}
-    if shared := sorted(set(own) & others):
-        raise ValueError(
-            f"groups: expected every proxy's heads on one of the {ranks} tensor-parallel ranks, got proxies {shared} "
-            f"with heads on several; regroup within runs of {num_heads} heads, or use num_proxies={ranks}"
-        )
-    place = {proxy: index for index, proxy in enumerate(sorted(set(own)))}
-    return dataclasses.replace(config, groups=tuple(place[proxy] for proxy in own))
+    return share_of_rank(config, mesh.get_local_rank(mesh.ndim - 1), total // num_heads, total)
 
 
 def _ranges(layers: Mapping[int, Any]) -> str:

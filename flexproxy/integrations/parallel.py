@@ -1,0 +1,48 @@
+"""Tensor parallelism: the part of a model's settings that belongs to one rank's heads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flexproxy.config import ProxyConfig
+
+
+def share_of_rank(config: ProxyConfig, rank: int, ranks: int, num_q_heads: int) -> ProxyConfig:
+    """The settings of a rank that has one of ``ranks`` equal runs of the query heads.
+
+    A rank ranks blocks for its own heads, so a proxy must lie on one rank. Settings that keep every block rank nothing,
+    and fit any number of ranks.
+
+    Args:
+        config: settings of the whole model.
+        num_q_heads: query heads of the whole model.
+
+    Raises:
+        ValueError: a proxy has heads on several ranks, or ``groups`` is not for this model.
+    """
+    if ranks == 1:
+        return config
+    if config.keeps_all:
+        return replace(config, num_proxies=1, groups=None)
+    if config.groups is None:
+        if config.num_proxies % ranks:
+            raise ValueError(
+                f"num_proxies: expected a multiple of the {ranks} tensor-parallel ranks, whose heads are ranked apart, "
+                f"got {config.num_proxies}; use ProxyConfig(num_proxies={ranks})"
+            )
+        return replace(config, num_proxies=config.num_proxies // ranks)
+    if len(config.groups) != num_q_heads:
+        raise ValueError(
+            f"groups: expected the proxy index of each of the {num_q_heads} query heads, got {len(config.groups)} of "
+            "them; calibrate for this model, or use num_proxies"
+        )
+    size = num_q_heads // ranks
+    own = config.groups[rank * size : (rank + 1) * size]
+    others = {*config.groups[: rank * size], *config.groups[(rank + 1) * size :]}
+    if shared := sorted(set(own) & others):
+        raise ValueError(
+            f"groups: expected every proxy's heads on one of the {ranks} tensor-parallel ranks, got proxies {shared} "
+            f"with heads on several; regroup within runs of {size} heads, or use num_proxies={ranks}"
+        )
+    place = {proxy: index for index, proxy in enumerate(sorted(set(own)))}
+    return replace(config, groups=tuple(place[proxy] for proxy in own))

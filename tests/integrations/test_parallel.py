@@ -1,0 +1,37 @@
+"""What a tensor-parallel rank takes of a model's settings."""
+
+from __future__ import annotations
+
+import pytest
+
+from flexproxy import ProxyConfig
+from flexproxy.integrations.parallel import share_of_rank
+
+
+def test_one_rank_has_all() -> None:
+    config = ProxyConfig(groups=[0, 1, 1, 0])
+    assert share_of_rank(config, 0, 1, 4) is config
+
+
+def test_proxies_are_divided() -> None:
+    config = ProxyConfig(num_proxies=4, gamma=0.9)
+    assert share_of_rank(config, 1, 2, 8) == ProxyConfig(num_proxies=2, gamma=0.9)
+    with pytest.raises(ValueError, match=r"num_proxies: expected a multiple of the 8 .* got 4; use .*num_proxies=8"):
+        share_of_rank(config, 0, 8, 8)
+
+
+def test_groups_are_cut_and_numbered_again() -> None:
+    config = ProxyConfig(groups=[0, 0, 1, 0, 3, 2, 2, 2])
+    assert share_of_rank(config, 0, 2, 8).groups == (0, 0, 1, 0)
+    assert share_of_rank(config, 1, 2, 8).groups == (1, 0, 0, 0)
+    with pytest.raises(ValueError, match=r"on one of the 4 tensor-parallel ranks, got proxies \[0\]"):
+        share_of_rank(config, 0, 4, 8)
+    with pytest.raises(ValueError, match="each of the 16 query heads, got 8"):
+        share_of_rank(config, 0, 2, 16)
+
+
+def test_nothing_is_ranked_where_every_block_is_kept() -> None:
+    for config in (ProxyConfig(gamma=1.0), ProxyConfig(gamma=1.0, groups=[0, 0, 0, 0])):
+        share = share_of_rank(config, 1, 2, 4)
+        assert share.keeps_all
+        assert share.groups is None
