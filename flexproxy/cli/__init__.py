@@ -40,7 +40,6 @@ def _options(
 
 
 def _app() -> typer.Typer:
-    from flexproxy.cli.commands.bench import bench
     from flexproxy.cli.commands.calibrate import calibrate
     from flexproxy.cli.commands.demo import demo
     from flexproxy.cli.commands.info import info
@@ -52,7 +51,6 @@ def _app() -> typer.Typer:
     app.command()(demo)
     app.command()(info)
     app.command()(inspect)
-    app.command()(bench)
     return app
 
 

@@ -119,7 +119,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("command", [["info"], ["bench", "--show", "--json"]])
+@pytest.mark.parametrize("command", [["info"], ["info", "--json"]])
 def test_stdout_on_a_full_disk(model_folder: Path, command: list[str], unbuffered: str) -> None:
     """It shows when something is printed, or when the command ends."""
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}

@@ -24,8 +24,8 @@ import transformers
 
 import flexproxy.environment as environment
 from flexproxy import calibration, cli, files
-from flexproxy.cli import benchmarking, inputs, inspection
 from flexproxy.cli import demo as demo_module
+from flexproxy.cli import inputs, inspection
 from flexproxy.cli.needle import VOCAB_SIZE
 from tests.tiny_model import save_tiny_model
 from tests.transformers_models import interpreted
@@ -56,7 +56,6 @@ def commands(model_folder: Path, tmp_path: Path) -> dict[str, list[str]]:
         "info": ["info"],
         "demo": ["demo", "--model", str(model_folder), "--needles", "8", "--picture", picture, *common],
         "inspect": ["inspect", str(model_folder), *common],
-        "bench": ["bench", "build", "--output", str(tmp_path / "results")],
     }
 
 
@@ -272,20 +271,12 @@ def outputs(commands: dict[str, list[str]], folder: Path) -> list[tuple[list[str
         (commands["demo"], folder / "map.png"),
         ([*commands["inspect"], "--output", str(folder / "record.json")], folder / "record.json"),
         ([*commands["inspect"], "--pictures", str(folder / "pictures")], folder / "pictures" / "blocks.png"),
-        (commands["bench"], folder / "results" / "build.json"),
     ]
 
 
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were a GPU, for bench, whose benchmark does nothing."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(benchmarking, "main_of", lambda _: lambda _: pytest.fail("it was measured in vain"))
-
-
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(3))
 def test_what_exists_is_not_replaced(
-    commands: dict[str, list[str]], measured: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], which: int
+    commands: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], which: int
 ) -> None:
     """It is found out before the work."""
     command, file = outputs(commands, tmp_path)[which]
@@ -297,11 +288,10 @@ def test_what_exists_is_not_replaced(
     assert list(file.parent.iterdir()) == [file]
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(3))
 @pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "folder", "link to a folder", "link to itself"])
 def test_what_is_no_file_is_never_replaced(
     commands: dict[str, list[str]],
-    measured: None,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     which: int,
@@ -344,10 +334,9 @@ def test_a_link_stays_and_its_target_is_replaced(
     assert list(target.parent.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(3))
 def test_a_folder_that_cannot_be_written_to(
     commands: dict[str, list[str]],
-    measured: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -400,7 +389,7 @@ def test_a_folder_where_the_system_makes_no_files(
     assert_one_line(capsys, "/proc")
 
 
-@pytest.mark.parametrize("command", ["info", "demo", "inspect", "bench"])
+@pytest.mark.parametrize("command", ["info", "demo", "inspect"])
 def test_interrupted(
     commands: dict[str, list[str]],
     tmp_path: Path,
@@ -416,14 +405,13 @@ def test_interrupted(
     monkeypatch.setattr(environment, "collect", interrupted)
     monkeypatch.setattr(demo_module, "run", interrupted)
     monkeypatch.setattr(inspection, "prefill", interrupted)
-    monkeypatch.setattr(benchmarking, "committed", interrupted)
     extra = ["--pictures", str(tmp_path / "pictures"), "--output", str(tmp_path / "record.json")]
     assert cli.main([*commands[command], *(extra if command == "inspect" else [])]) == 130
     assert_one_line(capsys, "interrupted")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["info", "demo", "inspect", "bench"])
+@pytest.mark.parametrize("command", ["info", "demo", "inspect"])
 def test_every_option_says_what_it_is(commands: dict[str, list[str]], command: str) -> None:
     """In help; and an option that there is none of is one line."""
     import typer.main
