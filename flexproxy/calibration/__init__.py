@@ -84,8 +84,8 @@ def calibrate(
         CalibrationError: a ValueError: the target cannot be had, or the texts are too short; the message says more.
         TypeError, ValueError: another argument does not fit.
     """
-    from flexproxy.integrations.transformers.configuration import all_modules, attention_layers
     from flexproxy.integrations.transformers.identity import identity_of
+    from flexproxy.integrations.transformers.settings import all_modules, attention_layers
 
     begin = time.perf_counter()
     target, config = Target.of(density, quality), check_config(config)

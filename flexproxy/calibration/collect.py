@@ -53,7 +53,7 @@ def _observed(model: PreTrainedModel, block_size: int, look: Look) -> Iterator[N
 
     from flexproxy.integrations.transformers import NAME, configuration, configure
     from flexproxy.integrations.transformers.attention import attention_forward
-    from flexproxy.integrations.transformers.configuration import all_modules, attention_layers
+    from flexproxy.integrations.transformers.settings import all_modules, attention_layers
 
     layers = attention_layers(model)
     observed = {id(module) for module in all_modules(layers)}

@@ -148,8 +148,8 @@ def check_decoder(model: PreTrainedModel, length: int | None) -> None:
         InputError: it has no causal attention, heads that are too narrow or too wide, or fewer positions than
             ``length``, if that is given.
     """
-    from flexproxy.integrations.transformers.configuration import all_modules, attention_layers
     from flexproxy.integrations.transformers.identity import max_positions
+    from flexproxy.integrations.transformers.settings import all_modules, attention_layers
 
     try:
         modules = all_modules(attention_layers(model))

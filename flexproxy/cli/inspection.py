@@ -18,8 +18,8 @@ import flexproxy
 from flexproxy.cli.inputs import InputError
 from flexproxy.inspect.recording import Record
 from flexproxy.inspect.totals import totals_of
-from flexproxy.integrations.transformers.configuration import attention_layers
 from flexproxy.integrations.transformers.observing import Call, observe
+from flexproxy.integrations.transformers.settings import attention_layers
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what is being done, layers done, layers in all)``."""

@@ -134,9 +134,9 @@ def record(model: PreTrainedModel, *, mass: bool = False) -> Iterator[Record]:
         ModuleNotFoundError: transformers is not installed.
         TypeError, ValueError: ``model`` is something else, its attention is another, or it is compiled.
     """
-    from flexproxy.integrations.transformers.configuration import all_modules, attention_layers
     from flexproxy.integrations.transformers.identity import shape_of
     from flexproxy.integrations.transformers.observing import observe
+    from flexproxy.integrations.transformers.settings import all_modules, attention_layers
 
     modules = all_modules(attention_layers(model))
     names = {getattr(getattr(module, "config", None), "_attn_implementation", "flexproxy") for module in modules}

@@ -20,8 +20,8 @@ import flexproxy
 from flexproxy import ProxyConfig
 from flexproxy.integrations.transformers import configure
 from flexproxy.integrations.transformers.attention import attention_forward
-from flexproxy.integrations.transformers.configuration import config_of
 from flexproxy.integrations.transformers.masks import forward_mask, forward_mask_of
+from flexproxy.integrations.transformers.settings import config_of
 from tests.transformers_models import (
     FAMILIES,
     IMAGE,

@@ -29,9 +29,9 @@ except ImportError as error:
     ) from error
 
 from flexproxy.integrations.transformers.attention import attention_forward
-from flexproxy.integrations.transformers.configuration import configuration, configure, save_configuration
 from flexproxy.integrations.transformers.masks import forward_mask
 from flexproxy.integrations.transformers.observing import record_selections
+from flexproxy.integrations.transformers.settings import configuration, configure, save_configuration
 
 __all__ = ["NAME", "configuration", "configure", "record_selections", "save_configuration"]
 

@@ -14,9 +14,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AttentionInterface
 
 from flexproxy import ProxyConfig
-from flexproxy.integrations.transformers.configuration import is_decoder_attention, local_config
 from flexproxy.integrations.transformers.masks import BLOCK_SIZE, ForwardMask, forward_mask_of
 from flexproxy.integrations.transformers.observing import Call, now, observers_of
+from flexproxy.integrations.transformers.settings import is_decoder_attention, local_config
 from flexproxy.pipeline import select_for
 from flexproxy.sparse.attention import Built, attend, why_dense
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexproxy import ProxyConfig, Selection
-from flexproxy.integrations.transformers.configuration import all_modules, attention_layers
+from flexproxy.integrations.transformers.settings import all_modules, attention_layers
 from flexproxy.ops import compat
 
 Moment: TypeAlias = "float | torch.cuda.Event"

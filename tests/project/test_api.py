@@ -1,0 +1,84 @@
+"""The public names, their parameters and defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+
+import pytest
+
+import flexproxy
+from flexproxy import ProxyConfig, Selection
+
+NAMES = {
+    "": "ProxyConfig Selection and_block_masks attention build calibrate kernel_options masks record select",
+    ".masks": "causal document full padding prefix_lm shift sliding_window",
+    ".stats": "block_mass density recovered_mass",
+    ".plot": "block_map density ranking record recovered_mass save",
+}
+PARAMETERS = {
+    "build": "q, k, *, mask_mod=None, block_mask=None, config=None, scale=None",
+    "select": "q, k, *, mask_mod=None, block_mask=None, config=None, scale=None",
+    "attention": "q, k, v, *, mask_mod=None, block_mask=None, config=None, scale=None, score_mod=None, "
+    "kernel_options=None, return_lse=False, compensate=False",
+    "ProxyConfig.paper": "**changes",
+    "kernel_options": "q, k",
+    "and_block_masks": "a, b",
+    "calibrate": "model, texts, *, density=None, quality=None, config=None, length=None, sequences=4, "
+    "max_proxies=8, tolerance=0.03, rows=512, progress=None",
+    "masks.causal": "b, h, q_idx, kv_idx",
+    "masks.full": "b, h, q_idx, kv_idx",
+    "masks.sliding_window": "window",
+    "masks.document": "document_ids",
+    "masks.padding": "attention_mask",
+    "masks.prefix_lm": "prefix_lengths",
+    "masks.shift": "mask_mod, q_offset",
+    "record": "model, *, mass=False",
+    "Selection.block_map": "self",
+    "Selection.density": "self",
+    "Selection.mask_mod": "self",
+    "Selection.block_mask": "self",
+    "Selection.summary": "self",
+}
+FIELDS = {
+    "num_proxies": 1,
+    "groups": None,
+    "gamma": 0.95,
+    "density": None,
+    "stride": 4,
+    "query_stride": None,
+    "query_choice": "first",
+    "block_size": 128,
+    "min_budget": 2048,
+    "max_budget": None,
+    "sink_blocks": 0,
+    "local_blocks": 1,
+}
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_public_names(module: str) -> None:
+    """They are there, and described."""
+    found = importlib.import_module(f"flexproxy{module}")
+    assert sorted(found.__all__) == NAMES[module].split()
+    for name in found.__all__:
+        assert getattr(found, name).__doc__, name
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters(name: str) -> None:
+    """Names, order, kinds and defaults."""
+    function: object = flexproxy
+    for part in name.split("."):
+        function = getattr(function, part)
+    signature = inspect.signature(function)  # type: ignore[arg-type]
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    shown = signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)
+    assert str(shown) == f"({PARAMETERS[name]})"
+
+
+def test_fields() -> None:
+    assert {field.name: field.default for field in dataclasses.fields(ProxyConfig)} == FIELDS
+    public = [field.name for field in dataclasses.fields(Selection) if not field.name.startswith("_")]
+    assert public == ["rank", "count", "proxy_of"]
