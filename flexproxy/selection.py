@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy.masks.blocks import Admissible
 from flexproxy.masks.mods import MaskMod
-from flexproxy.ops.operators import opaque
+from flexproxy.ops.operators import Output, operator
 from flexproxy.stages.lists import Lists, block_lists, of_lists
 
 if TYPE_CHECKING:
@@ -113,31 +113,22 @@ def membership(block_map: Tensor, block_size: int, kv_block_size: int | None = N
     return member
 
 
-def _selected_blocks_fake(rank: Tensor, count: Tensor, proxy_of: Tensor, admissible: Tensor) -> Tensor:
-    return rank.new_empty(rank.shape[0], count.shape[1], *rank.shape[2:], dtype=torch.bool)
+def _blocks_of_heads(a: Any) -> tuple[int, ...]:
+    return a.rank.shape[0], a.count.shape[1], *a.rank.shape[2:]
 
 
-@opaque(
-    "(Tensor rank, Tensor count, Tensor proxy_of, Tensor admissible) -> Tensor", _selected_blocks_fake, has_kernel=False
-)
+@operator(lambda a: (_blocks_of_heads(a), torch.bool), has_kernel=False)
 def selected_blocks(rank: Tensor, count: Tensor, proxy_of: Tensor, admissible: Tensor) -> Tensor:
     """The method in one line: bool ``[B, Hq, Nq, Nk]``."""
     return ((rank if rank.shape[1] == 1 else rank[:, proxy_of]) < count[..., None, None]) & admissible
 
 
-def _selected_lists_fake(
-    rank: Tensor, count: Tensor, proxy_of: Tensor, admissible: Tensor, full: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape = rank.shape[0], count.shape[1], *rank.shape[2:]
-    number, index = rank.new_empty(shape[:-1]), rank.new_empty(shape)
-    return rank.new_empty(shape, dtype=torch.bool), number, index, torch.empty_like(number), torch.empty_like(index)
+def _kept_and_lists(a: Any) -> list[Output]:
+    shape = _blocks_of_heads(a)
+    return [(shape, torch.bool), *[(shape[:3], torch.int32), (shape, torch.int32)] * 2]
 
 
-@opaque(
-    "(Tensor rank, Tensor count, Tensor proxy_of, Tensor admissible, Tensor full)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _selected_lists_fake,
-)
+@operator(_kept_and_lists)
 def selected_lists(
     rank: Tensor, count: Tensor, proxy_of: Tensor, admissible: Tensor, full: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

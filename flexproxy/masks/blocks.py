@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
 from flexproxy.masks.clauses import ClauseStack, allowed, dense_labels, inclusion_exclusion, stack, unstack
-from flexproxy.ops.operators import capturable, opaque
+from flexproxy.ops.operators import Output, Size, capturable, operator
 from flexproxy.ops.tensors import pad_to_multiple
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -115,11 +115,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     return (padded * weights).sum(-1, dtype=torch.uint8)
 
 
-def _summarize_rows_fake(any_: Tensor, full: Tensor) -> Tensor:
-    return any_.new_empty(*any_.shape[:3], 5, dtype=torch.int32)
-
-
-@opaque("(Tensor any_, Tensor full) -> Tensor", _summarize_rows_fake)
+@operator(lambda a: ((*a.any_.shape[:3], 5), torch.int32))
 def summarize_rows(any_: Tensor, full: Tensor) -> Tensor:
     """What each row of blocks holds: int32 ``[b, h, Nq, 5]``.
 
@@ -150,21 +146,15 @@ def classify_clauses(clauses: ClauseStack, num_keys: int, block_size: int) -> Ad
     return Admissible(*classify_union(*clauses, num_keys, block_size))
 
 
-def _classify_union_fake(
-    lo: Tensor, hi: Tensor, q_label: Tensor | None, k_label: Tensor | None, num_keys: int, block_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, batch, num_queries = lo.shape
-    blocks = lo.new_empty(batch, 1, -(-num_queries // block_size), -(-num_keys // block_size), dtype=torch.bool)
-    return blocks, torch.empty_like(blocks), lo.new_empty(batch, 1, num_queries, dtype=torch.bool)
+def _classified(a: Any) -> list[Output]:
+    _, batch, num_queries = a.lo.shape
+    blocks = batch, 1, -(-num_queries // a.block_size), -(-a.num_keys // a.block_size)
+    return [(blocks, torch.bool), (blocks, torch.bool), ((batch, 1, num_queries), torch.bool)]
 
 
-@opaque(
-    "(Tensor lo, Tensor hi, Tensor? q_label, Tensor? k_label, SymInt num_keys, int block_size)"
-    " -> (Tensor, Tensor, Tensor)",
-    _classify_union_fake,
-)
+@operator(_classified)
 def classify_union(
-    lo: Tensor, hi: Tensor, q_label: Tensor | None, k_label: Tensor | None, num_keys: int, block_size: int
+    lo: Tensor, hi: Tensor, q_label: Tensor | None, k_label: Tensor | None, num_keys: Size, block_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """any, full and valid of Admissible, of a ClauseStack, by counting the keys of each block that a query may see."""
     clauses = ClauseStack(lo, hi, q_label, k_label)

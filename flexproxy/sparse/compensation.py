@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy.masks.blocks import whole_blocks
-from flexproxy.ops.operators import capturable, opaque
+from flexproxy.ops.operators import Output, capturable, operator
 from flexproxy.ops.tensors import pad_to_multiple
 from flexproxy.selection import Selection, membership
 from flexproxy.stages.lists import compile_block_mask
@@ -92,15 +92,13 @@ def block_means(x: Tensor, block_size: int) -> Tensor:
     return pad_to_multiple(means, -2, block_size, 0.0).to(x.dtype)
 
 
-def _dropped_blocks_fake(kept: Tensor, whole: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows, number = kept.shape[:3], -(-kept.shape[3] // block_size)
-    some = kept.new_empty(*rows, number)
-    return kept.new_empty(*rows, number * block_size), some, torch.empty_like(some)
+def _maps_of_means(a: Any) -> list[Output]:
+    *rows, blocks = a.kept.shape
+    number = -(-blocks // a.block_size)
+    return [((*rows, n), torch.bool) for n in (number * a.block_size, number, number)]
 
 
-@opaque(
-    "(Tensor kept, Tensor whole, int block_size) -> (Tensor, Tensor, Tensor)", _dropped_blocks_fake, has_kernel=False
-)
+@operator(_maps_of_means, has_kernel=False)
 def dropped_blocks(kept: Tensor, whole: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """``dropped``, ``some`` and ``every`` of Means, from bool maps ``[B, Hq, Nq, Nk]`` (``whole`` is broadcast)."""
     dropped = pad_to_multiple(whole & ~kept, -1, block_size, False).contiguous()

@@ -8,17 +8,13 @@ from einops import rearrange
 from torch import Tensor
 
 from flexproxy.masks.blocks import clauses_at, mask_chunk
-from flexproxy.ops.operators import opaque
+from flexproxy.ops.operators import Size, operator
 from flexproxy.ops.tensors import logsumexp_, pad_to_multiple
 
 CHUNK_ELEMENTS = 2**24  # logits in one piece, 64 MiB
 
 
-def _last_valid_queries_fake(valid: Tensor, number: int) -> Tensor:
-    return valid.new_empty(*valid.shape[:2], number, dtype=torch.int64)
-
-
-@opaque("(Tensor valid, int number) -> Tensor", _last_valid_queries_fake)
+@operator(lambda a: ((*a.valid.shape[:2], a.number), torch.int64))
 def last_valid_queries(valid: Tensor, number: int) -> Tensor:
     """Indices of the last ``number`` valid queries, in order: int64 ``[b, h, number]``; -1 where there are fewer.
 
@@ -31,26 +27,7 @@ def last_valid_queries(valid: Tensor, number: int) -> Tensor:
     return empty.scatter_(-1, slot, index)[..., :number].contiguous()  # all the others went to the last slot
 
 
-def _block_masses_fake(
-    q: Tensor,
-    k: Tensor,
-    probes: Tensor,
-    lo: Tensor | None,
-    hi: Tensor | None,
-    q_label: Tensor | None,
-    k_label: Tensor | None,
-    bits: Tensor | None,
-    block_size: int,
-    scale: float,
-) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], -(-k.shape[2] // block_size), dtype=torch.float32)
-
-
-@opaque(
-    "(Tensor q, Tensor k, Tensor probes, Tensor? lo, Tensor? hi, Tensor? q_label, Tensor? k_label, Tensor? bits,"
-    " int block_size, float scale) -> Tensor",
-    _block_masses_fake,
-)
+@operator(lambda a: ((*a.q.shape[:2], -(-a.k.shape[2] // a.block_size)), torch.float32))
 def block_masses(
     q: Tensor,
     k: Tensor,
@@ -100,21 +77,10 @@ def block_masses(
     return (probability.sum(2) / present.sum(2).clamp(min=1)[..., None]).nan_to_num_(0.0)
 
 
-def _count_blocks_fake(
-    masses: Tensor, summary: Tensor, forced: Tensor, gamma: float, density: float | None, min_blocks: int,
-    max_blocks: int,
-) -> Tensor:  # fmt: skip
-    return masses.new_empty(masses.shape[:2], dtype=torch.int32)
-
-
-@opaque(
-    "(Tensor masses, Tensor summary, Tensor forced, float gamma, float? density, int min_blocks, SymInt max_blocks)"
-    " -> Tensor",
-    _count_blocks_fake,
-)
+@operator(lambda a: (a.masses.shape[:2], torch.int32))
 def count_blocks(
     masses: Tensor, summary: Tensor, forced: Tensor, gamma: float, density: float | None, min_blocks: int,
-    max_blocks: int,
+    max_blocks: Size,
 ) -> Tensor:  # fmt: skip
     """How many blocks every head keeps: int32 ``[B, Hq]``.
 

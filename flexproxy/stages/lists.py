@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks
 from flexproxy.checks import check_rows
 from flexproxy.masks.mods import MaskMod
 from flexproxy.ops.compat import from_kv_blocks
-from flexproxy.ops.operators import opaque
+from flexproxy.ops.operators import operator
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -52,12 +52,7 @@ def of_lists(
     )
 
 
-def _block_lists_fake(kept: Tensor, full: Tensor) -> Lists:
-    number, index = kept.new_empty(kept.shape[:-1], dtype=torch.int32), kept.new_empty(kept.shape, dtype=torch.int32)
-    return number, index, torch.empty_like(number), torch.empty_like(index)
-
-
-@opaque("(Tensor kept, Tensor full) -> (Tensor, Tensor, Tensor, Tensor)", _block_lists_fake)
+@operator(lambda a: [(a.kept.shape[:3], torch.int32), (a.kept.shape, torch.int32)] * 2)
 def block_lists(kept: Tensor, full: Tensor) -> Lists:
     """Numbers ``[B, H, Nq]`` and indices ``[B, H, Nq, Nk]`` of partial, then of full blocks. See NOTE [Lists]."""
     return (*_ascending(kept & ~full), *_ascending(kept & full))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexproxy.config import NEIGHBOURS
 from flexproxy.ops.cache import kept
-from flexproxy.ops.operators import opaque
+from flexproxy.ops.operators import operator
 from flexproxy.ops.tensors import is_contiguous, pad_to_multiple
 
 Groups = tuple[tuple[int, ...], ...]
@@ -79,11 +79,7 @@ def pool_heads(x: Tensor, groups: Groups, stride: int) -> Tensor:
     return pool_groups(x, [head for heads in groups for head in heads], [len(heads) for heads in groups], stride)
 
 
-def _pool_groups_fake(x: Tensor, members: Sequence[int], sizes: Sequence[int], stride: int) -> Tensor:
-    return x.new_empty(x.shape[0], len(sizes), -(-x.shape[2] // stride), x.shape[3])
-
-
-@opaque("(Tensor x, int[] members, int[] sizes, int stride) -> Tensor", _pool_groups_fake)
+@operator(lambda a: ((a.x.shape[0], len(a.sizes), -(-a.x.shape[2] // a.stride), a.x.shape[3]), a.x.dtype))
 def pool_groups(x: Tensor, members: Sequence[int], sizes: Sequence[int], stride: int) -> Tensor:
     """``pool_heads`` for groups of the given sizes, whose heads follow one another in ``members``."""
     x = x[:, :, ::stride]
@@ -96,11 +92,7 @@ def pool_groups(x: Tensor, members: Sequence[int], sizes: Sequence[int], stride:
     return torch.stack(means, 1).to(x.dtype)
 
 
-def _outlying_queries_fake(q: Tensor, valid: Tensor, window: int) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], -(-q.shape[2] // window), dtype=torch.int64)
-
-
-@opaque("(Tensor q, Tensor valid, int window) -> Tensor", _outlying_queries_fake)
+@operator(lambda a: ((*a.q.shape[:2], -(-a.q.shape[2] // a.window)), torch.int64))
 def outlying_queries(q: Tensor, valid: Tensor, window: int) -> Tensor:
     """In every window the query that is farthest from the mean of its neighbours: int64 ``[B, P, ceil(Sq / window)]``.
 

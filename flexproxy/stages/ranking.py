@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from flexproxy.ops.operators import opaque
+from flexproxy.ops.operators import Output, Size, operator
 
 # Scores are log-probabilities. These stand below every score that matters, and keep the classes apart.
 _LOWEST_SCORE, _UNSCORED, _INADMISSIBLE = -1e38, -2e38, -torch.inf
@@ -40,30 +42,13 @@ def forced_blocks(
     return (block >= first[..., None]) & (block <= last[..., None]) | (block < sink_blocks)
 
 
-def _rank_blocks_fake(
-    scores: Tensor,
-    admissible: Tensor,
-    summary: Tensor,
-    offset: Tensor,
-    num_queries: int,
-    block_size: int,
-    sink_blocks: int,
-    local_blocks: int,
-) -> Tensor:
-    return torch.empty_like(scores, dtype=torch.int32, memory_format=torch.contiguous_format)
-
-
-@opaque(
-    "(Tensor scores, Tensor admissible, Tensor summary, Tensor offset, SymInt num_queries, int block_size,"
-    " int sink_blocks, int local_blocks) -> Tensor",
-    _rank_blocks_fake,
-)
+@operator(lambda a: (a.scores.shape, torch.int32))
 def rank_blocks(
     scores: Tensor,
     admissible: Tensor,
     summary: Tensor,
     offset: Tensor,
-    num_queries: int,
+    num_queries: Size,
     block_size: int,
     sink_blocks: int,
     local_blocks: int,
@@ -87,32 +72,19 @@ def rank_blocks(
     return torch.empty_like(place, memory_format=torch.contiguous_format).scatter_(-1, order, place)
 
 
-def _forced_counts_fake(
-    admissible: Tensor,
-    summary: Tensor,
-    proxy_of: Tensor,
-    offset: Tensor,
-    num_queries: int,
-    block_size: int,
-    sink_blocks: int,
-    local_blocks: int,
-) -> Tensor:
-    batch = max(admissible.shape[0], summary.shape[0], offset.shape[0])
-    heads = 1 if admissible.shape[1] == summary.shape[1] == 1 else proxy_of.shape[0]
-    return admissible.new_empty(batch, heads, dtype=torch.int32)
+def _shape_of_forced_counts(a: Any) -> Output:
+    batch = max(a.admissible.shape[0], a.summary.shape[0], a.offset.shape[0])
+    heads = 1 if a.admissible.shape[1] == a.summary.shape[1] == 1 else a.proxy_of.shape[0]
+    return (batch, heads), torch.int32
 
 
-@opaque(
-    "(Tensor admissible, Tensor summary, Tensor proxy_of, Tensor offset, SymInt num_queries, int block_size,"
-    " int sink_blocks, int local_blocks) -> Tensor",
-    _forced_counts_fake,
-)
+@operator(_shape_of_forced_counts)
 def forced_counts(
     admissible: Tensor,
     summary: Tensor,
     proxy_of: Tensor,
     offset: Tensor,
-    num_queries: int,
+    num_queries: Size,
     block_size: int,
     sink_blocks: int,
     local_blocks: int,

@@ -7,38 +7,13 @@ from einops import reduce
 from torch import Tensor
 
 from flexproxy.masks.blocks import clauses_at, mask_chunk
-from flexproxy.ops.operators import opaque
+from flexproxy.ops.operators import Size, operator
 from flexproxy.ops.tensors import logsumexp_, pad_to_multiple
 
 CHUNK_ELEMENTS = 2**24  # logits in one piece, 64 MiB
 
 
-def _block_scores_fake(
-    q: Tensor,
-    k: Tensor,
-    chosen: Tensor | None,
-    lo: Tensor | None,
-    hi: Tensor | None,
-    q_label: Tensor | None,
-    k_label: Tensor | None,
-    bits: Tensor | None,
-    admissible: Tensor,
-    summary: Tensor,
-    q_cell: int,
-    k_cell: int,
-    stride: int,
-    scale: float,
-    workspace: int,
-) -> Tensor:
-    return q.new_empty(*q.shape[:2], *admissible.shape[2:], dtype=torch.float32)
-
-
-@opaque(
-    "(Tensor q, Tensor k, Tensor? chosen, Tensor? lo, Tensor? hi, Tensor? q_label, Tensor? k_label, Tensor? bits,"
-    " Tensor admissible, Tensor summary, int q_cell, int k_cell, int stride, float scale, SymInt workspace)"
-    " -> Tensor",
-    _block_scores_fake,
-)
+@operator(lambda a: ((*a.q.shape[:2], *a.admissible.shape[2:]), torch.float32))
 def block_scores(
     q: Tensor,
     k: Tensor,
@@ -54,7 +29,7 @@ def block_scores(
     k_cell: int,
     stride: int,
     scale: float,
-    workspace: int,
+    workspace: Size,
 ) -> Tensor:
     """Largest log-probability of the sampled pairs of each block pair: fp32 ``[B, P, Nq, Nk]``.
 

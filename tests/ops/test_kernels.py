@@ -331,14 +331,16 @@ def test_scores_do_not_depend_on_the_workspace(device: str, monkeypatch: pytest.
 def operators() -> dict[str, Callable[..., Any]]:
     """The operators that may have a kernel, found in the text of the package."""
     found = {}
-    for path in sorted(Path(flexproxy.__file__).parent.rglob("*.py")):
+    package = Path(flexproxy.__file__).parent
+    for path in sorted(package.rglob("*.py")):
         for node in ast.parse(path.read_text()).body:
             decorators = node.decorator_list if isinstance(node, ast.FunctionDef) else []
             for decorator in decorators:
                 text = ast.unparse(decorator)
-                if text.startswith("opaque(") and "has_kernel=False" not in text:
+                if text.startswith("operator(") and "has_kernel=False" not in text:
+                    module = ".".join(("flexproxy", *path.relative_to(package).with_suffix("").parts))
                     name = node.name  # type: ignore[attr-defined]
-                    found[name] = getattr(importlib.import_module(f"flexproxy.{path.stem}"), name)
+                    found[name] = getattr(importlib.import_module(module), name)
     return found
 
 
