@@ -25,19 +25,30 @@ __all__ = [
     "calibrate",
     "kernel_options",
     "masks",
+    "plot",
     "record",
+    "reference",
     "select",
+    "stats",
 ]
 
-# What needs more than torch and einops is imported when it is first asked for.
-_LAZY = {"calibrate": "flexproxy.calibration", "record": "flexproxy.inspect.recording"}
+# Imported when it is first asked for: what is not on the way to a mask, and may need more than torch and einops.
+_MODULES = ("plot", "reference", "stats")
+_FUNCTIONS = {"calibrate": "flexproxy.calibration", "record": "flexproxy.inspect.recording"}
 
 if TYPE_CHECKING:
+    from flexproxy import plot, reference, stats
     from flexproxy.calibration import calibrate
     from flexproxy.inspect.recording import record
 else:  # a type checker would take any name for one of these
 
     def __getattr__(name: str) -> Any:
-        if name in _LAZY:
-            return getattr(importlib.import_module(_LAZY[name]), name)
+        if name in _MODULES:
+            return importlib.import_module(f"flexproxy.{name}")
+        if name in _FUNCTIONS:
+            return getattr(importlib.import_module(_FUNCTIONS[name]), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

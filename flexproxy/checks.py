@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
+from numbers import Real
 from typing import Any
 
 import torch
@@ -56,9 +56,12 @@ def check_values(v: Any, q: Tensor, k: Tensor) -> None:
         )
 
 
+_DEFAULT_CONFIG = ProxyConfig()
+
+
 def check_config(config: Any) -> ProxyConfig:
     if config is None:
-        return ProxyConfig()
+        return _DEFAULT_CONFIG
     if not isinstance(config, ProxyConfig):
         raise TypeError(
             f"config: expected a flexproxy.ProxyConfig or None, got {type(config).__name__}; "
@@ -70,11 +73,15 @@ def check_config(config: Any) -> ProxyConfig:
 def check_scale(scale: Any, head_dim: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, Real)):
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}; pass a Python float")
-    if not -sys.float_info.max <= scale <= sys.float_info.max:  # not-a-number, too
+    try:
+        value = float(scale)
+    except OverflowError:  # an int
+        value = math.inf
+    if not math.isfinite(value):
         raise ValueError(f"scale: expected a finite number, got {scale}; None is 1 / sqrt(D)")
-    return float(scale)
+    return value
 
 
 def check_masks(mask_mod: Any, block_mask: Any, q: Tensor, k: Tensor, block_size: int) -> None:

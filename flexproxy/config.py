@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -61,6 +62,8 @@ class ProxyConfig:
     local_blocks: int = 1
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         _check_int("num_proxies", self.num_proxies, 1)
         _check_fraction("gamma", self.gamma)
         if self.density is not None:
@@ -182,6 +185,13 @@ class ProxyConfig:
         return target == 1.0 and self.max_budget is None
 
 
+def _plain(value: Any) -> Any:
+    """A number of another kind, such as numpy's, as one of Python's; anything else as it is."""
+    if type(value) in (bool, int, float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
 def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
     span = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, int):
@@ -221,6 +231,7 @@ def _check_groups(groups: object) -> tuple[int, ...]:
             f"groups: expected the proxy index of every query head, for example [0, 0, 1, 1], got {groups!r} "
             f"of type {type(groups).__name__}; pass a list or tuple of ints"
         )
+    groups = [_plain(index) for index in groups]
     for index in groups:
         _check_int("groups", index, 0)
     missing = sorted(set(range(max(groups, default=-1) + 1)) - set(groups))

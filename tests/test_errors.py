@@ -832,6 +832,29 @@ def test_config_is_frozen_and_keyword_only() -> None:
         dataclasses.replace(settings, gamma=2.0)
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    """In every numeric field; they are stored as Python's."""
+    np = pytest.importorskip("numpy")
+    plain: dict[str, Any] = {
+        "num_proxies": 2, "groups": (0, 1), "gamma": 0.5, "density": 0.25, "stride": 8, "query_stride": 2,
+        "block_size": 64, "min_budget": 64, "max_budget": 1024, "sink_blocks": 1, "local_blocks": 2,
+    }  # fmt: skip
+    given = {name: np.float32(x) if isinstance(x, float) else np.int64(x) for name, x in plain.items() if x != (0, 1)}
+    settings = ProxyConfig(**given, groups=[np.int32(0), np.int64(1)])
+    for name, want in plain.items():
+        got = getattr(settings, name)
+        assert got == want
+        assert type(got) is type(want)
+    assert type(ProxyConfig(gamma=np.float64(0.5)).gamma) is float
+    assert all(type(index) is int for index in settings.groups or ())
+    with pytest.raises(TypeError, match=r"stride: expected an integer"):
+        ProxyConfig(stride=np.float64(4))
+    with pytest.raises(TypeError, match=r"gamma: expected a number"):
+        ProxyConfig(gamma=np.bool_(True))
+    x = inputs("cpu")
+    assert torch.equal(api.attention(x.q, x.k, x.v, scale=np.float32(0.5)), api.attention(x.q, x.k, x.v, scale=0.5))
+
+
 # ------------------------------------------------------------------------------------------- not finite is no error
 
 NUM_BLOCKS, BLOCK = 9, 16
