@@ -120,12 +120,13 @@ def select_for(
         rank=rank,
         count=count,
         proxy_of=proxy_of,
-        _admissible=mask.admissible,
-        _forced=mask.forced,
-        _mask_mod=mask.mask_mod,
-        _block_size=config.block_size,
-        _seq_lengths=(q.shape[2], k.shape[2]),
-        _compute_q_blocks=needs_gradients,
+        admissible=mask.admissible.any,
+        full=mask.admissible.full,
+        forced=mask.forced,
+        allowed=mask.mask_mod,
+        block_size=config.block_size,
+        lengths=(q.shape[2], k.shape[2]),
+        gradients=needs_gradients,
     )
 
 

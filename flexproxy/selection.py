@@ -2,91 +2,103 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import copy
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexproxy.masks.blocks import Admissible
+from flexproxy.inspect.summary import Summary, density_of, summarize
 from flexproxy.masks.mods import MaskMod
 from flexproxy.ops.operators import Output, operator
 from flexproxy.stages.lists import Lists, block_lists, of_lists
 
-if TYPE_CHECKING:
-    from flexproxy.inspect.summary import Summary
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Selection:
-    """Which blocks every head keeps (METHOD: selected = admissible & (rank[proxy of the head] < count)).
+    """Which blocks every head keeps: ``admissible & (rank[proxy of the head] < count)``.
+
+    ``repr`` is the table of ``summary()``, and waits for the device. Copies share the function ``allowed``.
 
     Attributes:
         rank: int32 ``[B, P, Nq, Nk]``, rank of every key block in its row, 0 first; inadmissible blocks come last.
         count: int32 ``[B, Hq]``, blocks that every row of the head keeps, where so many are admissible.
         proxy_of: int64 ``[Hq]``, proxy index of every query head.
+        admissible: bool ``[Bm, Hm, Nq, Nk]``, blocks with a token pair that the mask allows; Bm is 1 or B, Hm 1 or Hq.
+        full: likewise, blocks of which it allows every token pair.
+        forced: int32 ``[Bm, 1 or Hq]``, the most forced blocks of a row; they are part of the count.
+        allowed: the ``mask_mod`` that was given; causal, aligned at the end, where none was.
+        block_size: tokens per block, of queries and of keys.
+        lengths: Sq and Skv, in tokens.
+        gradients: whether ``block_mask()`` has the lists that gradients need.
     """
 
     rank: Tensor
     count: Tensor
     proxy_of: Tensor
-    _admissible: Admissible = field(repr=False)
-    _forced: Tensor = field(repr=False)  # int32 [b, 1 or Hq], the most forced blocks of a row
-    _mask_mod: MaskMod = field(repr=False)
-    _block_size: int = field(repr=False)
-    _seq_lengths: tuple[int, int] = field(repr=False)
-    _compute_q_blocks: bool = field(repr=False)
+    admissible: Tensor
+    full: Tensor
+    forced: Tensor
+    allowed: MaskMod
+    block_size: int
+    lengths: tuple[int, int]
+    gradients: bool
 
     def block_map(self) -> Tensor:
         """Kept blocks: bool ``[B, Hq, Nq, Nk]``."""
-        return selected_blocks(self.rank, self.count, self.proxy_of, self._admissible.any)
+        return selected_blocks(self.rank, self.count, self.proxy_of, self.admissible)
 
     def density(self) -> Tensor:
         """Kept blocks divided by admissible blocks: fp32 ``[B, Hq]``; 1 where no block is admissible."""
-        kept, admissible = self._numbers()
-        return torch.where(admissible > 0, kept / admissible.clamp(min=1), 1.0).to(torch.float32)
-
-    def _numbers(self) -> tuple[Tensor, Tensor]:
-        """How many blocks are kept, and how many are admissible: int64 ``[B, Hq]``."""
-        kept = self.block_map().sum((-2, -1))
-        return kept, self._admissible.any.sum((-2, -1)).expand_as(kept)
+        return density_of(self.block_map(), self.admissible)
 
     def summary(self) -> Summary:
         """Densities, budgets, forced blocks and dense rows of every head, in numbers; ``print`` it for a table.
 
         It waits for the device: call it to look at a selection, not on the way to a mask.
         """
-        from flexproxy.inspect.summary import summarize
+        kept, num_proxies = self.block_map(), self.rank.shape[1]
+        return summarize(kept, self.admissible, self.count, self.forced, num_proxies, self.block_size, self.lengths)
 
-        return summarize(self)
+    def __repr__(self) -> str:
+        return str(self.summary())
+
+    def __copy__(self) -> Selection:
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Selection:
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        copies: Any = {name: copy.deepcopy(value, memo) for name, value in values if isinstance(value, Tensor)}
+        return replace(self, **copies)
 
     def mask_mod(self) -> MaskMod:
         """Membership alone, ``mask_mod(b, h, q_idx, kv_idx)``, for ``and_masks`` and ``create_block_mask``.
 
         It says which blocks are kept, not which tokens of them are allowed: combine it with the mask that was given.
         """
-        return membership(self.block_map(), self._block_size)
+        return membership(self.block_map(), self.block_size)
 
     def block_mask(self) -> BlockMask:
         """The mask of ``build``: kept blocks, and within them the mask that was given."""
         kept, lists = self._lists()
-        member, mask_mod = membership(kept, self._block_size), self._mask_mod
+        member, mask_mod = membership(kept, self.block_size), self.allowed
 
         # NOTE: eager flex_attention looks at nothing but this function, so membership is part of it.
         def proxy_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return member(b, h, q_idx, kv_idx) & mask_mod(b, h, q_idx, kv_idx)
 
-        return of_lists(lists, proxy_mask, self._block_size, self._seq_lengths, self._compute_q_blocks)
+        return of_lists(lists, proxy_mask, self.block_size, self.lengths, self.gradients)
 
     def listed_block_mask(self) -> BlockMask:
         """The same for a compiled kernel alone: it visits the listed blocks, and need not look up which are kept."""
         _, lists = self._lists()
-        return of_lists(lists, self._mask_mod, self._block_size, self._seq_lengths, self._compute_q_blocks)
+        return of_lists(lists, self.allowed, self.block_size, self.lengths, self.gradients)
 
     def _lists(self) -> tuple[Tensor, Lists]:
         kept, partial_number, partial_index, full_number, full_index = selected_lists(
-            self.rank, self.count, self.proxy_of, self._admissible.any, self._admissible.full
+            self.rank, self.count, self.proxy_of, self.admissible, self.full
         )
         return kept, (partial_number, partial_index, full_number, full_index)
 

@@ -158,7 +158,7 @@ def row_masses(q: Tensor, k: Tensor, selection: Selection, rows: Tensor, scale: 
 def block_size_of(mask: Selection | BlockMask) -> tuple[int, int]:
     """Tokens per block, of queries and of keys."""
     if isinstance(mask, Selection):
-        return mask._block_size, mask._block_size
+        return mask.block_size, mask.block_size
     q_size, k_size = mask.BLOCK_SIZE
     return q_size, k_size
 
@@ -167,7 +167,7 @@ def kept_and_full_blocks(mask: Selection | BlockMask) -> tuple[Tensor, Tensor]:
     """Blocks that a mask keeps, and those that it keeps in full: bool ``[b, h, Nq, Nk]``, b and h may be 1."""
     if isinstance(mask, Selection):
         kept = mask.block_map()
-        return kept, kept & mask._admissible.full
+        return kept, kept & mask.full
     (num_queries, num_keys), (q_size, k_size) = mask.shape[-2:], mask.BLOCK_SIZE
     return dense_maps(mask, -(-num_queries // q_size), -(-num_keys // k_size))
 
@@ -175,7 +175,7 @@ def kept_and_full_blocks(mask: Selection | BlockMask) -> tuple[Tensor, Tensor]:
 def admissible_blocks(q: Tensor, k: Tensor, mask: Selection | BlockMask, mask_mod: MaskMod | None) -> Tensor:
     """Blocks of the size of a mask's that dense attention would read: bool ``[b, h, Nq, Nk]``, b and h may be 1."""
     if isinstance(mask, Selection):
-        return mask._admissible.any
+        return mask.admissible
     q_size, k_size = mask.BLOCK_SIZE
     size = math.gcd(q_size, k_size)
     blocks = classify(q, k, mask_mod, size)[1].any
@@ -217,8 +217,8 @@ def _pairs(q: Tensor, k: Tensor, mask: Selection | BlockMask, mask_mod: MaskMod 
         return _Pairs(function, sizes, blocks, block_size_of(mask))
 
     if isinstance(mask, Selection):
-        admissible = mask._admissible.any, mask._admissible.full
-        return pairs(mask._mask_mod, admissible), pairs(mask._mask_mod, kept_and_full_blocks(mask))
+        admissible = mask.admissible, mask.full
+        return pairs(mask.allowed, admissible), pairs(mask.allowed, kept_and_full_blocks(mask))
     dense = causal_at_end(q, k) if mask_mod is None else mask_mod
     return pairs(dense, None), pairs(mask.mask_mod, kept_and_full_blocks(mask))
 
@@ -291,7 +291,7 @@ def _check(q: Tensor, k: Tensor, mask: Any, mask_mod: Any) -> None:
         raise ValueError(
             "mask_mod: expected None beside a Selection, which knows its mask, got a function; leave it out"
         )
-    made_for = (*mask.count.shape, *mask._seq_lengths)
+    made_for = (*mask.count.shape, *mask.lengths)
     given = (*q.shape[:2], q.shape[2], k.shape[2])
     if made_for != given:
         raise ValueError(

@@ -48,7 +48,7 @@ def test_block_map_of_a_selection(heads: int) -> None:
     figure = plot.block_map(selection, batch=1)
     axes = [axis for axis in figure.axes if axis.images]
     assert len(axes) == heads
-    admissible = selection._admissible.any[1, 0]
+    admissible = selection.admissible[1, 0]
     for head, axis in enumerate(axes):
         assert torch.equal(drawn(axis), (2 * kept[head] + (admissible & ~kept[head])).float())
         assert axis.get_title() == f"head {head}: density {density[head]:.3f}"
@@ -110,7 +110,7 @@ def test_ranking_beside_the_true_mass() -> None:
     selection, q, k = selection_of(3, 100, 250)
     figure = plot.ranking(selection, q, k, head=2, batch=1)
     left, middle, right = figure.axes[:3]
-    admissible = selection._admissible.any[1, 0]
+    admissible = selection.admissible[1, 0]
     rank = selection.rank[1, 0].float().masked_fill(~admissible, torch.nan)
     torch.testing.assert_close(drawn(left), rank, equal_nan=True)
     mass = stats.block_mass(q, k, selection, head=2, batch=1)

@@ -35,7 +35,7 @@ def test_gamma_one_keeps_everything(seed: int, device: str) -> None:
         gamma=1.0, block_size=case.config.block_size, stride=case.config.stride, query_stride=case.config.query_stride
     )
     selection = flexproxy.select(case.q, case.k, mask_mod=case.mask_mod, config=config)
-    admissible = selection._admissible.any.expand(*case.q.shape[:2], -1, -1)
+    admissible = selection.admissible.expand(*case.q.shape[:2], -1, -1)
     assert torch.equal(selection.block_map(), admissible)
     assert bool((selection.density() == 1.0).all())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -236,6 +237,17 @@ def test_settings_of_the_paper() -> None:
         ProxyConfig.paper(stride=3)
     with pytest.raises(TypeError, match="budget"):
         ProxyConfig.paper(budget=1)
+
+
+def test_a_selection_can_be_copied() -> None:
+    """A deep copy has tensors of its own; its mask is the same function."""
+    q = torch.randn(1, 4, 300, 16)
+    selection = flexproxy.select(q, q, config=ProxyConfig(block_size=32, min_budget=0, gamma=0.5))
+    for made, shared in ((copy.copy(selection), True), (copy.deepcopy(selection), False)):
+        assert (made.rank.data_ptr() == selection.rank.data_ptr()) is shared
+        assert torch.equal(made.block_map(), selection.block_map())
+        assert made.allowed is selection.allowed
+        assert torch.equal(made.block_mask().to_dense(), selection.block_mask().to_dense())
 
 
 def test_no_default_is_behind_the_paper() -> None:

@@ -135,11 +135,11 @@ def _without_scores(config: ProxyConfig) -> ProxyConfig:
 
 def _forced(selection: Selection, config: ProxyConfig) -> Tensor:
     """Blocks that a row keeps in any case: bool ``[b, h, Nq, Nk]``."""
-    admissible = selection._admissible.any
+    admissible = selection.admissible
     num_blocks = admissible.shape[-1]
     end = (admissible * torch.arange(1, num_blocks + 1, device=admissible.device)).amax(-1)
     offset = torch.zeros(1, dtype=torch.int64, device=admissible.device)
-    sizes = selection._seq_lengths[0], num_blocks, config.block_size
+    sizes = selection.lengths[0], num_blocks, config.block_size
     return forced_blocks(offset, end, *sizes, config.sink_blocks, config.local_blocks)
 
 

@@ -160,7 +160,8 @@ def _pass_of(call: Call, wants_mass: bool) -> Callable[[], Pass]:
     assert end is not None
     if selection is None or built is None:
         return lambda: Pass(*sizes, dense, config, None, None, None, None, None, milliseconds(begin, end))
-    count, (kept, admissible) = selection.count, selection._numbers()
+    count, kept = selection.count, selection.block_map().sum((-2, -1))
+    admissible = selection.admissible.sum((-2, -1)).expand_as(kept)
     mass = recovered_mass(call.query, call.key, selection, scale=call.scale) if wants_mass else None
     return lambda: Pass(
         *sizes,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from flexproxy.selection import Selection
+import torch
+from torch import Tensor
 
 PerHead = tuple[tuple[float, ...], ...]
 PerHeadCount = tuple[tuple[int, ...], ...]
@@ -66,27 +66,39 @@ class Summary:
         return "\n".join(lines)
 
 
-def summarize(selection: Selection) -> Summary:
-    """The numbers of a selection; reads them back from its device."""
-    kept = selection.block_map()
+def density_of(kept: Tensor, admissible: Tensor) -> Tensor:
+    """Kept blocks divided by admissible blocks: fp32 ``[B, Hq]``; 1 where no block is admissible."""
+    number, of = kept.sum((-2, -1)), admissible.sum((-2, -1))
+    return torch.where(of > 0, number / of.clamp(min=1), 1.0).to(torch.float32)
+
+
+def summarize(
+    kept: Tensor,
+    admissible: Tensor,
+    count: Tensor,
+    forced: Tensor,
+    num_proxies: int,
+    block_size: int,
+    lengths: tuple[int, int],
+) -> Summary:
+    """The numbers of a selection, by its fields; reads them back from its device."""
     batch, num_q_heads, num_q_blocks, num_k_blocks = kept.shape
-    admissible = selection._admissible.any
-    num_queries, num_keys = selection._seq_lengths
+    num_queries, num_keys = lengths
     some = admissible.any(-1).expand(kept.shape[:3])
     dense = some & (kept == admissible).all(-1)
     return Summary(
         batch=batch,
         num_q_heads=num_q_heads,
-        num_proxies=selection.rank.shape[1],
+        num_proxies=num_proxies,
         num_queries=num_queries,
         num_keys=num_keys,
         num_q_blocks=num_q_blocks,
         num_k_blocks=num_k_blocks,
-        block_size=selection._block_size,
-        density=as_tuples(selection.density().tolist()),
-        count=as_tuples(selection.count.tolist()),
-        budget=as_tuples((selection.count * selection._block_size).clamp(max=num_keys).tolist()),
-        forced=as_tuples(selection._forced.expand(batch, num_q_heads).tolist()),
+        block_size=block_size,
+        density=as_tuples(density_of(kept, admissible).tolist()),
+        count=as_tuples(count.tolist()),
+        budget=as_tuples((count * block_size).clamp(max=num_keys).tolist()),
+        forced=as_tuples(forced.expand(batch, num_q_heads).tolist()),
         dense_rows=as_tuples(dense.sum(-1).tolist()),
         rows=as_tuples(some.sum(-1).tolist()),
     )

@@ -315,13 +315,15 @@ def classify_by_evaluation(
     return Admissible(torch.cat(any_, 2), torch.cat(full, 2), torch.cat(valid, 2)), torch.cat(bits, 2)
 
 
-def whole_blocks(mask_mod: MaskMod, admissible: Admissible, num_queries: int, num_keys: int, block_size: int) -> Tensor:
+def whole_blocks(
+    mask_mod: MaskMod, admissible: Tensor, full: Tensor, lengths: tuple[int, int], block_size: int
+) -> Tensor:
     """Blocks of which every pair that exists is allowed: bool ``[Bm, Hm, Nq, Nk]``.
 
     Away from the ragged ends these are the full blocks; a last row or column of less than block_size tokens has none.
     There the mask is evaluated, as if the last token were repeated to fill the block.
     """
-    full = admissible.full
+    num_queries, num_keys = lengths
     batch, heads, num_q_blocks, num_k_blocks = full.shape
 
     def full_from(first_query: int, first_key: int, rows: int, columns: int) -> Tensor:
@@ -338,7 +340,7 @@ def whole_blocks(mask_mod: MaskMod, admissible: Admissible, num_queries: int, nu
     if num_keys % block_size:
         column = full_from(0, (num_k_blocks - 1) * block_size, num_q_blocks, 1)
         full = torch.cat([full[..., :-1], column], 3)
-    return full & admissible.any
+    return full & admissible
 
 
 def bits_at(

@@ -104,7 +104,7 @@ def ranking(
         )
     mass = block_mass(q, k, selection, head=head, batch=batch, scale=scale).cpu()
     rank = selection.rank[batch, int(selection.proxy_of[head])].cpu()
-    admissible = selection._admissible.any.expand(*selection.count.shape, -1, -1)[batch, head].cpu()
+    admissible = selection.admissible.expand(*selection.count.shape, -1, -1)[batch, head].cpu()
     count = int(selection.count[batch, head])
     ranked, best = _mean_coverage(rank, mass, admissible)
     blocks = torch.arange(1, len(ranked) + 1)
@@ -123,12 +123,12 @@ def ranking(
         figure.colorbar(image, ax=middle, label="probability, mean over the row's queries", location="bottom")
         middle.set_title("mass of dense attention")
         for axis in (left, middle):
-            axis.set_xlabel(_block_label("key", selection._block_size))
-            axis.set_ylabel(_block_label("query", selection._block_size))
+            axis.set_xlabel(_block_label("key", selection.block_size))
+            axis.set_ylabel(_block_label("query", selection.block_size))
         right.plot(blocks, best, color=DARK, label="best order there is")
         right.plot(blocks, ranked, color=MIDDLE, label="as ranked")
         right.axvline(count, color="#505050", linestyle="--", label=f"kept: {count} blocks a row")
-        right.set_xlabel(f"first n blocks of a row ({selection._block_size} tokens each)")
+        right.set_xlabel(f"first n blocks of a row ({selection.block_size} tokens each)")
         right.set_ylabel("mass that they hold, mean over rows")
         right.set_ylim(0.0, 1.02)
         right.set_title("mass held by the first blocks")
@@ -159,7 +159,7 @@ def _classes_of(mask: Any, heads: Any, batch: int) -> tuple[Tensor, dict[str, st
     for head in heads or ():
         check_index("heads", head, kept.shape[1])
     if isinstance(mask, Selection):
-        upper, lower = kept[batch], mask._admissible.any.expand_as(kept)[batch]
+        upper, lower = kept[batch], mask.admissible.expand_as(kept)[batch]
         names, notes = SELECTION_CLASSES, [f"density {value:.3f}" for value in mask.density()[batch].tolist()]
     else:
         upper, lower = full[batch], kept[batch]

@@ -168,7 +168,7 @@ def _run_selected(
 ) -> Output:
     """``run_flex`` with the mask of a selection that suits how it runs."""
     # FLASH forgets the lists where a mask_mod is trivial, which only ours are known not to be.
-    known = structure_of(selection._mask_mod).clauses is not None
+    known = structure_of(selection.allowed).clauses is not None
     forgets = not known and arguments["kernel_options"].get("BACKEND") == "FLASH"
     listed = not torch.compiler.is_compiling() and not forgets
     block_mask = selection.listed_block_mask() if listed else selection.block_mask()
@@ -207,7 +207,7 @@ def _run_merged(
 
     choose_options: the kernel options in the arguments are not the caller's own.
     """
-    means, size = compensation.means_of(k, v, selection), selection._block_size
+    means, size = compensation.means_of(k, v, selection), selection.block_size
     arguments = arguments | compat.lse_arguments()
     out, lse = _run_selected(q, k, v, selection, arguments, built)
     if choose_options:

@@ -68,8 +68,8 @@ def means_of(k: Tensor, v: Tensor, selection: Selection) -> Means:
 
     k ``[B, Hkv, Skv, D]``, v ``[B, Hkv, Skv, Dv]``; gradients flow to both.
     """
-    size, (num_queries, num_keys) = selection._block_size, selection._seq_lengths
-    whole = whole_blocks(selection._mask_mod, selection._admissible, num_queries, num_keys, size)
+    size, num_keys = selection.block_size, selection.lengths[1]
+    whole = whole_blocks(selection.allowed, selection.admissible, selection.full, selection.lengths, size)
     keys, values = block_means(k, size), block_means(v, size)
     finite = keys.isfinite().all(-1, keepdim=True) & values.isfinite().all(-1, keepdim=True)
     first = torch.arange(keys.shape[2], device=k.device) * size
@@ -131,12 +131,12 @@ def join(k: Tensor, v: Tensor, means: Means, selection: Selection) -> tuple[Tens
         Keys and values ``[B, Hkv, Nk block_size + M, D]``: tokens, what fills their last block, means. The mask, and
         the ``score_mod``. No lists for gradients.
     """
-    size, (num_queries, num_keys) = selection._block_size, selection._seq_lengths
+    size, (num_queries, num_keys) = selection.block_size, selection.lengths
     keys, values = (
         torch.cat([pad_to_multiple(x, -2, size, 0.0), mean], 2) for x, mean in ((k, means.keys), (v, means.values))
     )
     first = keys.shape[2] - means.keys.shape[2]
-    kept, mask_mod = selection.block_map(), selection._mask_mod
+    kept, mask_mod = selection.block_map(), selection.allowed
     kept_pair, dropped_pair = membership(kept, size), membership(means.dropped, size, 1)
     log_tokens = capturable(torch.cat([means.log_tokens.new_zeros(first), means.log_tokens]))
 
@@ -146,6 +146,6 @@ def join(k: Tensor, v: Tensor, means: Means, selection: Selection) -> tuple[Tens
         return of_tokens | ((kv_idx >= first) & dropped_pair(b, h, q_idx, mean))
 
     some = torch.cat([kept, means.some], -1)
-    full = torch.cat([selection._admissible.full.expand_as(kept), means.every], -1)
+    full = torch.cat([selection.full.expand_as(kept), means.every], -1)
     block_mask = compile_block_mask(some, full, joined, size, (num_queries, keys.shape[2]), compute_q_blocks=False)
     return keys, values, block_mask, means._replace(log_tokens=log_tokens).score_mod()

@@ -69,3 +69,9 @@ def test_a_sequence_of_padding_alone() -> None:
     assert summary.rows == ((2, 2), (0, 0))
     assert summary.dense_rows == ((2, 2), (0, 0))
     assert summary.density[1] == (1.0, 1.0)
+
+
+def test_a_selection_shows_its_summary() -> None:
+    q = torch.randn(1, 2, 300, 16)
+    selection = flexproxy.select(q, q)
+    assert repr(selection) == str(selection) == str(selection.summary())

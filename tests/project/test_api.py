@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import subprocess
+import sys
 
 import pytest
 
@@ -12,7 +14,8 @@ import flexproxy
 from flexproxy import ProxyConfig, Selection
 
 NAMES = {
-    "": "ProxyConfig Selection and_block_masks attention build calibrate kernel_options masks record select",
+    "": "ProxyConfig Selection and_block_masks attention build calibrate kernel_options masks plot record reference "
+    "select stats",
     ".masks": "causal document full padding prefix_lm shift sliding_window",
     ".stats": "block_mass density recovered_mass",
     ".plot": "block_map density ranking record recovered_mass save",
@@ -66,6 +69,20 @@ def test_public_names(module: str) -> None:
         assert getattr(found, name).__doc__, name
 
 
+def test_all_names_are_listed_and_reached() -> None:
+    """In a fresh interpreter: ``dir`` has what is imported later too, and each name can be asked for."""
+    program = """
+import flexproxy
+listed = dir(flexproxy)
+assert listed == sorted(set(listed)), "twice, or in no order"
+for name in flexproxy.__all__:
+    assert name in listed, name
+    assert getattr(flexproxy, name) is not None
+assert flexproxy.stats.recovered_mass and flexproxy.plot.record and flexproxy.reference.attention
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters(name: str) -> None:
     """Names, order, kinds and defaults."""
@@ -80,5 +97,5 @@ def test_parameters(name: str) -> None:
 
 def test_fields() -> None:
     assert {field.name: field.default for field in dataclasses.fields(ProxyConfig)} == FIELDS
-    public = [field.name for field in dataclasses.fields(Selection) if not field.name.startswith("_")]
-    assert public == ["rank", "count", "proxy_of"]
+    public = " ".join(field.name for field in dataclasses.fields(Selection) if not field.name.startswith("_"))
+    assert public == "rank count proxy_of admissible full forced allowed block_size lengths gradients"

@@ -249,7 +249,7 @@ def test_whole_blocks() -> None:
         case = random_case(400 + seed)
         (num_queries, num_keys), size = case.lengths, case.config.block_size
         selection = flexproxy.select(case.q, case.k, mask_mod=case.mask_mod, config=case.config)
-        got = whole_blocks(selection._mask_mod, selection._admissible, num_queries, num_keys, size)
+        got = whole_blocks(selection.allowed, selection.admissible, selection.full, (num_queries, num_keys), size)
         pad = (0, -num_keys % size, 0, -num_queries % size)
         filled = F.pad(case.token_mask(), pad, value=True)
         _, want = reference.classify(filled, size)
@@ -449,7 +449,7 @@ def test_gradients_flow_through_both_parts() -> None:
     mine, theirs = (Inputs(*(t.clone().requires_grad_() for t in x)) for _ in range(2))
     out, lse = merged_with_lse(*mine, selection)
     ((out * weight).sum() + lse.sum()).backward()
-    allowed = reference.token_mask(selection._mask_mod, 1, 4, 150, 197, "cpu")
+    allowed = reference.token_mask(selection.allowed, 1, 4, 150, 197, "cpu")
     want = reference.compensated_attention(*theirs, allowed, selection.block_map(), BLOCK, x.q.shape[3] ** -0.5)
     ((want[0] * weight).sum() + want[1].sum()).backward()
     for got, exact in zip(mine, theirs, strict=True):
