@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from numbers import Real
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy.config import ProxyConfig
-from flexproxy.masks.mods import Table
+from flexproxy.masks.structure import check_mask_mod
 from flexproxy.ops.compat import seq_lengths_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -91,7 +90,12 @@ def check_masks(mask_mod: Any, block_mask: Any, q: Tensor, k: Tensor, block_size
             "combine them with and_masks before create_block_mask, or with flexproxy.and_block_masks"
         )
     if mask_mod is not None:
-        _check_mask_mod(mask_mod)
+        check_mask_mod(
+            "mask_mod",
+            mask_mod,
+            "pass it as block_mask=",
+            "masks are in flexproxy.masks, those with parameters are made by a call, for example masks.padding(mask)",
+        )
     if block_mask is not None:
         _check_block_mask(block_mask, q, k, block_size)
 
@@ -209,42 +213,6 @@ def _check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
             f"{name}: expected the batch size {other.shape[0]} of {other_name}, got {x.shape[0]} in {list(x.shape)}; "
             "expand or repeat one of them"
         )
-
-
-def _check_mask_mod(mask_mod: Any) -> None:
-    if isinstance(mask_mod, BlockMask):
-        raise TypeError("mask_mod: expected a function, got a BlockMask; pass it as block_mask=")
-    if not callable(mask_mod):
-        raise TypeError(
-            f"mask_mod: expected a function of (b, h, q_idx, kv_idx), got {type(mask_mod).__name__}; "
-            "masks are in flexproxy.masks, those with parameters are made by a call, for example masks.padding(mask)"
-        )
-    if torch.compiler.is_compiling():
-        return
-    name, signature = getattr(mask_mod, "__name__", str(mask_mod)), ""
-    try:
-        signature = str(inspect.signature(mask_mod))
-        inspect.signature(mask_mod).bind(0, 0, 0, 0)
-    except (TypeError, ValueError):  # a builtin has no signature
-        raise TypeError(
-            f"mask_mod: expected a function of (b, h, q_idx, kv_idx), got {name}{signature}; masks with parameters are "
-            "made by a call, for example masks.sliding_window(1024)"
-        ) from None
-
-
-def check_tables(tables: tuple[Table, ...], q: Tensor) -> None:
-    """Check the tensors that a mask of ``flexproxy.masks`` looks up."""
-    for name, value, per_sequence in tables:
-        if value.device != q.device:
-            raise ValueError(
-                f"{name}: expected a tensor on {q.device}, as q, got one on {value.device}; move it with .to(device) "
-                "before making the mask"
-            )
-        if per_sequence and value.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"{name}: expected a batch of {q.shape[0]}, as q, got a batch of {value.shape[0]}; give each sequence "
-                "a row of its own, for example with expand"
-            )
 
 
 def check_rows(name: str, block_mask: BlockMask) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy import masks
-from flexproxy.checks import check_config, check_masks, check_memory, check_queries_and_keys, check_scale, check_tables
+from flexproxy.checks import check_config, check_masks, check_memory, check_queries_and_keys, check_scale
 from flexproxy.config import ProxyConfig
 from flexproxy.masks.blocks import (
     Admissible,
@@ -25,7 +25,8 @@ from flexproxy.masks.blocks import (
     summarize_rows,
 )
 from flexproxy.masks.clauses import ClauseStack, stack
-from flexproxy.masks.mods import MaskMod, clauses_of, structure_of
+from flexproxy.masks.mods import shifted
+from flexproxy.masks.structure import MaskMod, check_tables, clauses_of, structure_of
 from flexproxy.ops.cache import kept
 from flexproxy.selection import Selection
 from flexproxy.stages.budget import block_masses, clip_counts, count_blocks, last_valid_queries
@@ -215,7 +216,7 @@ def causal_at_end(q: Tensor, k: Tensor) -> MaskMod:
 
 def _causal_at_end(device: torch.device, batch: int, num_before: int) -> MaskMod:
     # The offset is a tensor, so that a new length does not recompile a kernel.
-    return masks.shift(masks.causal, torch.full((batch,), num_before, dtype=torch.int32, device=device))
+    return shifted(masks.causal, torch.full((batch,), num_before, dtype=torch.int32, device=device))
 
 
 def _classify(mask_mod: MaskMod, frame: _Frame, groups: Groups | None, device: torch.device) -> _Classified:
@@ -273,11 +274,7 @@ def _prepare(mask_mod: MaskMod, block_mask: BlockMask | None, frame: _Frame, gro
     some = merge_heads(admissible.any, groups)
     rows = summarize_rows(some, merge_heads(admissible.full, groups))
 
-    offset = structure_of(mask_mod).offset
-    if not isinstance(offset, Tensor):
-        at_end = frame.num_keys - frame.num_queries
-        offset = torch.full((1,), at_end if offset is None else offset, device=device)
-    offset = offset.reshape(-1)
+    offset = structure_of(mask_mod).offset(frame.num_keys - frame.num_queries, device)
     forced = forced_counts(admissible.any, rows, proxy_of, offset, *frame.forced())
     probes = last_valid_queries(admissible.valid, frame.block_size)
     if clauses is not None:

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention, or_masks
+from torch.nn.attention import flex_attention as flex
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flexproxy
 from flexproxy import ProxyConfig, masks, reference
+from flexproxy.masks import and_masks, blocks, or_masks
+from flexproxy.masks.structure import MaskMod
 from flexproxy.ops import compat
 from tests.accuracy import assert_accurate, skip_unless_flex_compiles
 
@@ -122,6 +125,23 @@ KINDS: dict[str, Kind] = {
     ),
     "not shifted": Kind(
         lambda x: {"mask_mod": and_masks(masks.full, masks.document(x.document_ids))},
+        short_inputs,
+    ),
+    "shifts that agree": Kind(
+        lambda x: {
+            "mask_mod": and_masks(*(masks.shift(masks.full, n) for n in (x.offset, x.offset.expand(BATCH), 130)))
+        },
+        short_inputs,
+    ),
+    "shifts that differ": Kind(
+        lambda x: {"mask_mod": and_masks(masks.shift(masks.prefix_lm(x.prefix_lengths), x.offsets), masks.causal)},
+        short_inputs,
+    ),
+    "torch's combinators": Kind(
+        lambda x: {"mask_mod": flex.and_masks(masks.causal, flex.or_masks(masks.causal, masks.full))}
+    ),
+    "of a function of ours": Kind(
+        lambda x: {"mask_mod": and_masks(masks.shift(masks.causal, x.offsets), lambda b, h, q, kv: (q - kv) % 3 != 1)},
         short_inputs,
     ),
     "full": Kind(lambda x: {"mask_mod": masks.full}),
@@ -260,6 +280,32 @@ def test_masks_made_outside(name: str, device: str) -> None:
     arguments = KINDS[name].arguments(x)
     compiled = torch.compile(lambda x: attend(x, arguments), fullgraph=True, backend="eager")
     check_equals_eager(compiled(x), x, arguments)
+
+
+@pytest.mark.usefixtures("needs_dynamo")
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_traced_nest_is_not_evaluated(inside: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What combined masks know of their blocks is known in a trace."""
+    x = short_inputs(device)
+
+    def nest() -> MaskMod:
+        left, right = masks.document(x.document_ids), masks.padding(x.attention_mask)
+        either = or_masks(masks.sliding_window(x.window), masks.prefix_lm(x.prefix_lengths))
+        return masks.shift(and_masks(masks.causal, and_masks(left, right), either), x.offsets)
+
+    def never(*args: object, **kwargs: object) -> Tensor:
+        raise AssertionError("a token was evaluated")
+
+    wanted = flexproxy.build(x.q, x.k, mask_mod=nest(), config=CONFIG)
+    made = nest()
+    monkeypatch.setattr(blocks, "create_mask", never)
+
+    def build() -> Lists:
+        return lists_of(flexproxy.build(x.q, x.k, mask_mod=nest() if inside else made, config=CONFIG))
+
+    got = torch.compile(build, fullgraph=True, backend="eager")()
+    for ours, eager in zip(got, lists_of(wanted), strict=True):
+        assert torch.equal(ours, eager)
 
 
 ON_CPU = ["default, fewer queries", "documents", "closure of tensors"]  # about ten seconds each

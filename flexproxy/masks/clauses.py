@@ -16,11 +16,12 @@ Shapes: ``b`` is 1 or the batch size; positions are int32; ``C`` clauses are sta
 from __future__ import annotations
 
 from itertools import combinations
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+Labels: TypeAlias = tuple[Tensor, Tensor]  # of queries [b, Sq] and of keys [b, Skv], integers; negative is none
 MAX_CLAUSES = 3  # a union of more is classified by evaluating tokens: the terms of its count are 2**C - 1
 
 
@@ -51,30 +52,44 @@ def intersect(x: Clause, y: Clause) -> Clause:
         return Clause(lo, hi, y.q_label, y.k_label)
     if y.q_label is None or y.k_label is None:
         return Clause(lo, hi, x.q_label, x.k_label)
-    # Two labels become one: number them densely, then number the pairs.
-    x_q, x_k = dense_labels(x.q_label, x.k_label)
-    y_q, y_k = dense_labels(y.q_label, y.k_label)
-    base = y.k_label.shape[-1]  # no dense label is larger
+    return Clause(lo, hi, *intersect_labels((x.q_label, x.k_label), (y.q_label, y.k_label)))
+
+
+def intersect_labels(x: Labels, y: Labels) -> Labels:
+    """Labels that are equal where both are equal: both are numbered densely, then the pairs of numbers."""
+    x_q, x_k = dense_labels(*x)
+    y_q, y_k = dense_labels(*y)
+    base = y[1].shape[-1]  # no dense label is larger
     q_label = torch.where((x_q < 0) | (y_q < 0), -1, x_q * base + y_q)
     k_label = torch.where((x_k < 0) | (y_k < 0), -1, x_k * base + y_k)
-    return Clause(lo, hi, q_label, k_label)
+    return q_label, k_label
 
 
-def dense_labels(q_label: Tensor, k_label: Tensor) -> tuple[Tensor, Tensor]:
+def dense_labels(q_label: Tensor, k_label: Tensor) -> Labels:
     """Renumber labels to 0 .. Skv - 1, equal where they were equal; -1 for none, and for a query label no key has.
 
     int64 ``[b, Sq]`` and ``[b, Skv]``. No synchronisation, so no ``torch.unique``.
     """
     batch = max(q_label.shape[0], k_label.shape[0])
     q_label = q_label.to(torch.int64).expand(batch, -1).contiguous()
-    ordered, order = k_label.to(torch.int64).expand(batch, -1).sort(dim=-1, stable=True)
-    is_new = torch.ones_like(ordered)
-    is_new[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).to(torch.int64)
-    number = is_new.cumsum(-1) - 1
-    k_dense = torch.empty_like(number).scatter_(-1, order, number)
+    k_label = k_label.to(torch.int64).expand(batch, -1)
+    k_dense, ordered, number = numbered(k_label)
     place = torch.searchsorted(ordered, q_label).clamp(max=ordered.shape[-1] - 1)
     found = (ordered.gather(-1, place) == q_label) & (q_label >= 0)
     return torch.where(found, number.gather(-1, place), -1), torch.where(k_label >= 0, k_dense, -1)
+
+
+def numbered(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Number the different values of a row from 0, in ascending order: int64 ``[..., S]`` each.
+
+    Returns:
+        The number of each value; the values sorted; the numbers of these.
+    """
+    ordered, order = values.sort(dim=-1, stable=True)
+    is_new = torch.ones_like(ordered)
+    is_new[..., 1:] = (ordered[..., 1:] != ordered[..., :-1]).to(torch.int64)
+    number = is_new.cumsum(-1) - 1
+    return torch.empty_like(number).scatter_(-1, order, number), ordered, number
 
 
 def stack(clauses: tuple[Clause, ...]) -> ClauseStack:

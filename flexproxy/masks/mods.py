@@ -1,60 +1,32 @@
 """Masks that know their blocks: ordinary ``mask_mod`` functions, each with its structure attached.
 
-Every function here is, or returns, a ``mask_mod(b, h, q_idx, kv_idx) -> bool`` for ``flex_attention``,
-``create_block_mask``, ``and_masks`` and ``or_masks``. Besides, each carries a description in terms of NOTE [Clauses]
-(flexproxy/masks/clauses.py), from which flexproxy tells none, partial and full blocks without evaluating tokens.
+Every function here is, or returns, a ``mask_mod(b, h, q_idx, kv_idx) -> bool`` for ``flex_attention`` and
+``create_block_mask``. Besides, each carries a description in terms of NOTE [Clauses] (flexproxy/masks/clauses.py), from
+which flexproxy tells none, partial and full blocks without evaluating tokens.
+
+NOTE [Positions]
+A mask is asked about positions. Without a shift these are the indices of the queries; a shift may move them before the
+first key, where every mask here allows nothing, or behind the last one. No position passes 32 bits, in which compiled
+kernels count: an offset is limited to 2**28 tokens either way, so that even nested shifts do not add up to 2**31.
+Functions use nothing that the CuTe backend of ``flex_attention`` cannot compile: of torch 2.11 no minimum, no maximum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flexproxy.config import MAX_BLOCK_SIZE
-from flexproxy.masks.clauses import MAX_CLAUSES, Clause, intersect
+from flexproxy.masks.clauses import Clause, Labels, numbered
+from flexproxy.masks.structure import MaskMod as MaskMod
+from flexproxy.masks.structure import Structure, Table, all_of, any_of, attach, check_mask_mod, structure_of
 from flexproxy.ops.operators import capturable
 
-__all__ = ["causal", "document", "full", "padding", "prefix_lm", "shift", "sliding_window"]
-
-MaskMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-class Table(NamedTuple):
-    """A tensor that a mask looks up, by the name of its argument. per_sequence: its first dimension is the batch."""
-
-    name: str
-    value: Tensor
-    per_sequence: bool
-
-
-@dataclass(frozen=True)
-class Structure:
-    """What flexproxy knows of a mask besides its function.
-
-    clauses: from the positions of the queries, int32 ``[b, Sq]``, and Skv, to the clauses whose union is the mask
-        (if there are more than MAX_CLAUSES, to any MAX_CLAUSES + 1); None if the mask has to be evaluated.
-    offset: what must be added to a query's index to get its position among the keys: an int, an int tensor (``[]`` or
-        ``[B]``), or None if the mask does not say, as no mask of torch's ``and_masks`` / ``or_masks`` does.
-    tables: the tensors that the mask looks up.
-    """
-
-    clauses: Callable[[Tensor, int], tuple[Clause, ...]] | None
-    offset: int | Tensor | None
-    tables: tuple[Table, ...] = ()
-
-
-_INT32_MAX = 2**31 - 1
-_UNKNOWN = Structure(None, None)
-
-
-def _attach(mask_mod: MaskMod, structure: Structure) -> MaskMod:
-    mask_mod.structure = structure  # type: ignore[attr-defined]
-    return mask_mod
+MAX_OFFSET = 2**28  # tokens, see NOTE [Positions]
+_MAX_LENGTH = 2**30  # of windows and prefixes; no sum of it and a position passes 32 bits
 
 
 def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -66,7 +38,11 @@ def _causal_clauses(position: Tensor, num_keys: int) -> tuple[Clause, ...]:
     return (Clause(torch.zeros_like(position), position + 1),)
 
 
-_attach(causal, Structure(_causal_clauses, 0))
+def _at_start(default: int) -> int:
+    return 0
+
+
+attach(causal, Structure(_causal_clauses, position=_at_start))
 
 
 def full(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -75,10 +51,10 @@ def full(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
 
 
 def _full_clauses(position: Tensor, num_keys: int) -> tuple[Clause, ...]:
-    return (Clause(torch.zeros_like(position), torch.full_like(position, num_keys)),)
+    return (Clause(torch.zeros_like(position), torch.where(position >= 0, num_keys, 0).to(torch.int32)),)
 
 
-_attach(full, Structure(_full_clauses, None))
+attach(full, Structure(_full_clauses))
 
 
 def sliding_window(window: int | Tensor) -> MaskMod:
@@ -99,7 +75,7 @@ def sliding_window(window: int | Tensor) -> MaskMod:
                 f"window: expected an int or an integer tensor of shape [], got {window.dtype} of shape "
                 f"{list(window.shape)}; use window.reshape(()) or one mask for each window"
             )
-        window = capturable(window)
+        window = capturable(_signed(window))
         tables = (Table("window", window, False),)
     elif isinstance(window, bool) or not isinstance(window, int):
         raise TypeError(
@@ -108,15 +84,20 @@ def sliding_window(window: int | Tensor) -> MaskMod:
         )
     elif window < 1:
         raise ValueError(f"window: expected at least 1 token, got {window}; for no window use masks.causal")
+    else:
+        window = min(window, _MAX_LENGTH)
 
     def sliding_window_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (q_idx >= kv_idx) & (q_idx - kv_idx < window)
 
     def clauses(position: Tensor, num_keys: int) -> tuple[Clause, ...]:
-        size = window.to(torch.int64).clamp(max=_INT32_MAX) if isinstance(window, Tensor) else min(window, _INT32_MAX)
-        return (Clause((position - size + 1).to(torch.int32), position + 1),)
+        size = window.clamp(0, _MAX_LENGTH).to(torch.int32) if isinstance(window, Tensor) else window
+        return (Clause(position - size + 1, position + 1),)
 
-    return _attach(sliding_window_mask, Structure(clauses, 0, tables))
+    return attach(
+        sliding_window_mask,
+        Structure(clauses, position=_at_start, tables=tables, recipe=(sliding_window, (window,))),
+    )
 
 
 def document(document_ids: Tensor) -> MaskMod:
@@ -131,21 +112,19 @@ def document(document_ids: Tensor) -> MaskMod:
         ValueError: not of one or two dimensions.
     """
     _check_table("document_ids", document_ids, "[S] or [B, S]", (1, 2), integer=True)
+    # uint64 has more values than int64, and no id of it is negative: its ids are numbered.
+    ids = numbered(document_ids.view(torch.int64))[0] if document_ids.dtype == torch.uint64 else _signed(document_ids)
+    ids, last = _padded(ids, -1)
+    per_sequence = ids.dim() == 2
+
+    def document_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        place = _place(q_idx, last)
+        of_query, of_key = (ids[b, place], ids[b, kv_idx]) if per_sequence else (ids[place], ids[kv_idx])
+        return (of_query == of_key) & (of_query >= 0)
+
+    table = Table("document_ids", ids, per_sequence)
     num_tokens = document_ids.shape[-1]
-    if document_ids.dtype == torch.uint8:  # has no -1
-        document_ids = document_ids.to(torch.int32)
-    ids = _padded(document_ids, -1)
-    if ids.dim() == 1:
-
-        def document_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return (ids[q_idx] == ids[kv_idx]) & (ids[q_idx] >= 0)
-    else:
-
-        def document_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return (ids[b, q_idx] == ids[b, kv_idx]) & (ids[b, q_idx] >= 0)
-
-    tables = (Table("document_ids", ids, ids.dim() == 2),)
-    return _attach(document_mask, Structure(_label_clauses("document_ids", ids, num_tokens), None, tables))
+    return attach(document_mask, _of_labels(table, ids, num_tokens, (document, (ids[..., :num_tokens],))))
 
 
 def padding(attention_mask: Tensor) -> MaskMod:
@@ -160,15 +139,14 @@ def padding(attention_mask: Tensor) -> MaskMod:
         ValueError: not of two dimensions.
     """
     _check_table("attention_mask", attention_mask, "[B, S]", (2,), integer=False)
-    num_tokens = attention_mask.shape[-1]
-    real = _padded(attention_mask != 0, False)
+    real, last = _padded(attention_mask != 0, False)
 
     def padding_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return real[b, q_idx] & real[b, kv_idx]
+        return real[b, _place(q_idx, last)] & real[b, kv_idx]
 
-    labels = real.to(torch.int32) - 1
-    tables = (Table("attention_mask", real, True),)
-    return _attach(padding_mask, Structure(_label_clauses("attention_mask", labels, num_tokens), None, tables))
+    table, labels = Table("attention_mask", real, True), real.to(torch.int32) - 1
+    num_tokens = attention_mask.shape[-1]
+    return attach(padding_mask, _of_labels(table, labels, num_tokens, (padding, (real[:, :num_tokens],))))
 
 
 def prefix_lm(prefix_lengths: Tensor) -> MaskMod:
@@ -182,138 +160,186 @@ def prefix_lm(prefix_lengths: Tensor) -> MaskMod:
         ValueError: not of one dimension.
     """
     _check_table("prefix_lengths", prefix_lengths, "[B]", (1,), integer=True)
-    lengths = capturable(prefix_lengths)
+    lengths = capturable(_signed(prefix_lengths))
 
     def prefix_lm_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return (q_idx >= kv_idx) | (kv_idx < lengths[b])
+        return (q_idx >= kv_idx) | ((q_idx >= 0) & (kv_idx < lengths[b]))
 
     def clauses(position: Tensor, num_keys: int) -> tuple[Clause, ...]:
-        prefix = lengths[:, None].to(torch.int64).clamp(max=_INT32_MAX).to(torch.int32)
-        hi = torch.maximum(position + 1, prefix)
+        prefix = lengths[:, None].clamp(0, _MAX_LENGTH).to(torch.int32)
+        hi = torch.where(position >= 0, torch.maximum(position + 1, prefix), 0)
         return (Clause(torch.zeros_like(hi), hi),)
 
-    return _attach(prefix_lm_mask, Structure(clauses, 0, (Table("prefix_lengths", lengths, True),)))
+    tables = (Table("prefix_lengths", lengths, True),)
+    return attach(prefix_lm_mask, Structure(clauses, position=_at_start, tables=tables, recipe=(prefix_lm, (lengths,))))
 
 
 def shift(mask_mod: MaskMod, q_offset: int | Tensor) -> MaskMod:
     """``mask_mod(b, h, q_idx + q_offset, kv_idx)``: any mask, for queries that start at position ``q_offset``.
 
-    For Sq < Skv (chunked prefill, prefix cache), where query 0 is not token 0.
+    For Sq < Skv (chunked prefill, prefix cache), where query 0 is not token 0. At a position before the first key, a
+    mask of this module allows nothing; a function of yours is asked about negative positions.
 
     Args:
         mask_mod: one of these masks, or any other.
         q_offset: tokens before the first query: an int, or an integer tensor ``[]`` or ``[B]`` on the device of the
-            queries, which may change without a recompilation.
+            queries, whose values are read here; a mask with other values needs no recompilation. At most 2**28 tokens
+            either way: more count as so many.
 
     Raises:
         TypeError: ``mask_mod`` is not callable, or ``q_offset`` is neither an int nor a tensor of integers.
         ValueError: ``q_offset`` has more than one dimension.
     """
-    if not callable(mask_mod):
-        raise TypeError(
-            f"mask_mod: expected a function of (b, h, q_idx, kv_idx), got {type(mask_mod).__name__}; pass the mask "
-            "first, the offset second"
-        )
+    check_mask_mod("mask_mod", mask_mod, "shift its mask_mod", "pass the mask first, the offset second")
     if isinstance(q_offset, Tensor):
         _check_table("q_offset", q_offset, "[] or [B]", (0, 1), integer=True)
-        offset: int | Tensor = capturable(q_offset)
-    elif isinstance(q_offset, bool) or not isinstance(q_offset, int):
+        limited = _signed(q_offset).clamp(-MAX_OFFSET, MAX_OFFSET).to(torch.int32)
+        return shifted(mask_mod, capturable(limited))
+    if isinstance(q_offset, bool) or not isinstance(q_offset, int):
         raise TypeError(
             f"q_offset: expected an int or an integer tensor, got {q_offset!r} of type {type(q_offset).__name__}; "
             "pass the number of tokens before the first query as an int"
         )
-    else:
-        offset = q_offset
+    return shifted(mask_mod, max(-MAX_OFFSET, min(q_offset, MAX_OFFSET)))
+
+
+def shifted(mask_mod: MaskMod, offset: int | Tensor) -> MaskMod:
+    """``shift`` by an int, or int32 ``[]`` or ``[B]``, within MAX_OFFSET."""
     per_sequence = isinstance(offset, Tensor) and offset.dim() == 1
 
-    if per_sequence:
-
-        def shift_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return mask_mod(b, h, q_idx + offset[b], kv_idx)  # type: ignore[index]
-    else:
-
-        def shift_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return mask_mod(b, h, q_idx + offset, kv_idx)
+    def shift_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask_mod(b, h, q_idx + (offset[b] if per_sequence else offset), kv_idx)  # type: ignore[index]
 
     inner = structure_of(mask_mod)
-    inner_clauses = inner.clauses
-    shifted: Callable[[Tensor, int], tuple[Clause, ...]] | None = None
-    if inner_clauses is not None:
+    of_clauses, of_documents, of_position = inner.clauses, inner.documents, inner.position
 
-        def shifted(position: Tensor, num_keys: int) -> tuple[Clause, ...]:
-            step = offset[:, None] if per_sequence else offset  # type: ignore[index]
-            return inner_clauses((position + step).to(torch.int32), num_keys)
-
-    own = (Table("q_offset", offset, per_sequence),) if isinstance(offset, Tensor) else ()
-    nothing = inner.offset is None or (isinstance(inner.offset, int) and inner.offset == 0)
-    total = offset if nothing else offset + inner.offset  # type: ignore[operator]
-    return _attach(shift_mask, Structure(shifted, total, inner.tables + own))
-
-
-def structure_of(mask_mod: MaskMod) -> Structure:
-    """The structure of one of these masks, or of torch's ``and_masks`` / ``or_masks`` of some; else nothing known."""
-    structure = getattr(mask_mod, "structure", None)
-    if isinstance(structure, Structure):
-        return structure
-    # Inside a compiled region dynamo shows the closure wrongly, or not at all: there the mask is evaluated.
-    name = getattr(mask_mod, "__name__", "")
-    if name not in ("and_mask", "or_mask") or torch.compiler.is_compiling():
-        return _UNKNOWN
-    closure = getattr(mask_mod, "__closure__", None)
-    if closure is None or mask_mod.__module__ != "torch.nn.attention.flex_attention":
-        return _UNKNOWN
-    parts = tuple(structure_of(part) for part in closure[0].cell_contents)
-    tables = tuple(table for part in parts for table in part.tables)
-    if any(part.clauses is None for part in parts):
-        return Structure(None, None, tables)
+    def moved(position: Tensor) -> Tensor:
+        return position + (offset[:, None] if per_sequence else offset)  # type: ignore[index]
 
     def clauses(position: Tensor, num_keys: int) -> tuple[Clause, ...]:
-        terms = [part.clauses(position, num_keys)[: MAX_CLAUSES + 1] for part in parts if part.clauses is not None]
-        if name == "or_mask":
-            return tuple(clause for term in terms for clause in term)
-        product: tuple[Clause, ...] = _full_clauses(position, num_keys)
-        for term in terms:
-            product = tuple(intersect(x, y) for x in product for y in term)[: MAX_CLAUSES + 1]
-        return product
+        return of_clauses(moved(position), num_keys)  # type: ignore[misc]
 
-    return Structure(clauses, None, tables)
+    def documents(position: Tensor, num_keys: int) -> Labels:
+        return of_documents(moved(position), num_keys)  # type: ignore[misc]
 
+    def position(default: int) -> int | Tensor:
+        return offset if of_position is None else of_position(0) + offset
 
-def clauses_of(
-    structure: Structure, num_queries: int, num_keys: int, device: torch.device
-) -> tuple[Clause, ...] | None:
-    """The clauses of a mask for queries 0 .. Sq - 1, which may reach beyond the keys; None if it must be evaluated."""
-    if structure.clauses is None:
-        return None
-    index = torch.arange(num_queries, dtype=torch.int32, device=device)[None]
-    clauses = structure.clauses(index, num_keys)
-    if not 0 < len(clauses) <= MAX_CLAUSES:
-        return None
-    return clauses
+    return attach(
+        shift_mask,
+        Structure(
+            None if of_clauses is None else clauses,
+            None if of_documents is None else documents,
+            position,
+            (*inner.tables, Table("q_offset", offset, per_sequence)) if isinstance(offset, Tensor) else inner.tables,
+            (shift, (mask_mod, offset)),
+        ),
+    )
 
 
-def _label_clauses(name: str, table: Tensor, num_tokens: int) -> Callable[[Tensor, int], tuple[Clause, ...]]:
-    """Clauses of a table of labels ``[S]`` or ``[B, S]``, padded: everywhere, equal labels."""
-    labels = table if table.dim() == 2 else table[None]
+def and_masks(*masks: MaskMod) -> MaskMod:
+    """A pair of tokens is allowed if every mask allows it.
 
-    def clauses(position: Tensor, num_keys: int) -> tuple[Clause, ...]:
+    Unlike torch's function of this name, it keeps what each mask knows of its blocks and of its position, in a trace
+    of ``torch.compile`` too.
+
+    Args:
+        masks: at least one; masks of this module, or functions of yours.
+
+    Raises:
+        TypeError: an argument is no ``mask_mod``.
+        ValueError: no arguments.
+    """
+    _check_parts("and_masks", masks)
+
+    def and_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        result = masks[0](b, h, q_idx, kv_idx)
+        for part in masks[1:]:
+            result = result & part(b, h, q_idx, kv_idx)
+        return result
+
+    return attach(and_mask, all_of([structure_of(part) for part in masks], (and_masks, masks)))
+
+
+def or_masks(*masks: MaskMod) -> MaskMod:
+    """A pair of tokens is allowed if any of the masks allows it. Arguments and errors are those of ``and_masks``.
+
+    Where its queries stand it does not say (they are taken to stand at the end); ``shift`` does.
+    """
+    _check_parts("or_masks", masks)
+
+    def or_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        result = masks[0](b, h, q_idx, kv_idx)
+        for part in masks[1:]:
+            result = result | part(b, h, q_idx, kv_idx)
+        return result
+
+    return attach(or_mask, any_of([structure_of(part) for part in masks], (or_masks, masks)))
+
+
+def _check_parts(name: str, parts: tuple[Any, ...]) -> None:
+    if not parts:
+        raise ValueError(
+            f"{name}: expected at least one mask, got none; for a mask that allows everything use masks.full"
+        )
+    for number, part in enumerate(parts):
+        check_mask_mod(
+            f"{name}, argument {number}",
+            part,
+            "pass its mask_mod, or combine BlockMasks with flexproxy.and_block_masks",
+            f"pass masks one by one, for example {name}(masks.causal, masks.sliding_window(1024))",
+        )
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def _of_labels(table: Table, labels: Tensor, num_tokens: int, recipe: tuple[Any, tuple[Tensor]]) -> Structure:
+    """The structure of equal labels, ``[S]`` or ``[B, S]``, padded."""
+    rows = labels if labels.dim() == 2 else labels[None]
+
+    def documents(position: Tensor, num_keys: int) -> Labels:
         if num_tokens < num_keys:
             raise ValueError(
-                f"{name}: expected a value for each of the {num_keys} keys, got {num_tokens}; give the mask of all "
-                "keys, cached ones included"
+                f"{table.name}: expected a value for each of the {num_keys} keys, got {num_tokens}; give the mask of "
+                "all keys, cached ones included"
             )
-        batch = max(labels.shape[0], position.shape[0])
-        place = position.clamp(0, labels.shape[1] - 1).to(torch.int64).expand(batch, -1)
-        everywhere = _full_clauses(position, num_keys)[0]
-        return (everywhere._replace(q_label=labels.expand(batch, -1).gather(1, place), k_label=labels[:, :num_keys]),)
+        batch, end = max(rows.shape[0], position.shape[0]), rows.shape[1] - 1
+        place = torch.where((position < 0) | (position > end), end, position).to(torch.int64)
+        return rows.expand(batch, -1).gather(1, place.expand(batch, -1)), rows[:, :num_keys]
 
-    return clauses
+    def clauses(position: Tensor, num_keys: int) -> tuple[Clause, ...]:
+        everywhere = torch.zeros_like(position), torch.full_like(position, num_keys)
+        return (Clause(*everywhere, *documents(position, num_keys)),)
+
+    return Structure(clauses, documents, tables=(table,), recipe=recipe)
 
 
-def _padded(table: Tensor, value: int | bool) -> Tensor:
-    """Pad the last dimension: compiled kernels look up the padding of a ragged last tile, of shifted queries too."""
-    padding = -table.shape[-1] % MAX_BLOCK_SIZE + MAX_BLOCK_SIZE
-    return capturable(F.pad(table.detach(), (0, padding), value=value))  # always a copy
+def _padded(table: Tensor, value: int | bool) -> tuple[Tensor, Tensor]:
+    """A copy of a table with padding at the end of the last dimension, and the place of its last entry, int32 ``[1]``.
+
+    Compiled kernels look up the padding of a ragged last tile; queries outside of the table look up the last entry.
+    """
+    padding = MAX_BLOCK_SIZE - table.shape[-1] % MAX_BLOCK_SIZE
+    padded = capturable(F.pad(table.detach(), (0, padding), value=value))
+    # A tensor, not an int, so that another length does not recompile a kernel.
+    return padded, capturable(torch.full((1,), padded.shape[-1] - 1, dtype=torch.int32, device=table.device))
+
+
+def _place(q_idx: Tensor, last: Tensor) -> Tensor:
+    """Where in a padded table the entry of a query is, see NOTE [Positions]; ``last`` from ``_padded``."""
+    end = last[q_idx * 0]  # an index of its own dimensions, as the CuTe backend needs it
+    return torch.where((q_idx < 0) | (q_idx > end), end, q_idx)
+
+
+def _signed(x: Tensor) -> Tensor:
+    """Integers of any dtype as int32 or int64; what is too large for int64 becomes its largest."""
+    if x.dtype in (torch.int32, torch.int64):
+        return x
+    if x.dtype == torch.uint64:
+        wrapped = x.view(torch.int64)
+        return torch.where(wrapped < 0, torch.iinfo(torch.int64).max, wrapped)
+    return x.to(torch.int64 if x.dtype == torch.uint32 else torch.int32)
 
 
 def _is_integer(x: Tensor) -> bool:

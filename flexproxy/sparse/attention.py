@@ -19,7 +19,7 @@ from flexproxy.checks import (
     check_values,
 )
 from flexproxy.config import ProxyConfig
-from flexproxy.masks.mods import MaskMod, structure_of
+from flexproxy.masks.structure import MaskMod, structure_of
 from flexproxy.ops import compat
 from flexproxy.pipeline import dense_block_mask, select_for
 from flexproxy.selection import Selection

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexproxy.checks import check_queries_and_keys
-from flexproxy.masks.mods import Structure
+from flexproxy.masks.structure import Structure
 from flexproxy.ops import compat
 
 # `python -m benchmarks.bench_tiles` measures these beside others.

@@ -20,7 +20,7 @@ from flexproxy import ProxyConfig
 from flexproxy.integrations.transformers import configure, parts
 from flexproxy.integrations.transformers import masks as hf_masks
 from flexproxy.integrations.transformers.masks import forward_mask, forward_mask_of
-from flexproxy.masks.mods import structure_of
+from flexproxy.masks.structure import structure_of
 from flexproxy.pipeline import dense_block_mask
 from tests.lists import full_blocks, partial_blocks
 from tests.transformers_models import make_model, make_tokens

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexproxy import ProxyConfig, checks, masks
 from flexproxy.checks import check_memory
-from flexproxy.masks.mods import MaskMod, structure_of
+from flexproxy.masks.structure import MaskMod, structure_of
 from tests.accuracy import cpu_kernel_exists
 
 # Not by attribute: flexproxy.attention and flexproxy.kernel_options are the functions.
