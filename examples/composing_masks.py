@@ -9,7 +9,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import and_masks, create_block_mask, create_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 import flexproxy
 from flexproxy import masks
@@ -25,14 +25,14 @@ v = torch.randn(B, Hkv, S, D, device=device)
 # Three documents in one row, the last 48 tokens are padding; a token sees the 500 most recent ones of its document.
 document_ids = torch.full((S,), -1, device=device)
 document_ids[:2000] = torch.arange(2000, device=device) // 700
-mask_mod = and_masks(masks.causal, masks.document(document_ids), masks.sliding_window(500))
+mask_mod = masks.and_masks(masks.causal, masks.document(document_ids), masks.sliding_window(500))
 
 config = flexproxy.ProxyConfig(gamma=0.9, min_budget=128)
 block_mask = flexproxy.build(q, k, mask_mod=mask_mod, config=config)
 
-# A mask in which another one is wanted as well: membership alone goes into and_masks like any other function ...
+# A mask in which another one is wanted as well: membership alone goes into masks.and_masks like any other function ...
 selection = flexproxy.select(q, k, mask_mod=mask_mod, config=config)
-both = and_masks(mask_mod, selection.mask_mod())
+both = masks.and_masks(mask_mod, selection.mask_mod())
 by_tokens = create_block_mask(both, B, Hq, S, S, device=device)
 # ... and two BlockMasks are joined block by block, without looking at tokens.
 window = create_block_mask(masks.sliding_window(200), None, None, S, S, device=device)

@@ -10,7 +10,7 @@ left, because blocks then begin at the same tokens. Needs torch and einops.
 import warnings
 
 import torch
-from torch.nn.attention.flex_attention import and_masks, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 import flexproxy
 from flexproxy import masks
@@ -27,7 +27,7 @@ attention_mask[1, : S - lengths[1]] = 0
 attention_mask[2, lengths[2] :] = 0
 
 config = flexproxy.ProxyConfig(gamma=0.6, block_size=block_size, min_budget=128)
-mask_mod = and_masks(masks.causal, masks.padding(attention_mask))
+mask_mod = masks.and_masks(masks.causal, masks.padding(attention_mask))
 selection = flexproxy.select(q, k, mask_mod=mask_mod, config=config)
 
 # Eager flex_attention forms all scores, which will do for so few tokens. Compile it for more: see quickstart.py.

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, and_masks
+from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy.checks import check_rows
-from flexproxy.masks.mods import MaskMod
+from flexproxy.masks.mods import and_masks
+from flexproxy.masks.structure import MaskMod
 from flexproxy.ops.compat import from_kv_blocks
 from flexproxy.ops.operators import operator
 

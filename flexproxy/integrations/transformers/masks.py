@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, and_masks
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionMaskInterface, masking_utils
 
 from flexproxy import ProxyConfig, masks
 from flexproxy.integrations.transformers.parts import Keys, MaskFunction, translate, window_of
-from flexproxy.masks.mods import MaskMod
+from flexproxy.masks.structure import MaskMod
 from flexproxy.ops.operators import capturable
 from flexproxy.pipeline import dense_block_mask
 
@@ -125,11 +125,11 @@ class ForwardMask:
         if self._padding is not None:
             padding = masks.padding(keys.look_up(self._padding, 0))
             if parts is None:
-                return and_masks(self._evaluated(device), masks.shift(padding, offset))
+                return masks.and_masks(self._evaluated(device), masks.shift(padding, offset))
             parts = (*parts, padding)
         if parts is None:
             return self._evaluated(device)
-        return masks.shift(parts[0] if len(parts) == 1 else and_masks(*parts), offset)
+        return masks.shift(masks.and_masks(*parts), offset)
 
     def _evaluated(self, device: torch.device) -> MaskMod:
         """transformers' own function, at absolute positions."""

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import and_masks, create_mask, or_masks
+from torch.nn.attention.flex_attention import create_mask
 from transformers import masking_utils
 
 from flexproxy import masks
-from flexproxy.masks.mods import MaskMod
+from flexproxy.masks.structure import MaskMod
 
 MaskFunction: TypeAlias = Callable[..., Any]
 
@@ -72,7 +72,7 @@ def translate(function: MaskFunction, keys: Keys, known: frozenset[str] | None =
             either = [translate(part, keys, known) for part in cells["mask_functions"]]
             if any(part is None for part in either):
                 return None
-            parts.append(or_masks(*(p[0] if len(p) == 1 else and_masks(*p) for p in either if p is not None)))
+            parts.append(masks.or_masks(*(masks.and_masks(*p) for p in either if p is not None)))
         elif maker not in ("causal_mask_function", "sliding_window_overlay"):
             return None
     return tuple(parts)
@@ -161,6 +161,6 @@ def _known() -> frozenset[str]:
             continue
         ours = translate(theirs, keys, found | {name})
         if ours is not None:
-            grids = [create_mask(f, batch, 1, length, length, device="cpu") for f in (and_masks(*ours), theirs)]
+            grids = [create_mask(f, batch, 1, length, length, device="cpu") for f in (masks.and_masks(*ours), theirs)]
             found |= {name} if torch.equal(*grids) else set()
     return found
