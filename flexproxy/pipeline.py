@@ -17,23 +17,22 @@ from flexproxy.checks import check_config, check_masks, check_memory, check_quer
 from flexproxy.config import ProxyConfig
 from flexproxy.masks.blocks import (
     Admissible,
-    SampledMask,
-    bits_at,
     classify_by_evaluation,
     classify_clauses,
     depends_on,
     summarize_rows,
 )
-from flexproxy.masks.clauses import ClauseStack, stack
+from flexproxy.masks.clauses import stack
 from flexproxy.masks.mods import shifted
+from flexproxy.masks.sampled import SampledMask, evaluated_at
 from flexproxy.masks.structure import MaskMod, check_tables, clauses_of, structure_of
 from flexproxy.ops.cache import kept
 from flexproxy.selection import Selection
 from flexproxy.stages.budget import block_masses, clip_counts, count_blocks, last_valid_queries
 from flexproxy.stages.lists import compile_block_mask, dense_maps
 from flexproxy.stages.proxy import Groups, head_groups, merge_heads, outlying_queries, pool_heads, proxy_of_heads
-from flexproxy.stages.ranking import forced_counts, rank_blocks
-from flexproxy.stages.scores import block_scores
+from flexproxy.stages.ranking import ForcedRule, forced_counts, rank_blocks
+from flexproxy.stages.scores import Sampling, block_scores
 
 
 def select(
@@ -95,24 +94,23 @@ def select_for(
     proxy_of = proxy_of_heads(groups, q.device)
     sizes = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     q_stride, k_stride = config.strides
-    sampling = (None if config.chooses_queries else q_stride), k_stride
-    frame = _Frame(*sizes, config.block_size, sampling, config.sink_blocks, config.local_blocks)
+    strides = (None if config.chooses_queries else q_stride), k_stride
+    frame = _Frame(*sizes, config.block_size, strides, config.sink_blocks, config.local_blocks)
     mask = _read_mask(mask_mod, block_mask, q, frame, groups, proxy_of)
 
     # 1. Proxy heads, and their scores: one ranking of blocks for all heads of a proxy.
-    q_proxy, k_proxy = pool_heads(q, groups, sampling[0] or 1), pool_heads(k, k_groups, k_stride)
+    q_proxy, k_proxy = pool_heads(q, groups, strides[0] or 1), pool_heads(k, k_groups, k_stride)
     chosen, sampled = None, mask.sampled
     if config.chooses_queries:
         chosen = outlying_queries(q_proxy, merge_heads(mask.admissible.valid, groups), q_stride)
-        if sampled.clauses is None:
+        if sampled.lo is None:
             sampled = _evaluated_at(chosen, mask, frame, groups, proxy_of)
     q_cell, k_cell = (config.block_size // stride for stride in config.strides)
+    sampling = Sampling(q_cell, k_cell, k_stride, chosen)
     # As much as one of the lists of the BlockMask will take, so that it does not show in the peak.
     workspace = min(max(4 * q.shape[0] * q.shape[1] * mask.some.shape[2] * mask.some.shape[3], 2**25), 2**30)
-    scores = block_scores(
-        q_proxy, k_proxy, chosen, *sampled.tensors(), mask.some, mask.rows, q_cell, k_cell, k_stride, scale, workspace
-    )
-    rank = rank_blocks(scores, mask.some, mask.rows, mask.offset, *frame.forced())
+    scores = block_scores(q_proxy, k_proxy, sampled, mask.some, mask.rows, sampling, scale, workspace)
+    rank = rank_blocks(scores, mask.some, mask.rows, mask.rule)
 
     # 2. Dynamic budgets: one count for every head, from the last queries of its sequence.
     count = _count_blocks(q, k, mask, config, scale)
@@ -181,9 +179,8 @@ class _Frame(NamedTuple):
     sink_blocks: int
     local_blocks: int
 
-    def forced(self) -> tuple[int, int, int, int]:
-        """What ``forced_blocks`` takes besides the offset."""
-        return self.num_queries, self.block_size, self.sink_blocks, self.local_blocks
+    def rule(self, offset: Tensor) -> ForcedRule:
+        return ForcedRule(offset, self.num_queries, self.block_size, self.sink_blocks, self.local_blocks)
 
     def num_blocks(self) -> tuple[int, int]:
         return -(-self.num_queries // self.block_size), -(-self.num_keys // self.block_size)
@@ -196,7 +193,7 @@ class _Mask(NamedTuple):
     admissible: Admissible
     some: Tensor  # bool [b, p, Nq, Nk], admissible blocks of the proxies
     rows: Tensor  # int32 [b, p, Nq, 5], summarize_rows of the proxies
-    offset: Tensor  # integers [b], the position of query 0 among the keys
+    rule: ForcedRule
     forced: Tensor  # int32 [b, 1 or Hq], the most forced blocks of a row
     sampled: SampledMask  # at the sampled queries and keys; empty if it must be evaluated at queries chosen later
     probes: Tensor  # int64 [b, h, block_size], the last valid queries, -1 where there are fewer
@@ -205,8 +202,7 @@ class _Mask(NamedTuple):
 
 class _Classified(NamedTuple):
     admissible: Admissible
-    clauses: ClauseStack | None
-    bits: Tensor | None
+    mask: SampledMask  # by clauses, at every query and key; or by bits, at the sampled ones
 
 
 def causal_at_end(q: Tensor, k: Tensor) -> MaskMod:
@@ -223,20 +219,20 @@ def _classify(mask_mod: MaskMod, frame: _Frame, groups: Groups | None, device: t
     clauses = clauses_of(structure_of(mask_mod), frame.num_queries, frame.num_keys, device)
     if clauses is not None:
         stacked = stack(clauses)
-        return _Classified(classify_clauses(stacked, frame.num_keys, frame.block_size), stacked, None)
+        return _Classified(classify_clauses(stacked, frame.num_keys, frame.block_size), SampledMask(*stacked))
     on_batch, on_head = depends_on(mask_mod, device)
-    admissible, bits = classify_by_evaluation(
-        mask_mod,
-        frame.batch if on_batch else 1,
-        frame.num_heads if on_head else 1,
-        frame.num_queries,
-        frame.num_keys,
-        frame.block_size,
-        (frame.strides[0] or frame.block_size, frame.strides[1]),
-        lambda mask: mask if groups is None else merge_heads(mask, groups),
-        device,
+    shape = frame.batch if on_batch else 1, frame.num_heads if on_head else 1, frame.num_queries, frame.num_keys
+    q_stride, k_stride = frame.strides
+    return _Classified(
+        *classify_by_evaluation(
+            mask_mod,
+            shape,
+            frame.block_size,
+            (q_stride or frame.block_size, k_stride),
+            lambda mask: mask if groups is None else merge_heads(mask, groups),
+            device,
+        )
     )
-    return _Classified(admissible, None, None if frame.strides[0] is None else bits)
 
 
 def _read_mask(
@@ -267,22 +263,22 @@ _kept_causal = kept(8)(_read_causal)
 def _prepare(mask_mod: MaskMod, block_mask: BlockMask | None, frame: _Frame, groups: Groups, proxy_of: Tensor) -> _Mask:
     """block_mask: replaces the blocks that ``mask_mod`` admits. proxy_of: of the heads, as the groups have it."""
     device = proxy_of.device
-    admissible, clauses, bits = _classify(mask_mod, frame, groups, device)
+    admissible, known = _classify(mask_mod, frame, groups, device)
     if block_mask is not None:
         some, full = dense_maps(block_mask, *frame.num_blocks())
         admissible = admissible._replace(any=some, full=full)
     some = merge_heads(admissible.any, groups)
     rows = summarize_rows(some, merge_heads(admissible.full, groups))
 
-    offset = structure_of(mask_mod).offset(frame.num_keys - frame.num_queries, device)
-    forced = forced_counts(admissible.any, rows, proxy_of, offset, *frame.forced())
+    rule = frame.rule(structure_of(mask_mod).offset(frame.num_keys - frame.num_queries, device))
+    forced = forced_counts(admissible.any, rows, proxy_of, rule)
     probes = last_valid_queries(admissible.valid, frame.block_size)
-    if clauses is not None:
-        sampled, probed = SampledMask(_sampled(clauses, frame.strides), None), SampledMask(clauses, None)
+    if known.lo is not None:
+        sampled, probed = known.every(*frame.strides), known
     else:
-        bits_of_probes = bits_at(mask_mod, probes.clamp(min=0), frame.num_keys)
-        sampled, probed = SampledMask(None, bits), SampledMask(None, bits_of_probes)
-    return _Mask(mask_mod, admissible, some, rows, offset, forced, sampled, probes, probed)
+        sampled = SampledMask() if frame.strides[0] is None else known
+        probed = evaluated_at(mask_mod, probes.clamp(min=0), frame.num_keys)
+    return _Mask(mask_mod, admissible, some, rows, rule, forced, sampled, probes, probed)
 
 
 def _evaluated_at(chosen: Tensor, mask: _Mask, frame: _Frame, groups: Groups, proxy_of: Tensor) -> SampledMask:
@@ -291,16 +287,7 @@ def _evaluated_at(chosen: Tensor, mask: _Mask, frame: _Frame, groups: Groups, pr
     # Asked of the function: a BlockMask may have one list for all heads where its function differs from head to head.
     if mask.admissible.valid.shape[1] > 1:
         chosen, merge = chosen[:, proxy_of], lambda x: merge_heads(x, groups)
-    bits = bits_at(mask.mask_mod, chosen, frame.num_keys, frame.strides[1], merge)
-    return SampledMask(None, bits)
-
-
-def _sampled(clauses: ClauseStack, strides: tuple[int | None, int]) -> ClauseStack:
-    """The clauses at the sampled queries and keys; at all queries where they are chosen later."""
-    queries, keys = (slice(None, None, stride) for stride in strides)
-    lo, hi, q_label, k_label = clauses
-    labels = (None, None) if q_label is None or k_label is None else (q_label[..., queries], k_label[..., keys])
-    return ClauseStack(lo[..., queries], hi[..., queries], *labels)
+    return evaluated_at(mask.mask_mod, chosen, frame.num_keys, frame.strides[1], merge)
 
 
 def _count_blocks(q: Tensor, k: Tensor, mask: _Mask, config: ProxyConfig, scale: float) -> Tensor:
@@ -313,5 +300,5 @@ def _count_blocks(q: Tensor, k: Tensor, mask: _Mask, config: ProxyConfig, scale:
     rows = mask.rows
     if config.density is not None and mask.admissible.any.shape[1] > 1:  # of the heads
         rows = summarize_rows(mask.admissible.any, mask.admissible.full)
-    masses = block_masses(q, k, mask.probes, *mask.probed.tensors(), config.block_size, scale)
+    masses = block_masses(q, k, mask.probes, mask.probed, config.block_size, scale)
     return count_blocks(masses, rows, mask.forced, config.gamma, config.density, config.min_blocks, max_blocks)

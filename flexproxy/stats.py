@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy.checks import check_fit, check_masks, check_queries_and_keys, check_rows, check_scale
-from flexproxy.masks.blocks import depends_on, evaluate
+from flexproxy.masks.blocks import depends_on
 from flexproxy.masks.mods import MaskMod
+from flexproxy.masks.sampled import evaluate
 from flexproxy.ops.tensors import pad_to_multiple
 from flexproxy.pipeline import causal_at_end, classify
 from flexproxy.selection import Selection
@@ -200,7 +201,8 @@ class _Pairs(NamedTuple):
 
     def at(self, rows: Tensor, num_keys: int) -> Tensor:
         """bool ``[b, h, rows, Skv]``, where b and h may be 1."""
-        allowed = evaluate(self.mask_mod, *self.sizes, lambda b, h, row: rows[row], len(rows), num_keys, rows.device)
+        shape = (*self.sizes, len(rows), num_keys)
+        allowed = evaluate(self.mask_mod, shape, lambda b, h, row: rows[row], rows.device)
         if self.blocks is None:
             return allowed
         q_size, k_size = self.block_size

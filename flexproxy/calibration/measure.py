@@ -16,7 +16,7 @@ import flexproxy
 from flexproxy import ProxyConfig, Selection
 from flexproxy.calibration.collect import Layer
 from flexproxy.stages.proxy import head_groups, pool_heads
-from flexproxy.stages.ranking import forced_blocks
+from flexproxy.stages.ranking import ForcedRule, forced_blocks
 from flexproxy.stats import recovered_mass, row_masses, spread_rows
 
 _POOLED_ELEMENTS = 2**28  # of the pooled queries in one piece, 512 MiB in 16 bits
@@ -139,8 +139,9 @@ def _forced(selection: Selection, config: ProxyConfig) -> Tensor:
     num_blocks = admissible.shape[-1]
     end = (admissible * torch.arange(1, num_blocks + 1, device=admissible.device)).amax(-1)
     offset = torch.zeros(1, dtype=torch.int64, device=admissible.device)
-    sizes = selection.lengths[0], num_blocks, config.block_size
-    return forced_blocks(offset, end, *sizes, config.sink_blocks, config.local_blocks)
+    num_queries, _ = selection.lengths
+    rule = ForcedRule(offset, num_queries, config.block_size, config.sink_blocks, config.local_blocks)
+    return forced_blocks(rule, end, num_blocks)
 
 
 class Kept(NamedTuple):

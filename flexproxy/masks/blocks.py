@@ -1,4 +1,4 @@
-"""Which blocks, and which sampled tokens, a mask admits.
+"""Which blocks a mask admits.
 
 NOTE [Two routes]
 A mask with clauses (NOTE [Clauses]) is classified by counting, and its tokens are evaluated from the clauses wherever
@@ -11,28 +11,21 @@ Shapes: ``Bm`` is 1 or B and ``Hm`` is 1 or Hq, where 1 means that the mask does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_mask
 
-from flexproxy.masks.clauses import ClauseStack, allowed, dense_labels, inclusion_exclusion, stack, unstack
-from flexproxy.ops.operators import Output, Size, capturable, operator
+from flexproxy.masks.clauses import ClauseStack, dense_labels, inclusion_exclusion, stack, unstack
+from flexproxy.masks.sampled import MergeHeads, SampledMask, evaluate, evaluated_elements, pack_bits
+from flexproxy.masks.structure import MaskMod
+from flexproxy.ops import row_summary
+from flexproxy.ops.operators import Output, Size, operator
 from flexproxy.ops.tensors import pad_to_multiple
 
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
 CHUNK_ELEMENTS, TABLE_ELEMENTS = 2**23, 2**26  # of the largest temporaries of counting
-
-
-def _evaluated_elements(device: torch.device) -> int:
-    """Token pairs to evaluate at once: few on a CPU, for memory; on a GPU and in a trace more, for fewer steps."""
-    if torch.compiler.is_compiling():
-        return 2**28
-    return 2**23 if device.type == "cpu" else 2**27
 
 
 class Admissible(NamedTuple):
@@ -48,80 +41,9 @@ class Admissible(NamedTuple):
     valid: Tensor
 
 
-class SampledMask(NamedTuple):
-    """The mask at some rows (sampled or probed queries) and some keys, by clauses or by bits.
-
-    clauses: with ``[C, b, rows]`` and, for labels of keys, ``[C, b, keys]``; None if ``bits`` holds the mask. Where the
-        rows are given by their index, the clauses are those of all queries.
-    bits:    uint8 ``[b, heads, rows, ceil(keys / 8)]``, little end first; None if ``clauses`` hold it.
-    """
-
-    clauses: ClauseStack | None
-    bits: Tensor | None
-
-    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """lo, hi, q_label, k_label, bits: as operators take them."""
-        return (*(self.clauses or (None, None, None, None)), self.bits)
-
-
-def clauses_at(
-    queries: Tensor, lo: Tensor | None, hi: Tensor | None, q_label: Tensor | None, k_label: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Clauses of all queries, at some queries of each head: with heads, as ``mask_chunk`` takes them.
-
-    queries: int64 ``[b, heads, m]``; ``b`` is that of the clauses, or theirs is 1.
-    """
-
-    def at(part: Tensor | None) -> Tensor | None:
-        if part is None:
-            return None
-        index = queries.expand(part.shape[0], *queries.shape)
-        return part[:, :, None].expand(-1, *queries.shape[:2], -1).gather(-1, index)
-
-    return at(lo), at(hi), at(q_label), None if k_label is None else k_label[:, :, None]
-
-
-def mask_chunk(
-    lo: Tensor | None,
-    hi: Tensor | None,
-    q_label: Tensor | None,
-    k_label: Tensor | None,
-    bits: Tensor | None,
-    rows: slice,
-    keys: slice,
-    key_step: int,
-) -> Tensor:
-    """The rows and keys of a SampledMask as bool ``[b, heads, rows, keys]``; key n is at position n * key_step.
-
-    ``keys.start`` must be a multiple of 8. Clauses may have heads, ``[C, b, heads, rows]`` and ``[C, b, 1, keys]``.
-    """
-    if bits is not None:
-        packed = bits[:, :, rows, keys.start // 8 : -(-keys.stop // 8), None]
-        shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-        return ((packed >> shifts) & 1).bool().flatten(-2)[..., : keys.stop - keys.start]
-    assert lo is not None
-    assert hi is not None
-    position = torch.arange(keys.start, keys.stop, dtype=torch.int32, device=lo.device) * key_step
-    q_part = q_label[..., rows] if q_label is not None else None
-    k_part = k_label[..., keys] if k_label is not None else None
-    ok = allowed(lo[..., rows], hi[..., rows], q_part, k_part, position)
-    return ok if lo.dim() == 4 else ok[:, None]
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """bool ``[..., n]`` to uint8 ``[..., ceil(n / 8)]``, little end first."""
-    padded: Tensor = pad_to_multiple(mask, -1, 8, False).unflatten(-1, (-1, 8))
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (padded * weights).sum(-1, dtype=torch.uint8)
-
-
-@operator(lambda a: ((*a.any_.shape[:3], 5), torch.int32))
+@operator(lambda a: ((*a.any_.shape[:3], row_summary.COLUMNS), torch.int32))
 def summarize_rows(any_: Tensor, full: Tensor) -> Tensor:
-    """What each row of blocks holds: int32 ``[b, h, Nq, 5]``.
-
-    The first admissible block and one more than the last (Nk and 0 where there is none); the first full block and the
-    first after it that is not full (Nk and Nk where there is none); the number of admissible blocks.
-    """
+    """What each row of blocks holds: int32 ``[b, h, Nq, 5]``, in the columns of ``flexproxy.ops.row_summary``."""
     num_blocks = any_.shape[-1]
     block = torch.arange(num_blocks, dtype=torch.int32, device=any_.device)
     full_first = torch.where(full, block, num_blocks).amin(-1)
@@ -141,42 +63,37 @@ def summarize_rows(any_: Tensor, full: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ by counting
 
 
-def classify_clauses(clauses: ClauseStack, num_keys: int, block_size: int) -> Admissible:
-    """Classify the blocks of a union of clauses, exactly, at a cost of Sq * Nk (not Sq * Skv)."""
-    return Admissible(*classify_union(*clauses, num_keys, block_size))
-
-
-def _classified(a: Any) -> list[Output]:
-    _, batch, num_queries = a.lo.shape
+def _admissible(a: Any) -> list[Output]:
+    _, batch, num_queries = a.clauses.lo.shape
     blocks = batch, 1, -(-num_queries // a.block_size), -(-a.num_keys // a.block_size)
     return [(blocks, torch.bool), (blocks, torch.bool), ((batch, 1, num_queries), torch.bool)]
 
 
-@operator(_classified)
-def classify_union(
-    lo: Tensor, hi: Tensor, q_label: Tensor | None, k_label: Tensor | None, num_keys: Size, block_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """any, full and valid of Admissible, of a ClauseStack, by counting the keys of each block that a query may see."""
-    clauses = ClauseStack(lo, hi, q_label, k_label)
+@operator(_admissible)
+def classify_clauses(clauses: ClauseStack, num_keys: Size, block_size: int) -> Admissible:
+    """Classify the blocks of a union of clauses, exactly, at a cost of Sq * Nk (not Sq * Skv).
+
+    By counting the keys of each block that a query may see.
+    """
     terms, signs = inclusion_exclusion(unstack(clauses))
     terms = tuple(
         t if t.q_label is None or t.k_label is None else t._replace(**_dense(t.q_label, t.k_label)) for t in terms
     )
     lo, hi, q_label, k_label = stack(terms)
-    _, batch, _ = lo.shape
     # Labels need a table of labels x blocks, Skv * Nk entries: some blocks at a time.
-    span = num_keys if k_label is None else max(1, TABLE_ELEMENTS // (batch * num_keys)) * block_size
+    span = num_keys if k_label is None else max(1, TABLE_ELEMENTS // (lo.shape[1] * num_keys)) * block_size
     any_: list[Tensor] = []
     full: list[Tensor] = []
     valid: list[Tensor] = []
     for start in range(0, num_keys, span):
         stop = min(start + span, num_keys)
         labels = None if k_label is None else k_label[..., start:stop]
-        ends = (lo - start).clamp(min=0), (hi - start).clamp(max=stop - start)
-        parts = _count_span(*ends, q_label, labels, signs, stop - start, num_keys, block_size)
-        for whole, part in zip((any_, full, valid), parts, strict=True):
-            whole.append(part)
-    return torch.cat(any_, -1), torch.cat(full, -1), torch.stack(valid).any(0)
+        part = ClauseStack((lo - start).clamp(min=0), (hi - start).clamp(max=stop - start), q_label, labels)
+        for whole, of_span in zip(
+            (any_, full, valid), _count_span(part, signs, stop - start, num_keys, block_size), strict=True
+        ):
+            whole.append(of_span)
+    return Admissible(torch.cat(any_, -1), torch.cat(full, -1), torch.stack(valid).any(0))
 
 
 def _dense(q_label: Tensor, k_label: Tensor) -> dict[str, Tensor]:
@@ -185,16 +102,10 @@ def _dense(q_label: Tensor, k_label: Tensor) -> dict[str, Tensor]:
 
 
 def _count_span(
-    lo: Tensor,
-    hi: Tensor,
-    q_label: Tensor | None,
-    k_label: Tensor | None,
-    signs: Sequence[int],
-    num_keys: int,
-    num_labels: int,
-    block_size: int,
+    terms: ClauseStack, signs: Sequence[int], num_keys: int, num_labels: int, block_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``classify_union`` for some of the keys, whose positions count from the first of them."""
+    """``classify_clauses`` for some of the keys, whose positions count from the first of them."""
+    lo, hi, q_label, k_label = terms
     _, batch, num_queries = lo.shape
     num_blocks = -(-num_keys // block_size)
     tables: list[Tensor | None] = [None] * len(signs)
@@ -256,63 +167,36 @@ def _count_keys(
 # ------------------------------------------------------------------------------------------------ by evaluation
 
 
-def evaluate(
-    mask_mod: MaskMod,
-    batch: int,
-    heads: int,
-    q_index: Callable[[Tensor, Tensor, Tensor], Tensor],
-    rows: int,
-    num_keys: int,
-    device: torch.device,
-) -> Tensor:
-    """Evaluate a mask at chosen queries and all keys: bool ``[batch, heads, rows, Skv]``.
-
-    q_index: from (b, h, row) to the index of the query.
-    """
-
-    def at_rows(b: Tensor, h: Tensor, row: Tensor, kv_idx: Tensor) -> Tensor:
-        allowed: Any = mask_mod(b, h, q_index(b, h, row), kv_idx)
-        if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
-            kind = allowed.dtype if isinstance(allowed, Tensor) else type(allowed).__name__
-            raise TypeError(f"mask_mod: expected a bool tensor as its result, got {kind}; use a comparison")
-        result: Tensor = allowed & (row >= 0)  # a mask may ignore its arguments
-        return result
-
-    mask: Tensor = create_mask(at_rows, batch, heads, rows, num_keys, device=device)
-    return mask
-
-
 def classify_by_evaluation(
     mask_mod: MaskMod,
-    batch: int,
-    heads: int,
-    num_queries: int,
-    num_keys: int,
+    shape: tuple[int, int, int, int],
     block_size: int,
     strides: tuple[int, int],
-    merge_heads: Callable[[Tensor], Tensor],
+    merge_heads: MergeHeads,
     device: torch.device,
-) -> tuple[Admissible, Tensor]:
+) -> tuple[Admissible, SampledMask]:
     """Classify any mask by evaluating it, some rows of blocks at a time, and keep its sampled pairs.
 
-    merge_heads: from bool ``[b, heads, ...]`` to ``[b, P or 1, ...]``, whether any head of a group allows it.
+    shape: batch, heads, Sq and Skv; the first two are 1 where the mask does not depend on them.
 
     Returns:
-        Admissible, and the bits ``[batch, P or 1, sampled queries, ...]`` of a SampledMask.
+        Admissible, and the mask at every ``strides[0]``-th query and ``strides[1]``-th key, by bits.
     """
-    rows_per_chunk = max(1, _evaluated_elements(device) // (batch * heads * num_keys * block_size)) * block_size
+    batch, heads, num_queries, num_keys = shape
+    rows_per_chunk = max(1, evaluated_elements(device) // (batch * heads * num_keys * block_size)) * block_size
     any_, full, valid, bits = [], [], [], []
     for chunk in range(-(-num_queries // rows_per_chunk)):  # of the number of pieces: tracing fixes what is iterated
         start = chunk * rows_per_chunk
         rows = min(rows_per_chunk, num_queries - start)
-        mask = evaluate(mask_mod, batch, heads, lambda b, h, row, start=start: row + start, rows, num_keys, device)  # type: ignore[misc]
+        mask = evaluate(mask_mod, (batch, heads, rows, num_keys), lambda b, h, row, start=start: row + start, device)  # type: ignore[misc]
         valid.append(mask.any(-1))
         bits.append(pack_bits(merge_heads(mask[:, :, :: strides[0], :: strides[1]])))
         padded = pad_to_multiple(pad_to_multiple(mask, -1, block_size, False), -2, block_size, False)
         blocks = padded.unflatten(3, (-1, block_size)).unflatten(2, (-1, block_size))
         any_.append(blocks.any(5).any(3))
         full.append(blocks.all(5).all(3))
-    return Admissible(torch.cat(any_, 2), torch.cat(full, 2), torch.cat(valid, 2)), torch.cat(bits, 2)
+    admissible = Admissible(torch.cat(any_, 2), torch.cat(full, 2), torch.cat(valid, 2))
+    return admissible, SampledMask(bits=torch.cat(bits, 2))
 
 
 def whole_blocks(
@@ -331,8 +215,8 @@ def whole_blocks(
             query, key = (q_idx + first_query).clamp(max=num_queries - 1), (kv_idx + first_key).clamp(max=num_keys - 1)
             return mask_mod(b, h, query, key)
 
-        shape = batch, heads, rows * block_size, columns * block_size, block_size, (block_size, block_size)
-        return classify_by_evaluation(repeated, *shape, lambda mask: mask, full.device)[0].full
+        shape, strides = (batch, heads, rows * block_size, columns * block_size), (block_size, block_size)
+        return classify_by_evaluation(repeated, shape, block_size, strides, lambda mask: mask, full.device)[0].full
 
     if num_queries % block_size:
         row = full_from((num_q_blocks - 1) * block_size, 0, 1, num_k_blocks)
@@ -341,40 +225,6 @@ def whole_blocks(
         column = full_from(0, (num_k_blocks - 1) * block_size, num_q_blocks, 1)
         full = torch.cat([full[..., :-1], column], 3)
     return full & admissible
-
-
-def bits_at(
-    mask_mod: MaskMod,
-    queries: Tensor,
-    num_keys: int,
-    stride: int = 1,
-    merge_heads: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """The mask at some queries and every stride-th key, as bits of a SampledMask.
-
-    queries: int64 ``[b, h, m]``. merge_heads: as in ``classify_by_evaluation``.
-    """
-    batch, heads, number = queries.shape
-    queries = capturable(queries)
-    rows_per_chunk = max(1, _evaluated_elements(queries.device) // (batch * heads * num_keys))
-
-    def piece(start: int) -> Tensor:
-        def q_index(b: Tensor, h: Tensor, row: Tensor) -> Tensor:
-            return queries[b, h, row + start]
-
-        rows = min(rows_per_chunk, number - start)
-        mask = evaluate(mask_mod, batch, heads, q_index, rows, num_keys, queries.device)[..., ::stride]
-        return pack_bits(mask if merge_heads is None else merge_heads(mask))
-
-    first, pieces = piece(0), -(-number // rows_per_chunk)
-    if pieces == 1:
-        return first
-    bits = first.new_empty(*first.shape[:2], number, first.shape[3])  # all pieces beside it would take it twice
-    bits[:, :, :rows_per_chunk] = first
-    for chunk in range(1, pieces):
-        start = chunk * rows_per_chunk
-        bits[:, :, start : start + rows_per_chunk] = piece(start)
-    return bits
 
 
 class _Tracked(Tensor):

@@ -54,7 +54,8 @@ def operator(
     Args:
         outputs: from the arguments, by name (``lambda x: (x.q.shape, torch.float32)``), to the shape and dtype of the
             result, or a list of them. Results are contiguous, and on the device of the first tensor.
-        has_kernel: whether there is a Triton kernel.
+        has_kernel: whether there is a Triton kernel. Its launcher has the same parameters; a NamedTuple as the result
+            may be any tuple.
 
     Raises:
         TypeError: a schema has no such type as one of the annotations.
@@ -70,7 +71,7 @@ def operator(
                 with torch.autocast(first.device.type, enabled=False):
                     return function(*arguments)  # type: ignore[call-arg]
             with _on_device_of(first):
-                return kernel(*arguments)
+                return form.named(kernel(*arguments))
 
         def run_flat(*flat: Any) -> Any:
             result = run(form.rebuilt(flat))
@@ -94,8 +95,7 @@ def operator(
             arguments = form.in_order(args, kwargs)
             if not torch.compiler.is_compiling():
                 return run(arguments)  # type: ignore[no-any-return]
-            result = custom(*form.flat(arguments))
-            return result if form.result is None else form.result(*result)  # type: ignore[no-any-return]
+            return form.named(custom(*form.flat(arguments)))  # type: ignore[no-any-return]
 
         return call
 
@@ -158,6 +158,10 @@ class _Form:
         """The arguments that ``flat`` took apart."""
         rest: Iterator[Any] = iter(flat)
         return [next(rest) if fields is None else fields(*islice(rest, len(fields._fields))) for fields in self.tuples]
+
+    def named(self, result: Any) -> Any:
+        """The result, as the NamedTuple that it is annotated with."""
+        return result if self.result is None else self.result(*result)
 
     def first_tensor(self, arguments: Sequence[Any]) -> Tensor:
         """The first argument that is a tensor in any case."""

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from flexproxy.masks.blocks import clauses_at, mask_chunk
+from flexproxy.masks.sampled import SampledMask
+from flexproxy.ops import row_summary
 from flexproxy.ops.operators import Size, operator
 from flexproxy.ops.tensors import logsumexp_, pad_to_multiple
 
@@ -28,18 +29,7 @@ def last_valid_queries(valid: Tensor, number: int) -> Tensor:
 
 
 @operator(lambda a: ((*a.q.shape[:2], -(-a.k.shape[2] // a.block_size)), torch.float32))
-def block_masses(
-    q: Tensor,
-    k: Tensor,
-    probes: Tensor,
-    lo: Tensor | None,
-    hi: Tensor | None,
-    q_label: Tensor | None,
-    k_label: Tensor | None,
-    bits: Tensor | None,
-    block_size: int,
-    scale: float,
-) -> Tensor:
+def block_masses(q: Tensor, k: Tensor, probes: Tensor, mask: SampledMask, block_size: int, scale: float) -> Tensor:
     """Probability mass of every key block, the mean over the probed queries: fp32 ``[B, Hq, Nk]``.
 
     The masses of a head sum to 1. Not-a-number counts as no mass at all.
@@ -48,8 +38,7 @@ def block_masses(
         q: all queries ``[B, Hq, Sq, D]``.
         k: all keys ``[B, Hkv, Skv, D]``.
         probes: int64 ``[b, h, m]``, which of the queries are probed; -1 is none.
-        lo, hi, q_label, k_label: clauses of all queries and keys, or
-        bits: a SampledMask at the probes and all keys.
+        mask: by clauses at all queries and keys, or by bits at the probes and all keys.
         block_size: tokens per key block.
         scale: factor of the scores.
     """
@@ -59,7 +48,7 @@ def block_masses(
     present = probes >= 0
     place = probes.clamp(min=0)
     probed = q.gather(2, place.expand(batch, num_q_heads, -1)[..., None].expand(-1, -1, -1, head_dim))
-    lo, hi, q_label, k_label = clauses_at(place, lo, hi, q_label, k_label)
+    mask = mask.at(place)
     queries = rearrange(probed.float(), "b (kv g) m d -> b kv (g m) d", kv=num_kv_heads)
     per_chunk = max(1, CHUNK_ELEMENTS // (batch * num_q_heads * num_probes * block_size)) * block_size
     parts = []
@@ -67,7 +56,7 @@ def block_masses(
         keys = slice(start, min(start + per_chunk, num_keys))
         logits = (queries @ k[:, :, keys].float().transpose(-1, -2)).mul_(scale)
         logits = rearrange(logits, "b kv (g m) key -> b (kv g) m key", m=num_probes)
-        ok = mask_chunk(lo, hi, q_label, k_label, bits, slice(0, num_probes), keys, 1)
+        ok = mask.chunk(slice(0, num_probes), keys)
         logits.masked_fill_(~ok, -torch.inf)
         padded = pad_to_multiple(logits, -1, block_size, -torch.inf)
         by_block = rearrange(padded, "b h m (block key) -> b h m block key", key=block_size)
@@ -93,7 +82,7 @@ def count_blocks(
     cumulative = cumulative_masses(masses)
     limit: float | Tensor = gamma
     if density is not None:
-        limit = gamma_for_density(cumulative, summary[..., 4], forced, density, min_blocks, max_blocks)
+        limit = gamma_for_density(cumulative, summary[..., row_summary.NUMBER], forced, density, min_blocks, max_blocks)
     return clip_counts(blocks_to_reach(cumulative, limit), forced, min_blocks, max_blocks, masses.shape[-1])
 
 

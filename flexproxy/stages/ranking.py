@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flexproxy.ops import row_summary
 from flexproxy.ops.operators import Output, Size, operator
 
 # Scores are log-probabilities. These stand below every score that matters, and keep the classes apart.
 _LOWEST_SCORE, _UNSCORED, _INADMISSIBLE = -1e38, -2e38, -torch.inf
 
 
-def forced_blocks(
-    offset: Tensor,
-    end: Tensor,
-    num_queries: int,
-    num_k_blocks: int,
-    block_size: int,
-    sink_blocks: int,
-    local_blocks: int,
-) -> Tensor:
+class ForcedRule(NamedTuple):
+    """What decides which blocks a row keeps in any case.
+
+    offset: integers ``[b]``, the position of query 0 among the keys.
+    num_queries, block_size: in tokens. sink_blocks, local_blocks: as in ProxyConfig.
+    """
+
+    offset: Tensor
+    num_queries: Size
+    block_size: int
+    sink_blocks: int
+    local_blocks: int
+
+
+def forced_blocks(rule: ForcedRule, end: Tensor, num_k_blocks: int) -> Tensor:
     """Blocks that a row keeps in any case, where they are admissible: bool ``[b, p, Nq, Nk]``.
 
     The blocks in which the queries of the row stand themselves (two, where query blocks straddle key blocks), the
     ``local_blocks - 1`` before them, and the ``sink_blocks`` first. A mask may end before the position of a query, for
     example in a cache with free places behind: then the query stands in one of the last two blocks that it may see.
 
-    Args:
-        offset: integers ``[b]``, the position of query 0 among the keys.
-        end: int32 ``[b, p, Nq]``, one more than the last admissible block of each row; 0 where there is none.
+    end: int32 ``[b, p, Nq]``, one more than the last admissible block of each row; 0 where there is none.
     """
+    offset, num_queries, block_size, sink_blocks, local_blocks = rule
     block = torch.arange(num_k_blocks, device=offset.device)
     first_query = torch.arange(end.shape[2], device=offset.device) * block_size
     last_query = (first_query + block_size - 1).clamp(max=num_queries - 1)
@@ -43,16 +49,7 @@ def forced_blocks(
 
 
 @operator(lambda a: (a.scores.shape, torch.int32))
-def rank_blocks(
-    scores: Tensor,
-    admissible: Tensor,
-    summary: Tensor,
-    offset: Tensor,
-    num_queries: Size,
-    block_size: int,
-    sink_blocks: int,
-    local_blocks: int,
-) -> Tensor:
+def rank_blocks(scores: Tensor, admissible: Tensor, summary: Tensor, rule: ForcedRule) -> Tensor:
     """Rank of every block in its row, 0 first: int32 ``[B, P, Nq, Nk]``, each row a permutation of 0 .. Nk - 1.
 
     Forced blocks, then scored ones by score, then unscored ones, then inadmissible ones; equals by block index.
@@ -60,10 +57,10 @@ def rank_blocks(
     Args:
         scores: fp32 ``[B, P, Nq, Nk]``, -inf where there is none; not-a-number counts as none.
         admissible, summary: bool ``[b, p, Nq, Nk]``, and its ``summarize_rows``.
-        offset, num_queries, block_size, sink_blocks, local_blocks: as in ``forced_blocks``.
+        rule: which blocks are forced.
     """
     num_k_blocks = scores.shape[-1]
-    forced = forced_blocks(offset, summary[..., 1], num_queries, num_k_blocks, block_size, sink_blocks, local_blocks)
+    forced = forced_blocks(rule, summary[..., row_summary.END], num_k_blocks)
     unscored = scores.isnan() | (scores == -torch.inf)
     key = scores.clamp(min=_LOWEST_SCORE).masked_fill(unscored, _UNSCORED)
     key = key.masked_fill(forced, torch.inf).masked_fill(~admissible, _INADMISSIBLE)
@@ -73,31 +70,21 @@ def rank_blocks(
 
 
 def _shape_of_forced_counts(a: Any) -> Output:
-    batch = max(a.admissible.shape[0], a.summary.shape[0], a.offset.shape[0])
+    batch = max(a.admissible.shape[0], a.summary.shape[0], a.rule.offset.shape[0])
     heads = 1 if a.admissible.shape[1] == a.summary.shape[1] == 1 else a.proxy_of.shape[0]
     return (batch, heads), torch.int32
 
 
 @operator(_shape_of_forced_counts)
-def forced_counts(
-    admissible: Tensor,
-    summary: Tensor,
-    proxy_of: Tensor,
-    offset: Tensor,
-    num_queries: Size,
-    block_size: int,
-    sink_blocks: int,
-    local_blocks: int,
-) -> Tensor:
+def forced_counts(admissible: Tensor, summary: Tensor, proxy_of: Tensor, rule: ForcedRule) -> Tensor:
     """The most forced blocks that a row of a head has: int32 ``[b, 1]``, or ``[b, Hq]`` where heads differ.
 
     Args:
         admissible: bool ``[b, h, Nq, Nk]``, of the heads.
         summary: int32 ``[b, p, Nq, 5]``, of the proxies.
         proxy_of: int64 ``[Hq]``.
-        offset, num_queries, block_size, sink_blocks, local_blocks: as in ``forced_blocks``.
+        rule: which blocks are forced.
     """
-    end = summary[..., 1] if summary.shape[1] == 1 else summary[:, proxy_of, :, 1]
-    num_k_blocks = admissible.shape[-1]
-    forced = forced_blocks(offset, end, num_queries, num_k_blocks, block_size, sink_blocks, local_blocks)
+    end = summary[..., row_summary.END]
+    forced = forced_blocks(rule, end if end.shape[1] == 1 else end[:, proxy_of], admissible.shape[-1])
     return (forced & admissible).sum(-1, dtype=torch.int32).amax(-1)

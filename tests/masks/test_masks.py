@@ -13,16 +13,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention,
 
 import flexproxy
 from flexproxy import ProxyConfig, masks, reference
-from flexproxy.masks import and_masks, blocks, or_masks
-from flexproxy.masks.blocks import (
-    SampledMask,
-    classify_by_evaluation,
-    classify_clauses,
-    depends_on,
-    mask_chunk,
-    pack_bits,
-)
+from flexproxy.masks import and_masks, blocks, or_masks, sampled
+from flexproxy.masks.blocks import classify_by_evaluation, classify_clauses, depends_on
 from flexproxy.masks.clauses import MAX_CLAUSES, Clause, stack
+from flexproxy.masks.sampled import SampledMask, pack_bits
 from flexproxy.masks.structure import MaskMod, clauses_of, structure_of
 from flexproxy.ops.compat import seq_lengths_of
 from tests.accuracy import assert_accurate
@@ -162,8 +156,7 @@ class Nest:
 
 def from_clauses(clauses: tuple[Clause, ...], num_queries: int, num_keys: int) -> Tensor:
     """The token pairs that clauses allow, bool ``[b, 1, Sq, Skv]``, on the CPU."""
-    sampled = SampledMask(stack(clauses), None)
-    return mask_chunk(*sampled.tensors(), slice(0, num_queries), slice(0, num_keys), 1).cpu()
+    return SampledMask(*stack(clauses)).chunk(slice(0, num_queries), slice(0, num_keys)).cpu()
 
 
 def check_clauses(
@@ -193,8 +186,8 @@ def check_evaluation(
     """The same for evaluation, and the bits it keeps are the sampled token pairs."""
     allowed = reference.token_mask(mask_mod, batch, heads, *lengths, device).cpu()
     on_batch, on_head = depends_on(mask_mod, torch.device(device))
-    dims = (batch if on_batch else 1, heads if on_head else 1)
-    got, bits = classify_by_evaluation(mask_mod, *dims, *lengths, size, strides, lambda x: x, torch.device(device))
+    shape = batch if on_batch else 1, heads if on_head else 1, *lengths
+    got, bits = classify_by_evaluation(mask_mod, shape, size, strides, lambda x: x, torch.device(device))
     some, full = reference.classify(allowed, size)
     assert torch.equal(got.any.cpu().expand_as(some), some), "any"
     assert torch.equal(got.full.cpu().expand_as(full), full), "full"
@@ -202,9 +195,7 @@ def check_evaluation(
     assert torch.equal(got.valid.cpu().expand_as(valid), valid), "valid"
     sampled = allowed[:, :, :: strides[0], :: strides[1]]
     every = slice(0, sampled.shape[2]), slice(0, sampled.shape[3])
-    assert torch.equal(
-        mask_chunk(None, None, None, None, bits, *every, strides[1]).cpu().expand_as(sampled), sampled
-    ), "bits"
+    assert torch.equal(bits.chunk(*every, strides[1]).cpu().expand_as(sampled), sampled), "bits"
 
 
 @pytest.mark.parametrize("first", range(0, NUM_CASES, CASES_PER_TEST))
@@ -249,7 +240,8 @@ def test_chunks_make_no_difference(seed: int, device: str, monkeypatch: pytest.M
         masks.shift(masks.causal, 17), masks.shift(masks.document(nest.ints(-1, 3, nest.batch, 900)), 17)
     )
     monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(blocks, "_evaluated_elements", lambda device: 1)
+    for module in (blocks, sampled):
+        monkeypatch.setattr(module, "evaluated_elements", lambda device: 1)
     clauses = clauses_of(structure_of(mask_mod), *lengths, torch.device(device))
     assert clauses is not None
     check_clauses(mask_mod, clauses, nest.batch, lengths, nest.block_size)
@@ -593,7 +585,7 @@ def test_bits_keep_a_mask(num_keys: int, device: str) -> None:
     assert bits.shape == (2, 3, 11, -(-num_keys // 8))
     for start in range(0, num_keys, 8):
         for stop in {start + 1, min(start + 13, num_keys), num_keys}:
-            got = mask_chunk(None, None, None, None, bits, slice(2, 9), slice(start, stop), 4)
+            got = SampledMask(bits=bits).chunk(slice(2, 9), slice(start, stop), 4)
             assert torch.equal(got, mask[:, :, 2:9, start:stop])
 
 
@@ -610,11 +602,24 @@ def test_clauses_at_sampled_keys(device: str) -> None:
     mask_mod = and_masks(masks.causal, masks.document(ids))
     clauses = clauses_of(structure_of(mask_mod), 40, 40, torch.device(device))
     assert clauses is not None
-    lo, hi, q_label, k_label = stack(clauses)
-    assert q_label is not None
-    assert k_label is not None
     dense = reference.token_mask(mask_mod, 1, 1, 40, 40, device)
     for step, start in ((1, 0), (2, 8), (4, 0)):
-        sampled = k_label[..., ::step]
-        got = mask_chunk(lo, hi, q_label, sampled, None, slice(3, 31), slice(start, sampled.shape[-1]), step)
-        assert torch.equal(got, dense[:, :, 3:31, ::step][..., start:])
+        part = SampledMask(*stack(clauses)).every(3, step)
+        got = part.chunk(slice(1, 11), slice(start, -(-40 // step)), step)
+        assert torch.equal(got, dense[:, :, ::3, ::step][:, :, 1:11, start:])
+
+
+def test_clauses_at_queries_of_each_head(device: str) -> None:
+    ids = torch.arange(40, device=device) % 5 - 1
+    mask_mod = and_masks(masks.causal, masks.document(ids))
+    clauses = clauses_of(structure_of(mask_mod), 40, 40, torch.device(device))
+    assert clauses is not None
+    queries = torch.tensor([[[3, 39, 7], [0, 1, 20]], [[5, 6, 7], [39, 38, 2]]], device=device)
+    got = SampledMask(*stack(clauses)).at(queries).chunk(slice(0, 3), slice(8, 40))
+    dense = reference.token_mask(mask_mod, 1, 1, 40, 40, device)[0, 0]
+    assert torch.equal(got, dense[queries][..., 8:])
+
+
+def test_a_mask_by_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="mask: expected clauses or bits, got neither"):
+        SampledMask().chunk(slice(0, 1), slice(0, 8))

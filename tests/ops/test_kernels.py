@@ -26,7 +26,7 @@ from flexproxy.masks.blocks import summarize_rows
 from flexproxy.masks.mods import MaskMod
 from flexproxy.ops import implementations
 from flexproxy.stages.proxy import head_groups, pool_heads
-from flexproxy.stages.ranking import rank_blocks
+from flexproxy.stages.ranking import ForcedRule, rank_blocks
 from tests.conftest import IMPLEMENTATIONS
 from tests.oracle import Case, check_count, check_rank, expect, random_case
 
@@ -292,7 +292,7 @@ def test_ranks_of_rows_too_long_for_one_program(device: str, monkeypatch: pytest
     scores, admissible = scores.to(device), admissible.to(device)
     summary = summarize_rows(admissible, admissible)
     offset = torch.tensor([85 * 16, 3 * 16 - 5], device=device)
-    arguments = scores, admissible, summary, offset, 75, 16, 1, 2
+    arguments = scores, admissible, summary, ForcedRule(offset, 75, 16, 1, 2)
     with implementations.use("torch"):
         want = rank_blocks(*arguments)
     assert torch.equal(kernels.rank_blocks(*arguments), want)

@@ -59,13 +59,7 @@ NOT_YET = {
     "integrations.transformers.attention.attention_forward",
     "integrations.transformers.masks: assert",
     "integrations.transformers.observing: assert",
-    "masks.blocks.classify_by_evaluation",
-    "masks.blocks: assert",
     "sparse.attention.attend",
-    "stages.budget._block_masses_fake",
-    "stages.budget.block_masses",
-    "stages.scores._block_scores_fake",
-    "stages.scores.block_scores",
 }
 
 

@@ -4,7 +4,7 @@ A launcher takes the arguments of the operator of its name and gives the same re
 exactly, scores and masses within the rounding of fp32.
 """
 
-from flexproxy.ops.kernels.blocks import classify_union, last_valid_queries, summarize_rows
+from flexproxy.ops.kernels.blocks import classify_clauses, last_valid_queries, summarize_rows
 from flexproxy.ops.kernels.counts import count_blocks
 from flexproxy.ops.kernels.lists import block_lists, selected_lists
 from flexproxy.ops.kernels.masses import block_masses
@@ -19,7 +19,7 @@ OPERATORS = {
         block_lists,
         block_masses,
         block_scores,
-        classify_union,
+        classify_clauses,
         count_blocks,
         forced_counts,
         last_valid_queries,

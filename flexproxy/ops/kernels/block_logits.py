@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -28,6 +28,8 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # triton before 3.3
     TensorDescriptor = None
+if TYPE_CHECKING:
+    from flexproxy.masks.sampled import SampledMask
 
 LOG2_E = math.log2(math.e)
 
@@ -264,7 +266,7 @@ def combine_splits(partial_at, splits, stride, ok, BLOCK_S: tl.constexpr):
 def block_logits(
     q: Tensor,
     k: Tensor,
-    mask: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    mask: SampledMask,
     row_index: Tensor | None,
     summary: Tensor | None,
     rows: slice,
@@ -281,14 +283,14 @@ def block_logits(
 
     Args:
         q, k: ``[B, H, rows, D]`` (or, with ``row_index``, ``[B, H, Sq, D]``) and ``[B, h, keys, D]``, any strides.
-        mask: lo, hi, q_label, k_label, bits of a SampledMask; with ``row_index`` the clauses are those of all queries.
+        mask: at these queries and keys; with ``row_index`` its clauses are those of all queries.
         row_index: int64 ``[b, h, rows]``, the rows' places in q, -1 for none.
         summary: int32 ``[b, h, blocks, 5]`` of ``summarize_rows``, for rows that lie in blocks of ``q_cell``.
         rows: which of the rows.
         q_cell, k_cell: rows, and keys, per block. key_step: tokens from one key to the next. scale: of the logits.
         sums: log-sum-exps of the blocks instead of their largest logits.
     """
-    lo, hi, q_label, k_label, bits = mask
+    lo, hi, q_label, k_label, bits, _ = mask
     batch, heads, _, head_dim = q.shape
     num_keys = k.shape[2]
     block_d = power_of_2(head_dim, 16, 256)

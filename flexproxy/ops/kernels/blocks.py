@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +11,9 @@ from torch import Tensor
 
 from flexproxy.ops.kernels.launch import launch, power_of_2
 from flexproxy.ops.tensors import pad_to_multiple
+
+if TYPE_CHECKING:
+    from flexproxy.masks.clauses import ClauseStack
 
 
 @triton.jit
@@ -149,10 +154,9 @@ def _labels_kernel(
     tl.store(valid + at, seen, mask=row_ok)
 
 
-def classify_union(
-    lo: Tensor, hi: Tensor, q_label: Tensor | None, k_label: Tensor | None, num_keys: int, block_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``flexproxy.masks.blocks.classify_union``."""
+def classify_clauses(clauses: ClauseStack, num_keys: int, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``flexproxy.masks.blocks.classify_clauses``."""
+    lo, hi, q_label, k_label = clauses
     num_clauses, batch, num_queries = lo.shape
     num_q_blocks, num_k_blocks = -(-num_queries // block_size), -(-num_keys // block_size)
     any_ = torch.empty(batch, 1, num_q_blocks, num_k_blocks, dtype=torch.bool, device=lo.device)

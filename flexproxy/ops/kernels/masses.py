@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,9 @@ from torch import Tensor
 from flexproxy.ops.kernels.block_logits import block_logits, combine_splits
 from flexproxy.ops.kernels.launch import launch, strides
 from flexproxy.ops.kernels.tiles import masses_tile
+
+if TYPE_CHECKING:
+    from flexproxy.masks.sampled import SampledMask
 
 NUMBERS = ["probes_stride_b", "probes_stride_h", "num_probes", "num_columns", "num_k_blocks", "splits", "heads"]
 
@@ -44,27 +49,14 @@ def _masses_kernel(
     tl.store(masses + bh * num_k_blocks + j, tl.where(mass == mass, mass, 0.0), mask=j < num_k_blocks)
 
 
-def block_masses(
-    q: Tensor,
-    k: Tensor,
-    probes: Tensor,
-    lo: Tensor | None,
-    hi: Tensor | None,
-    q_label: Tensor | None,
-    k_label: Tensor | None,
-    bits: Tensor | None,
-    block_size: int,
-    scale: float,
-) -> Tensor:
+def block_masses(q: Tensor, k: Tensor, probes: Tensor, mask: SampledMask, block_size: int, scale: float) -> Tensor:
     """``flexproxy.stages.budget.block_masses``."""
     batch, heads, _, head_dim = q.shape
     num_probes = probes.shape[2]
     num_k_blocks = -(-k.shape[2] // block_size)
     tile = masses_tile(q.dtype, head_dim, q.device, block_size)
     rows = slice(0, num_probes)
-    values, partial = block_logits(
-        q, k, (lo, hi, q_label, k_label, bits), probes, None, rows, num_probes, block_size, 1, scale, True, tile
-    )
+    values, partial = block_logits(q, k, mask, probes, None, rows, num_probes, block_size, 1, scale, True, tile)
     masses = torch.empty(batch, heads, num_k_blocks, dtype=torch.float32, device=q.device)
     block_m = min(num_probes, 128)
     block_j = 4096 // block_m

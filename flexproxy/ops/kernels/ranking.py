@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from flexproxy.ops.kernels.launch import launch, power_of_2, strides
+
+if TYPE_CHECKING:
+    from flexproxy.stages.ranking import ForcedRule
 
 MAX_SORTED = 2048  # blocks in a row that one program sorts; more take seconds to compile
 
@@ -123,17 +128,9 @@ def _keys_kernel(
         tl.store(keys + row + j, key, mask=j < num_k_blocks)
 
 
-def rank_blocks(
-    scores: Tensor,
-    admissible: Tensor,
-    summary: Tensor,
-    offset: Tensor,
-    num_queries: int,
-    block_size: int,
-    sink_blocks: int,
-    local_blocks: int,
-) -> Tensor:
+def rank_blocks(scores: Tensor, admissible: Tensor, summary: Tensor, rule: ForcedRule) -> Tensor:
     """``flexproxy.stages.ranking.rank_blocks``."""
+    offset, num_queries, block_size, sink_blocks, local_blocks = rule
     batch, proxies, num_q_blocks, num_k_blocks = scores.shape
     admissible, summary = admissible.contiguous(), summary.contiguous()
     rank = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
@@ -192,17 +189,9 @@ def _forced_kernel(
     tl.store(forced + bh, most)
 
 
-def forced_counts(
-    admissible: Tensor,
-    summary: Tensor,
-    proxy_of: Tensor,
-    offset: Tensor,
-    num_queries: int,
-    block_size: int,
-    sink_blocks: int,
-    local_blocks: int,
-) -> Tensor:
+def forced_counts(admissible: Tensor, summary: Tensor, proxy_of: Tensor, rule: ForcedRule) -> Tensor:
     """``flexproxy.stages.ranking.forced_counts``."""
+    offset, num_queries, block_size, sink_blocks, local_blocks = rule
     admissible, summary = admissible.contiguous(), summary.contiguous()
     batch = max(admissible.shape[0], summary.shape[0], offset.shape[0])
     heads = 1 if admissible.shape[1] == summary.shape[1] == 1 else proxy_of.shape[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -12,6 +13,10 @@ from torch import Tensor
 from flexproxy.ops.kernels.block_logits import block_logits, combine_splits
 from flexproxy.ops.kernels.launch import launch, power_of_2, strides
 from flexproxy.ops.kernels.tiles import scores_tile
+
+if TYPE_CHECKING:
+    from flexproxy.masks.sampled import SampledMask
+    from flexproxy.stages.scores import Sampling
 
 NUMBERS = [
     "admissible_stride_b", "admissible_stride_h", "first_block", "num_q_blocks", "num_columns", "num_k_blocks",
@@ -61,21 +66,15 @@ def _scores_kernel(
 def block_scores(
     q: Tensor,
     k: Tensor,
-    chosen: Tensor | None,
-    lo: Tensor | None,
-    hi: Tensor | None,
-    q_label: Tensor | None,
-    k_label: Tensor | None,
-    bits: Tensor | None,
+    mask: SampledMask,
     admissible: Tensor,
     summary: Tensor,
-    q_cell: int,
-    k_cell: int,
-    stride: int,
+    sampling: Sampling,
     scale: float,
     workspace: int,
 ) -> Tensor:
     """``flexproxy.stages.scores.block_scores``, as many rows of blocks at a time as the workspace has room for."""
+    q_cell, k_cell, key_step, chosen = sampling
     batch, proxies, num_rows = q.shape[:3] if chosen is None else chosen.shape
     num_q_blocks, num_k_blocks = admissible.shape[2:]
     tile = scores_tile(q.dtype, q.shape[3], q.device)
@@ -87,9 +86,7 @@ def block_scores(
     for start in range(0, num_q_blocks, blocks_per_part):
         stop = min(start + blocks_per_part, num_q_blocks)
         rows = slice(start * q_cell, min(stop * q_cell, num_rows))
-        values, partial = block_logits(
-            q, k, (lo, hi, q_label, k_label, bits), chosen, summary, rows, q_cell, k_cell, stride, scale, False, tile
-        )
+        values, partial = block_logits(q, k, mask, chosen, summary, rows, q_cell, k_cell, key_step, scale, False, tile)
         launch(
             _scores_kernel,
             (stop - start, -(-num_k_blocks // block_j), batch * proxies),

@@ -1,0 +1,142 @@
+"""A mask at some queries and some keys: what the estimator needs to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
+
+from flexproxy.masks.clauses import allowed
+from flexproxy.masks.structure import MaskMod
+from flexproxy.ops.operators import capturable
+from flexproxy.ops.tensors import pad_to_multiple
+
+MergeHeads = Callable[[Tensor], Tensor]
+"""From bool ``[b, heads, ...]`` to ``[b, P or 1, ...]``: whether any head of a group has it."""
+
+
+class SampledMask(NamedTuple):
+    """The mask at some queries (sampled, probed or all) and some keys, by clauses (NOTE [Clauses]) or by bits.
+
+    lo, hi: int32 ``[C, b, queries]``. q_label: ``[C, b, queries]``, k_label: ``[C, b, keys]``, or both None.
+    bits:   uint8 ``[b, heads, queries, ceil(keys / 8)]``, little end first, where the mask has no clauses.
+    listed: bool ``[b, h, Nq, Nk]``, the blocks to which the lists of a caller's BlockMask confine it; None for all.
+    """
+
+    lo: Tensor | None = None
+    hi: Tensor | None = None
+    q_label: Tensor | None = None
+    k_label: Tensor | None = None
+    bits: Tensor | None = None
+    listed: Tensor | None = None
+
+    def every(self, q_stride: int | None, k_stride: int) -> SampledMask:
+        """The clauses at every ``q_stride``-th query (None for all of them) and every ``k_stride``-th key."""
+
+        def take(part: Tensor | None, stride: int | None) -> Tensor | None:
+            return None if part is None else part[..., ::stride]
+
+        lo, hi, q_label = (take(part, q_stride) for part in (self.lo, self.hi, self.q_label))
+        return self._replace(lo=lo, hi=hi, q_label=q_label, k_label=take(self.k_label, k_stride))
+
+    def at(self, queries: Tensor) -> SampledMask:
+        """The clauses, which are those of all queries, at some queries of each head. Bits are left as they are.
+
+        queries: int64 ``[b, heads, m]``; ``b`` is that of the clauses, or theirs is 1.
+
+        Returns:
+            Clauses with heads: ``[C, b, heads, m]``, and ``[C, b, 1, keys]`` of the keys.
+        """
+
+        def take(part: Tensor | None) -> Tensor | None:
+            if part is None:
+                return None
+            index = queries.expand(part.shape[0], *queries.shape)
+            return part[:, :, None].expand(-1, *queries.shape[:2], -1).gather(-1, index)
+
+        k_label = None if self.k_label is None else self.k_label[:, :, None]
+        return self._replace(lo=take(self.lo), hi=take(self.hi), q_label=take(self.q_label), k_label=k_label)
+
+    def chunk(self, rows: slice, keys: slice, key_step: int = 1) -> Tensor:
+        """Some of the queries and keys, as bool ``[b, heads, rows, keys]``; key n is at position n * key_step.
+
+        ``keys.start`` must be a multiple of 8.
+        """
+        if self.bits is not None:
+            packed = self.bits[:, :, rows, keys.start // 8 : -(-keys.stop // 8), None]
+            shifts = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
+            return ((packed >> shifts) & 1).bool().flatten(-2)[..., : keys.stop - keys.start]
+        if self.lo is None or self.hi is None:
+            raise ValueError("mask: expected clauses or bits, got neither")
+        position = torch.arange(keys.start, keys.stop, dtype=torch.int32, device=self.lo.device) * key_step
+        q_part = self.q_label[..., rows] if self.q_label is not None else None
+        k_part = self.k_label[..., keys] if self.k_label is not None else None
+        ok = allowed(self.lo[..., rows], self.hi[..., rows], q_part, k_part, position)
+        return ok if self.lo.dim() == 4 else ok[:, None]
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """bool ``[..., n]`` to uint8 ``[..., ceil(n / 8)]``, little end first."""
+    padded: Tensor = pad_to_multiple(mask, -1, 8, False).unflatten(-1, (-1, 8))
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (padded * weights).sum(-1, dtype=torch.uint8)
+
+
+def evaluated_at(
+    mask_mod: MaskMod, queries: Tensor, num_keys: int, stride: int = 1, merge_heads: MergeHeads | None = None
+) -> SampledMask:
+    """A mask by bits, at some queries ``[b, h, m]`` (int64) of each head and every ``stride``-th key."""
+    batch, heads, number = queries.shape
+    queries = capturable(queries)
+    rows_per_chunk = max(1, evaluated_elements(queries.device) // (batch * heads * num_keys))
+
+    def piece(start: int) -> Tensor:
+        def q_index(b: Tensor, h: Tensor, row: Tensor) -> Tensor:
+            return queries[b, h, row + start]
+
+        rows = min(rows_per_chunk, number - start)
+        mask = evaluate(mask_mod, (batch, heads, rows, num_keys), q_index, queries.device)[..., ::stride]
+        return pack_bits(mask if merge_heads is None else merge_heads(mask))
+
+    first, pieces = piece(0), -(-number // rows_per_chunk)
+    if pieces == 1:
+        return SampledMask(bits=first)
+    bits = first.new_empty(*first.shape[:2], number, first.shape[3])  # all pieces beside it would take it twice
+    bits[:, :, :rows_per_chunk] = first
+    for chunk in range(1, pieces):
+        start = chunk * rows_per_chunk
+        bits[:, :, start : start + rows_per_chunk] = piece(start)
+    return SampledMask(bits=bits)
+
+
+def evaluate(
+    mask_mod: MaskMod,
+    shape: tuple[int, int, int, int],
+    q_index: Callable[[Tensor, Tensor, Tensor], Tensor],
+    device: torch.device,
+) -> Tensor:
+    """Evaluate a mask at chosen queries and all keys: bool ``[batch, heads, rows, Skv]``, which is ``shape``.
+
+    q_index: from (b, h, row) to the index of the query.
+    """
+
+    def at_rows(b: Tensor, h: Tensor, row: Tensor, kv_idx: Tensor) -> Tensor:
+        allowed: Any = mask_mod(b, h, q_index(b, h, row), kv_idx)
+        if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
+            kind = allowed.dtype if isinstance(allowed, Tensor) else type(allowed).__name__
+            raise TypeError(f"mask_mod: expected a bool tensor as its result, got {kind}; use a comparison")
+        result: Tensor = allowed & (row >= 0)  # a mask may ignore its arguments
+        return result
+
+    mask: Tensor = create_mask(at_rows, *shape, device=device)
+    return mask
+
+
+def evaluated_elements(device: torch.device) -> int:
+    """Token pairs to evaluate at once: few on a CPU, for memory; on a GPU and in a trace more, for fewer steps."""
+    if torch.compiler.is_compiling():
+        return 2**28
+    return 2**23 if device.type == "cpu" else 2**27
