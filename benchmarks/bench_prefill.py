@@ -44,7 +44,7 @@ from benchmarks.harness import (
     time_ms,
 )
 from flexproxy import ProxyConfig, reference
-from flexproxy.integrations.transformers import configure, record_selections
+from flexproxy.integrations.transformers import configure
 from flexproxy.integrations.transformers.attention import attention_forward
 from flexproxy.integrations.transformers.masks import forward_mask
 
@@ -124,9 +124,9 @@ def check_correctness(model: Any, length: int = 4096) -> None:
     mask, scale = causal_mask(length, padding), q.shape[-1] ** -0.5
     configure(model, ProxyConfig(density=0.2, min_budget=length // 8))
     # A prompt short enough for the exact result would be dense.
-    with sparse_where_short(), record_selections(model) as record:
+    with sparse_where_short(), flexproxy.record(model, selections=True) as record:
         out = attention_forward(model.model.layers[0].self_attn, q, k, v, mask, scaling=scale)[0].transpose(1, 2)
-    member = create_mask(record[0].mask_mod(), 2, q.shape[1], length, length, device=DEVICE)
+    member = create_mask(record.selections[0].mask_mod(), 2, q.shape[1], length, length, device=DEVICE)
     allowed = member & create_mask(mask.mask_mod, 2, 1, length, length, device=DEVICE)
     exact = reference.attention(q, k, v, allowed, scale)
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=True)

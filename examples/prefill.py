@@ -28,10 +28,11 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import flexproxy
 from flexproxy import ProxyConfig
 from flexproxy.cli.needle import VOCAB_SIZE
 from flexproxy.files import replacing
-from flexproxy.integrations.transformers import configuration, configure, record_selections
+from flexproxy.integrations.transformers import configure
 
 NEEDLE_MODEL = Path(__file__).resolve().parent / "needle"
 REPEATS = 3
@@ -110,7 +111,7 @@ def compare(model: Any, tokens: Tensor, last: int, progress: Progress) -> dict[s
     prefills = Prefills(model, tokens, last, progress)
     dense, dense_seconds, _ = prefills.timed("sdpa")
     sparse, sparse_seconds, first_seconds = prefills.timed("flexproxy")
-    with record_selections(model) as record:
+    with flexproxy.record(model) as record:
         prefills.run("flexproxy, looking at the selections")
     divergence = F.kl_div(sparse.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none").sum(-1)
     return {
@@ -120,14 +121,8 @@ def compare(model: Any, tokens: Tensor, last: int, progress: Progress) -> dict[s
         "seconds": {"sdpa": dense_seconds, "flexproxy": sparse_seconds, "flexproxy_first": first_seconds},
         "same_next_token": (sparse.argmax(-1) == dense.argmax(-1)).float().mean().item(),
         "divergence": divergence.mean().item(),  # Kullback-Leibler, nats
-        "density": {
-            layer: record[layer].density()[0].tolist() if layer in record else None for layer in layers_of(model)
-        },
+        "density": {layer: passes[0].density and passes[0].density[0] for layer, passes in record.layers.items()},
     }
-
-
-def layers_of(model: Any) -> list[int]:
-    return list(configuration(model))
 
 
 def show(result: dict[str, Any], console: Console) -> None:

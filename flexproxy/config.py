@@ -157,8 +157,8 @@ class ProxyConfig:
         return self.query_choice == "outlier" and self.strides[0] > 1
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> dict[int, ProxyConfig]:
-        """The settings of each layer, by index, from a file of ``flexproxy calibrate`` or of ``save_configuration``.
+    def load_layers(cls, path: str | os.PathLike[str]) -> dict[int, ProxyConfig]:
+        """The settings of every layer, by its index, from a file of ``flexproxy calibrate`` or ``save_configuration``.
 
         Which model the file was made for is not looked at here: ``configure(model, path)`` of the transformers
         integration refuses a file of another model.

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask
 
 import flexproxy
 from flexproxy import ProxyConfig, Selection, masks, plot, stats
-from flexproxy.inspect.recording import Pass, Record
+from flexproxy.inspect.record import Pass, Record
 from flexproxy.plot.figures import save_problem
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -94,6 +94,7 @@ def test_density_shows_layers_and_heads() -> None:
     assert f"mean {want.mean():.3f}" in figure.get_suptitle()
     assert torch.equal(drawn(plot.density(want).axes[0]), want)
     assert torch.equal(drawn(plot.density([selections[2], selections[7]], batch=1).axes[0]), want)
+    assert torch.equal(drawn(plot.density(selections[2], batch=1).axes[0]), want[:1])
 
 
 def test_density_of_another_mask() -> None:
@@ -142,16 +143,18 @@ def test_recovered_mass_begins_where_the_least_is() -> None:
 
 def pass_of(kept: tuple[int, ...], mass: tuple[float, ...] | None, times: tuple[float, float]) -> Pass:
     masses = None if mass is None else (mass,)
-    return Pass(640, 640, None, ProxyConfig(), (kept,), (kept,), ((10,) * len(kept),), masses, *times)
+    return Pass(640, 640, None, ProxyConfig(), (kept,), ((10,) * len(kept),), masses, *times)
 
 
 def dense_pass(milliseconds: float) -> Pass:
-    return Pass(1, 641, "fewer than 128 new tokens", None, None, None, None, None, None, milliseconds)
+    return Pass(1, 641, "fewer than 128 new tokens", None, None, None, None, None, milliseconds)
 
 
 def record_of(passes: dict[int, list[Pass]]) -> Record:
-    record = Record({"class": "LlamaForCausalLM"}, {"device": "CPU"}, False)
-    record._passes.update({layer: list(some) for layer, some in passes.items()})
+    record = Record({"class": "LlamaForCausalLM"}, {"device": "CPU"})
+    for layer, some in passes.items():
+        for one in some:
+            record._add(layer, lambda one=one: one)  # type: ignore[misc]
     return record
 
 
@@ -284,7 +287,7 @@ def test_what_is_wrong_with_a_path(tmp_path: Path) -> None:
     for name, force, problem in (
         ("old.png", False, "exists already"),
         ("dangling.png", False, "exists already"),
-        ("folder.png", True, "is a folder"),
+        ("folder.png", True, "is not a regular file"),
         ("new.txt", False, "no picture format ends in '.txt'"),
         ("new", False, "no picture format ends in ''"),
         ("nowhere/new.png", False, f"the folder {tmp_path / 'nowhere'} does not exist"),
@@ -306,7 +309,6 @@ def test_mistakes_are_named() -> None:
         (lambda: plot.density([other]), r"got BlockMask; use .* for other masks torch\.stack\(\[stats\.density\("),  # type: ignore[list-item]
         (lambda: plot.density(5), r"densities: expected a Selection for each layer, .* got int; use"),  # type: ignore[arg-type]
         (lambda: plot.density(other), "densities: expected a Selection for each layer, .* got BlockMask; use"),  # type: ignore[arg-type]
-        (lambda: plot.density(selection), "densities: expected a Selection for each layer, .* got Selection; use"),  # type: ignore[arg-type]
         (lambda: plot.density(torch.ones([])), r"densities: expected a tensor \[layers, Hq\], got shape \[\]"),
         (lambda: plot.recovered_mass([1.0]), r"masses: expected a tensor \[layers, Hq\], got list; use torch\.stack"),  # type: ignore[arg-type]
         (lambda: plot.block_map(masks.causal), "mask: expected a Selection or a BlockMask, got function"),  # type: ignore[arg-type]

@@ -18,13 +18,12 @@ from torch import Tensor
 
 from flexproxy import ProxyConfig
 from flexproxy.calibration import choose
-from flexproxy.calibration.choose import Target
+from flexproxy.calibration.choose import CalibrationError, Target
 from flexproxy.calibration.collect import Layer, read
-from flexproxy.calibration.errors import CalibrationError
-from flexproxy.calibration.heads import Measured, measure
+from flexproxy.calibration.heads import Grouping, groupings_of
 from flexproxy.calibration.measure import Kept, evaluate
 from flexproxy.calibration.result import Calibration
-from flexproxy.calibration.texts import marks, split
+from flexproxy.calibration.texts import split
 from flexproxy.checks import check_config
 from flexproxy.environment import processor, versions
 
@@ -84,8 +83,7 @@ def calibrate(
         CalibrationError: a ValueError: the target cannot be had, or the texts are too short; the message says more.
         TypeError, ValueError: another argument does not fit.
     """
-    from flexproxy.integrations.transformers.identity import identity_of
-    from flexproxy.integrations.transformers.settings import all_modules, attention_layers
+    from flexproxy.integrations.transformers.settings import all_modules, attention_layers, shape_of
 
     begin = time.perf_counter()
     target, config = Target.of(density, quality), check_config(config)
@@ -95,8 +93,8 @@ def calibrate(
         raise CalibrationError(
             "model: expected one in eval mode, got one that is in training; call model.eval() before"
         )
-    identity = identity_of(model, all_modules(layers))
-    if "weights" not in identity:
+    weights = [weight for module in all_modules(layers) for weight in module.parameters()]
+    if any(weight.is_meta or hasattr(weight, "to_local") or not weight.numel() for weight in weights):
         raise CalibrationError(
             "model: expected one with all of its weights in this process, got shards of them, or weights that are "
             "elsewhere; load it without tensor parallelism, FSDP and offloading"
@@ -105,7 +103,7 @@ def calibrate(
     passes = _Passes(model, config.block_size, len(layers), 3 if quality is None else 4, progress)
 
     measured = passes.over(
-        "measuring heads", decide, lambda _, layer: measure(layer, config, target, max_proxies, rows)
+        "measuring heads", decide, lambda _, layer: groupings_of(layer, config, target, max_proxies, rows)
     )
     at = _levels_with_best_rankings(measured, target)
     chosen = _choose(measured, at, target, tolerance)
@@ -133,7 +131,6 @@ def calibrate(
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": processor(model.device),
         "seconds": round(time.perf_counter() - begin, 1),
-        "texts": {"marks": marks([*decide, *confirm])},
         "mean": {
             "decided_on": _mean(decided.values()),
             "confirmed_on": _mean(ours for ours, _ in confirmed.values()),
@@ -144,7 +141,7 @@ def calibrate(
             for index in measured
         },
     }
-    return Calibration(chosen, identity, evidence, versions())
+    return Calibration(chosen, shape_of(model), evidence, versions())
 
 
 class _Passes(NamedTuple):
@@ -186,7 +183,7 @@ class _Passes(NamedTuple):
 def _split(
     model: PreTrainedModel, texts: Sequence[Any], length: int | None, sequences: int, config: ProxyConfig
 ) -> tuple[Tensor, Tensor]:
-    from flexproxy.integrations.transformers.identity import max_positions
+    from flexproxy.integrations.transformers.settings import max_positions
 
     longest = min(LONGEST, max_positions(model) or LONGEST)
     decide, confirm = split(texts, length, longest, sequences, config.block_size)
@@ -198,20 +195,20 @@ def _split(
     return decide, confirm
 
 
-def _levels_with_best_rankings(measured: dict[int, Measured], target: Target) -> dict[int, int]:
+def _levels_with_best_rankings(measured: dict[int, list[Grouping]], target: Target) -> dict[int, int]:
     """Index of the level that each layer would have if it had its best ranking."""
-    best = [choose.best_curve([grouping.curve for grouping in layer.groupings]) for layer in measured.values()]
+    best = [choose.best_curve([grouping.curve for grouping in layer]) for layer in measured.values()]
     return dict(zip(measured, choose.nearest_levels(best, target), strict=True))
 
 
 def _choose(
-    measured: dict[int, Measured], at: dict[int, int], target: Target, tolerance: float
+    measured: dict[int, list[Grouping]], at: dict[int, int], target: Target, tolerance: float
 ) -> dict[int, ProxyConfig]:
     """The settings: the fewest proxies that rank well enough at a level of each layer, and what then is its level."""
     groupings = []
     for index, layer in measured.items():
-        kept = [grouping.peaks[:, at[index]].tolist() for grouping in layer.groupings]
-        groupings.append(layer.groupings[choose.fewest(kept, tolerance)])
+        kept = [grouping.peaks[:, at[index]].tolist() for grouping in layer]
+        groupings.append(layer[choose.fewest(kept, tolerance)])
     levels = choose.levels_for([grouping.curve for grouping in groupings], target)
     return {
         index: replace(grouping.config, **target.setting(level))
@@ -238,17 +235,18 @@ def _mean(kept: Iterable[Kept]) -> dict[str, float]:
     }
 
 
-def _layer_evidence(measured: Measured, at: int, decided: Kept, confirmed: Kept, uniform: Kept) -> dict[str, Any]:
-    density = [point.density for point in measured.groupings[0].curve]
+def _layer_evidence(
+    groupings: list[Grouping], at: int, decided: Kept, confirmed: Kept, uniform: Kept
+) -> dict[str, Any]:
+    density = [point.density for point in groupings[0].curve]
     return {
-        "similarity": _rounded(measured.similarity.tolist()),
         "groupings": [
             {
                 "groups": [list(heads) for heads in grouping.groups],
                 "recovered": _rounded([point.recovered for point in grouping.curve]),
                 "peaks": _rounded(grouping.peaks[:, at].tolist()),
             }
-            for grouping in measured.groupings
+            for grouping in groupings
         ],
         "density": _rounded(density),
         "peaks_at_density": round(density[at], 4),

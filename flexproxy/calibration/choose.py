@@ -6,9 +6,11 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from flexproxy.calibration.errors import CalibrationError
-
 NUM_LEVELS = 32
+
+
+class CalibrationError(ValueError):
+    """These settings cannot be had from these texts; the message is one line that says why, and what would help."""
 
 
 class Point(NamedTuple):

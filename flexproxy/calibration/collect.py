@@ -1,19 +1,21 @@
-"""What the layers of a model of transformers attend with, one layer at a time, while it reads some texts densely."""
+"""The queries, keys and masks of a model's layers, one layer at a time, while it reads some texts densely."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy import ProxyConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from flexproxy.integrations.transformers.observing import Call
 
 
 class Layer(NamedTuple):
@@ -31,63 +33,47 @@ class Layer(NamedTuple):
 
 
 Look: TypeAlias = Callable[[int, Layer], None]
-"""Called with the index of a layer, and what it attends with, which lives as long as the call."""
+"""Called with the index of a layer and what it attends with, which is freed after the call."""
 
 
 @torch.no_grad()
 def read(model: PreTrainedModel, tokens: Tensor, block_size: int, look: Look) -> None:
     """Let a model read tokens ``[B, S]`` with dense attention, and look at each layer with causal self-attention.
 
-    The model is then as it was. The head that gives logits does not run.
+    Only this model is observed, and afterwards it is as it was. The head that gives logits does not run.
 
     Args:
         block_size: of the masks that are given.
     """
-    with _observed(model, block_size, look):
-        model.base_model(input_ids=tokens.to(model.device), use_cache=False)
+    from flexproxy.integrations.transformers.observing import observe
+    from flexproxy.integrations.transformers.settings import configuration, configure
 
-
-@contextmanager
-def _observed(model: PreTrainedModel, block_size: int, look: Look) -> Iterator[None]:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    from flexproxy.integrations.transformers import NAME, configuration, configure
-    from flexproxy.integrations.transformers.attention import attention_forward
-    from flexproxy.integrations.transformers.settings import all_modules, attention_layers
-
-    layers = attention_layers(model)
-    observed = {id(module) for module in all_modules(layers)}
-
-    def observe(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **others: Any
-    ) -> tuple[Tensor, None]:
-        if id(module) in observed and isinstance(attention_mask, BlockMask):
-            block_mask = _in_blocks_of(attention_mask, block_size, query.device)
-            look(int(module.layer_idx), Layer(query, key, block_mask, others.get("scaling")))  # type: ignore[arg-type]
-        return attention_forward(module, query, key, value, attention_mask, **others)
+    def see(call: Call) -> None:
+        if isinstance(call.mask, BlockMask):
+            block_mask = _in_blocks_of(call.mask, block_size, call.query.device)
+            look(call.layer, Layer(call.query, call.key, block_mask, call.scale))
 
     before = configuration(model)
     configure(model, ProxyConfig(gamma=1.0))
     try:
-        # Of this mapping alone, in front of what is registered: another function cannot be taken out again.
-        ALL_ATTENTION_FUNCTIONS[NAME] = observe
-        with _implementation(model, NAME):
-            yield
+        with _flexproxy_attention(model), observe(model, see):
+            model.base_model(input_ids=tokens.to(model.device), use_cache=False)
     finally:
-        ALL_ATTENTION_FUNCTIONS._local_mapping.pop(NAME, None)
         configure(model, before)
 
 
 @contextmanager
-def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Set the attention of a model and of the models in it, inside."""
+def _flexproxy_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Use flexproxy's attention in a model and in the models inside of it."""
     from transformers import PreTrainedModel
+
+    from flexproxy.integrations.transformers import NAME
 
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:
-            config._attn_implementation = name
+            config._attn_implementation = NAME
         yield
     finally:
         for config, implementation in zip(configs, before, strict=True):  # outer ones first: they set the inner

@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from flexproxy import ProxyConfig
@@ -30,23 +29,12 @@ class Grouping(NamedTuple):
     curve: list[Point]
 
 
-class Measured(NamedTuple):
-    """What is known of a layer.
-
-    similarity: share of its peaks that a head (column) would keep by the ranking of another (row): fp32 ``[Hq, Hq]``.
-    groupings: from few proxies to many.
-    """
-
-    similarity: Tensor
-    groupings: list[Grouping]
-
-
-def measure(layer: Layer, config: ProxyConfig, target: Target, max_proxies: int, num_rows: int) -> Measured:
-    """Try groupings of up to ``max_proxies`` proxies on one layer, at every level of the target."""
+def groupings_of(layer: Layer, config: ProxyConfig, target: Target, max_proxies: int, num_rows: int) -> list[Grouping]:
+    """Groupings of up to ``max_proxies`` proxies of one layer, at every level of the target; from few to many."""
     levels = levels_of(layer, config, target.settings())
     rows = Rows(layer, config, num_rows)
     counts = levels.counts[..., target.reference()]
-    groupings = []
+    groupings: list[Grouping] = []
     num_heads, num_kv_heads = layer.q.shape[1], layer.k.shape[1]
     merged = merge(rows, counts)
     for groups, proxies in _candidates(merged, min(max_proxies, num_heads), num_heads, num_kv_heads):
@@ -55,8 +43,7 @@ def measure(layer: Layer, config: ProxyConfig, target: Target, max_proxies: int,
         mass, peaks = rows.kept(grouped, levels.counts)
         curve = [Point(*point) for point in zip(levels.density.tolist(), mass.mean(0).tolist(), strict=True)]
         groupings.append(Grouping(groups, grouped, peaks, curve))
-    alone = [(head,) for head in range(num_heads)]
-    return Measured(torch.stack(list(rows.peaks_kept(alone, counts))).cpu(), groupings)
+    return groupings
 
 
 def merge(rows: Rows, counts: Tensor) -> dict[int, tuple[Heads, ...]]:

@@ -6,16 +6,10 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
-
-from flexproxy.calibration.texts import marks
 from flexproxy.config import ProxyConfig, changed_fields, read_settings
-from flexproxy.files import write_text
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from flexproxy.files import replacing
 
 
 @dataclass(frozen=True)
@@ -24,14 +18,13 @@ class Calibration:
 
     Attributes:
         layers: the settings of each layer, for ``configure(model, calibration.layers)``.
-        model: the shape of the model, and a hash that tells its weights from others.
-        evidence: what was asked for, and what was measured, as plain data. ``layers[str(index)]`` has of each layer the
-            ``similarity`` of its heads (share of the peaks of head j that the ranking of head i keeps), the
-            ``groupings`` that were tried with the mass that they recover at every ``density`` tried and the peaks that
-            heads keep at one of them, ``peaks_at_density``, by which one was chosen; and under ``decided_on``,
-            ``confirmed_on`` and ``uniform`` what is kept: of the sequences that decided, of those that were kept aside,
-            and of the latter with the same settings in all layers at the same mean density. *Peaks* are the blocks on
-            which attention is concentrated, apart from those nearby.
+        model: the shape of the model.
+        evidence: the targets and the measurements, as plain data. ``layers[str(index)]`` has the ``groupings`` that
+            were tried with the mass that they recover at every ``density`` tried and the peaks that heads keep at one
+            of them, ``peaks_at_density``, by which one was chosen; and under ``decided_on``, ``confirmed_on`` and
+            ``uniform`` what is kept: of the sequences that decided, of those that were kept aside, and of the latter
+            with the same settings in all layers at the same mean density. *Peaks* are the blocks on which attention is
+            concentrated, apart from those nearby.
         versions: of what it was made with.
     """
 
@@ -56,18 +49,19 @@ class Calibration:
         }
 
     def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
-        """Write a file for ``configure(model, path)`` and ``ProxyConfig.load(path)``, whole or not at all.
+        """Write a file for ``configure(model, path)`` and ``ProxyConfig.load_layers(path)``, whole or not at all.
 
         Args:
             force: replace the file if it exists.
 
         Raises:
             ValueError: nothing can be written there; the message says why.
-            OSError: writing failed; what was there before still is.
+            OSError: writing failed; the old file, if any, is unchanged.
         """
         text = json.dumps(self.to_json(), indent=1)
         text = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text)  # a list of numbers on a line
-        write_text(path, text + "\n", force)
+        with replacing(path, force) as unfinished:
+            unfinished.write_text(text + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -81,21 +75,3 @@ class Calibration:
         if "evidence" not in data:
             raise ValueError(f"path: expected a file of flexproxy calibrate, got {path}, which has settings alone")
         return cls(layers, model, data["evidence"], data.get("versions", {}))
-
-    def has_seen(self, tokens: Tensor) -> bool:
-        """Whether a text repeats 256 tokens in a row of what this calibration used: do not evaluate it on such a text.
-
-        Args:
-            tokens: token ids ``[S]`` or ``[1, S]``.
-        """
-        return not set(marks([tokens])).isdisjoint(self.evidence["texts"]["marks"])
-
-    def figure(self) -> Figure:
-        """A picture of it, a matplotlib Figure: proxies, density and recovered mass by layer, and how alike heads are.
-
-        Raises:
-            ModuleNotFoundError: matplotlib is not installed.
-        """
-        from flexproxy.calibration.picture import draw
-
-        return draw(self)

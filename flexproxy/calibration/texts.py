@@ -1,25 +1,21 @@
-"""Sequences to calibrate on and to confirm with, and marks by which a text that was used is known again."""
+"""Sequences to calibrate on and to confirm with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexproxy.calibration.errors import CalibrationError
-
-_WINDOW = 32  # tokens that are hashed together
-_KNOWN = 256  # tokens in a row that are always known again
-_MULTIPLIER = 6364136223846793005  # odd, mixes in 64 bits
+from flexproxy.calibration.choose import CalibrationError
 
 
 def split(texts: Sequence[Any], length: int | None, longest: int, number: int, unit: int) -> tuple[Tensor, Tensor]:
-    """Sequences to decide on and others to confirm with: int64 ``[n, S]`` each, with no token in common.
+    """Sequences to decide on and others to confirm with: int64 ``[n, S]`` each, without a token in common.
 
     The texts are cut into sequences. Those in the first half decide, those in the second half confirm; with two texts
-    of a length, that is one text each.
+    of one length, that is one text each.
 
     Args:
         texts: token ids of each text, ``[S]`` or ``[1, S]``, or ints.
@@ -43,31 +39,7 @@ def split(texts: Sequence[Any], length: int | None, longest: int, number: int, u
             f"confirm by, got texts of {sizes[:5]} tokens; use longer texts or a lower length"
         )
     half = len(pieces) // 2
-    first, second = _spread(pieces[:half], number // 2), _spread(pieces[half:], number // 2)
-    return torch.stack(first), torch.stack(second)
-
-
-def marks(sequences: Iterable[Tensor]) -> list[str]:
-    """Hashes of some windows of 32 tokens, sorted; texts that have 256 tokens in a row in common share one at least.
-
-    Of the windows in any 256 tokens the one with the lowest hash is taken ("Winnowing", Schleimer and others, 2003), so
-    it does not matter where a text was cut.
-    """
-    found: set[int] = set()
-    powers = torch.tensor([_wrapped(pow(_MULTIPLIER, power, 2**64)) for power in range(1, _WINDOW + 1)])
-    for sequence in sequences:
-        tokens = sequence.reshape(-1).to("cpu", torch.int64)
-        if len(tokens) < _WINDOW:
-            continue
-        hashes = (tokens.unfold(0, _WINDOW, 1) * powers).sum(-1)  # modulo 2**64
-        hashes = (hashes ^ (hashes >> 29)) * _MULTIPLIER
-        hashes ^= hashes >> 32
-        found.update(hashes.unfold(0, min(len(hashes), _KNOWN - _WINDOW + 1), 1).amin(-1).tolist())
-    return sorted(f"{value % 2**64:016x}" for value in found)
-
-
-def _wrapped(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
+    return _spread(pieces[:half], number // 2), _spread(pieces[half:], number // 2)
 
 
 def _as_ids(text: Any) -> Tensor:
@@ -83,6 +55,6 @@ def _as_ids(text: Any) -> Tensor:
     return ids.to("cpu", torch.int64)
 
 
-def _spread(pieces: Sequence[Tensor], number: int) -> list[Tensor]:
+def _spread(pieces: Sequence[Tensor], number: int) -> Tensor:
     number = min(number, len(pieces))
-    return [pieces[index * len(pieces) // number] for index in range(number)]
+    return torch.stack([pieces[index * len(pieces) // number] for index in range(number)])

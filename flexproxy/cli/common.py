@@ -50,7 +50,7 @@ def input_errors() -> Iterator[None]:
     """What goes wrong with a model, a text or a device inside, said in one line."""
     import torch
 
-    from flexproxy.calibration.errors import CalibrationError
+    from flexproxy.calibration import CalibrationError
     from flexproxy.cli.inputs import ImpossibleError, InputError
 
     try:
@@ -92,8 +92,8 @@ def writing(option: str, path: Path) -> Iterator[None]:
     """What goes wrong with a file in spite of that: a full disk."""
     try:
         yield
-    except OSError as error:
-        raise impossible(f"{option} {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise impossible(f"{option} {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def write_json(option: str, path: Path, data: Any) -> None:

@@ -22,8 +22,6 @@ from flexproxy.environment import cpp_compiler
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel
 
-_CHECKPOINT = Path("examples", "needle")  # in the repository
-
 
 class InputError(ValueError):
     """A command cannot be run as asked; the message is one line that says why, and what would help."""
@@ -36,17 +34,6 @@ class ImpossibleError(InputError):
 def default_text() -> Path:
     """A real text that every Python installation has: the source of argparse."""
     return Path(argparse.__file__)
-
-
-def default_model() -> Path:
-    """The folder of the trained needle model, in the repository that this package is part of."""
-    folder = Path(__file__).resolve().parent.parent / _CHECKPOINT
-    if not (folder / "model.safetensors").is_file():
-        raise InputError(
-            f"no model.safetensors in {folder}; the checkpoint is part of the repository ({_CHECKPOINT.as_posix()}), "
-            "not of the installed package: pass --model DIR to point to it"
-        )
-    return folder
 
 
 def read_text(path: Path, length: int | None) -> Tensor:
@@ -92,7 +79,10 @@ def load_model(folder: Path, device: torch.device) -> LlamaForCausalLM:
 
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise InputError(f"no {name} in {folder}; a model is a folder as examples/needle/train.py writes it")
+            raise InputError(
+                f"no {name} in {folder}; the demo's model is the folder examples/needle of flexproxy's repository: run "
+                "the demo where that is, or pass --model DIR"
+            )
     model = load_decoder(str(folder), device, "sdpa")
     vocabulary = int(model.config.vocab_size or 0)
     if not isinstance(model, LlamaForCausalLM) or vocabulary < VOCAB_SIZE:
@@ -148,8 +138,7 @@ def check_decoder(model: PreTrainedModel, length: int | None) -> None:
         InputError: it has no causal attention, heads that are too narrow or too wide, or fewer positions than
             ``length``, if that is given.
     """
-    from flexproxy.integrations.transformers.identity import max_positions
-    from flexproxy.integrations.transformers.settings import all_modules, attention_layers
+    from flexproxy.integrations.transformers.settings import all_modules, attention_layers, max_positions
 
     try:
         modules = all_modules(attention_layers(model))

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 import flexproxy
 from flexproxy.cli.inputs import InputError
-from flexproxy.inspect.recording import Record
-from flexproxy.inspect.totals import totals_of
+from flexproxy.inspect.record import Record, totals_of
 from flexproxy.integrations.transformers.observing import Call, observe
 from flexproxy.integrations.transformers.settings import attention_layers
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexproxy.files import check_problem, replacing, write_problem
+from flexproxy.files import replacing, write_problem
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +29,9 @@ def save(figure: Figure, path: str | Path, force: bool = False) -> None:
         OSError: writing failed; what was there before still is.
     """
     path = Path(path)
-    check_problem(path, save_problem(path, force))
+    problem = save_problem(path, force)
+    if problem is not None:
+        raise ValueError(f"path: expected a file to write, got {path}: {problem}")
     with replacing(path) as unfinished, plain_style():
         figure.savefig(unfinished, format=path.suffix.lstrip(".").lower(), dpi=130, facecolor="white")
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flexproxy.inspect.recording import Record
-from flexproxy.inspect.totals import Totals, mean, together, totals_of
+from flexproxy.inspect.record import Record, Totals, mean, together, totals_of
 from flexproxy.plot.figures import DARK, LIGHT, MIDDLE, add_title, plain_style
 from flexproxy.selection import Selection
 from flexproxy.stats import check_index
@@ -23,13 +22,16 @@ _DENSITY, _MASS = "kept blocks / admissible blocks", "recovered attention mass"
 
 
 def density(
-    densities: Tensor | Sequence[Selection] | Mapping[int, Selection], *, batch: int = 0, title: str | None = None
+    densities: Tensor | Selection | Sequence[Selection] | Mapping[int, Selection],
+    *,
+    batch: int = 0,
+    title: str | None = None,
 ) -> Figure:
     """A heat map of kept / admissible blocks, a row for every layer and a column for every head.
 
     Args:
-        densities: one Selection for each layer, in a sequence or by the layer's index as ``record_selections`` notes
-            them; or a tensor ``[layers, Hq]``.
+        densities: a Selection; one for each layer, in a sequence or by the layer's index, as in the ``selections`` of
+            ``flexproxy.record(model, selections=True)``; or a tensor ``[layers, Hq]``.
         batch: which sequence of the selections.
         title: line above the map; None describes it.
 
@@ -187,13 +189,15 @@ def _layers(densities: Any, batch: int) -> tuple[list[int], Tensor]:
     if isinstance(densities, Tensor):
         values = _checked("densities", densities)
         return list(range(len(values))), values
+    if isinstance(densities, Selection):
+        densities = [densities]
     several = isinstance(densities, Iterable)
     by_layer = dict(densities) if isinstance(densities, Mapping) else dict(enumerate(densities if several else ()))
     if not by_layer or not all(isinstance(selection, Selection) for selection in by_layer.values()):
         kinds = sorted({type(x).__name__ for x in by_layer.values()}) if several else [type(densities).__name__]
         raise TypeError(
             "densities: expected a Selection for each layer, or a tensor [layers, Hq], got "
-            f"{', '.join(kinds) or 'none'}; use record_selections, or for other masks "
+            f"{', '.join(kinds) or 'none'}; use flexproxy.record(model, selections=True), or for other masks "
             "torch.stack([stats.density(q, k, mask)[0], ...])"
         )
     for selection in by_layer.values():

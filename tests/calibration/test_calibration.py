@@ -16,10 +16,9 @@ from torch import Tensor
 import flexproxy
 from flexproxy import ProxyConfig, Selection, masks, stats
 from flexproxy.calibration import _raise, choose, texts
-from flexproxy.calibration.choose import Point, Target
+from flexproxy.calibration.choose import CalibrationError, Point, Target
 from flexproxy.calibration.collect import Layer
-from flexproxy.calibration.errors import CalibrationError
-from flexproxy.calibration.heads import Measured, measure, merge, proxy_indices
+from flexproxy.calibration.heads import Grouping, groupings_of, merge, proxy_indices
 from flexproxy.calibration.measure import Rows, evaluate, levels_of
 from flexproxy.calibration.result import Calibration
 from flexproxy.pipeline import dense_block_mask
@@ -66,18 +65,16 @@ def test_planted_groups_are_found(patterns: list[int], device: str) -> None:
     """Heads that look alike, and do not lie side by side, share a proxy; and no more proxies are taken than that."""
     planted = planted_layer(patterns)
     layer = make_layer(planted.q.to(device), planted.k.to(device))
-    measured = measure(layer, CONFIG, Target.of(0.2, None), len(patterns), 64)
+    groupings = groupings_of(layer, CONFIG, Target.of(0.2, None), len(patterns), 64)
     number = max(patterns) + 1
-    (found,) = [g for g in measured.groupings if len(g.groups) == number and g.config.groups is not None]
+    (found,) = [g for g in groupings if len(g.groups) == number and g.config.groups is not None]
     assert found.config.groups == tuple(patterns)
     level = choose.nearest_levels([found.curve], Target.of(0.2, None))[0]
-    kept = [grouping.peaks[:, level].tolist() for grouping in measured.groupings]
-    chosen = measured.groupings[choose.fewest(kept, 0.03)]
+    kept = [grouping.peaks[:, level].tolist() for grouping in groupings]
+    chosen = groupings[choose.fewest(kept, 0.03)]
     assert chosen.config.groups == tuple(patterns)
-    (one,) = [grouping for grouping in measured.groupings if len(grouping.groups) == 1]
+    (one,) = [grouping for grouping in groupings if len(grouping.groups) == 1]
     assert found.curve[level].recovered > one.curve[level].recovered + 0.05
-    same = torch.tensor(patterns)[:, None] == torch.tensor(patterns)
-    assert measured.similarity[same].min() > measured.similarity[~same].max()
 
 
 def test_what_is_measured_of_a_grouping_is_what_the_estimate_does_with_it() -> None:
@@ -131,8 +128,8 @@ def test_merging_ends_with_one_group() -> None:
 # ----------------------------------------------------------------------------------------------------------- choosing
 
 
-def measured_of(layers: list[Layer], target: Target) -> dict[int, Measured]:
-    return {index: measure(layer, CONFIG, target, 1, 64) for index, layer in enumerate(layers)}
+def measured_of(layers: list[Layer], target: Target) -> dict[int, list[Grouping]]:
+    return {index: groupings_of(layer, CONFIG, target, 1, 64) for index, layer in enumerate(layers)}
 
 
 def test_density_goes_where_it_helps() -> None:
@@ -140,7 +137,7 @@ def test_density_goes_where_it_helps() -> None:
     target = Target.of(0.4, None)
     narrow, wide = planted_layer([0, 0]), planted_layer([0, 0], 0.0)
     measured = measured_of([narrow, wide], target)
-    curves = [measured[index].groupings[0].curve for index in (0, 1)]
+    curves = [measured[index][0].curve for index in (0, 1)]
     shares = choose.levels_for(curves, target)
     assert sum(shares) / 2 == pytest.approx(0.4, abs=1e-4)
     assert shares[0] < 0.35 < 0.45 < shares[1]
@@ -285,20 +282,6 @@ def test_texts_that_are_too_short(given: Any, length: int | None, error: type[Ex
         texts.split(given, length, 32768, 4, 16)
 
 
-def test_a_text_is_known_again_wherever_it_is_cut() -> None:
-    used = [ids(4096, seed) for seed in range(4)]
-    marks = set(texts.marks(used))
-    assert 100 < len(marks) < 200  # two in 226 windows, on average
-    assert marks == set(texts.marks(torch.stack(used)))
-    for start in (*range(1, 3840, 97), 3840):
-        assert not marks.isdisjoint(texts.marks([torch.cat([ids(300, 99), used[2][start : start + 256], ids(50, 98)])]))
-    assert marks.isdisjoint(texts.marks([ids(20000, 55)]))
-    letters = torch.tensor(list(Path(__file__).read_bytes()))  # few different tokens
-    assert len(texts.marks([letters])) > len(letters) / 200
-    assert len(texts.marks([ids(32, 0)])) == 1
-    assert not texts.marks([ids(31, 0)])
-
-
 def test_calibration_needs_no_transformers_until_it_runs() -> None:
     assert flexproxy.calibrate.__module__ == "flexproxy.calibration"
     with pytest.raises(AttributeError, match="module 'flexproxy' has no attribute 'calibrat'"):
@@ -308,49 +291,33 @@ def test_calibration_needs_no_transformers_until_it_runs() -> None:
 def test_a_file_is_read_without_a_model(tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     path.write_text(json.dumps({"flexproxy": 1, "model": {}, "layers": {"3": {"density": 0.2, "groups": [0, 1, 0]}}}))
-    assert ProxyConfig.load(path) == {3: ProxyConfig(density=0.2, groups=(0, 1, 0))}
+    assert ProxyConfig.load_layers(path) == {3: ProxyConfig(density=0.2, groups=(0, 1, 0))}
     with pytest.raises(ValueError, match=r"path: cannot read .*: No such file or directory; pass the path of a JSON"):
-        ProxyConfig.load(tmp_path / "nothing.json")
+        ProxyConfig.load_layers(tmp_path / "nothing.json")
     path.write_text("{}")
     with pytest.raises(ValueError, match=r'path: expected \{"flexproxy": 1, '):
-        ProxyConfig.load(str(path))
+        ProxyConfig.load_layers(str(path))
 
 
-def picture_of(num_layers: int, num_heads: int) -> Any:
+@pytest.mark.parametrize(("num_layers", "num_heads"), [(1, 1), (5, 8), (80, 64)])
+def test_the_picture_of_a_large_model_can_be_read(num_layers: int, num_heads: int) -> None:
+    """Markers do not touch, and nothing is cut off."""
+    pytest.importorskip("matplotlib")
     part = {"density": [0.3] * num_heads, "recovered": [0.9] * num_heads}
-    similarity = (0.5 + 0.5 * torch.eye(num_heads)).tolist()
-    layer = {"similarity": similarity, "uniform": part, "confirmed_on": part}
     mean = {"recovered": 0.9, "density": 0.3}
     evidence = {
-        "layers": {str(index): layer for index in range(num_layers)},
+        "layers": {str(index): {"uniform": part, "confirmed_on": part} for index in range(num_layers)},
         "target": {"density": 0.3},
         "length": 4096,
         "mean": {"confirmed_on": mean, "uniform": mean},
     }
     settings = {index: ProxyConfig(num_proxies=2) for index in range(num_layers)}
-    figure = Calibration(settings, {}, evidence, {}).figure()
+    figure = flexproxy.plot.calibration(Calibration(settings, {}, evidence, {}))
     figure.draw_without_rendering()
-    return figure
-
-
-@pytest.mark.parametrize(("num_layers", "num_heads"), [(1, 1), (5, 8), (80, 64)])
-def test_the_picture_of_a_large_model_can_be_read(num_layers: int, num_heads: int) -> None:
-    """Markers do not touch, maps name their first and last head, and the colour bar is slim."""
-    pytest.importorskip("matplotlib")
-    figure = picture_of(num_layers, num_heads)
-    points = 72 / figure.dpi
-    for axis in figure.subfigs[0].axes[1:]:
-        lines = [container[0] for container in axis.containers]
-        at = sorted(points * axis.transData.transform((x, 0.3))[0] for line in lines for x in line.get_xdata())
+    for axis in figure.axes[1:]:
+        lines: list[Any] = [container[0] for container in axis.containers]
+        at = sorted(axis.transData.transform((x, 0.3))[0] for line in lines for x in line.get_xdata())
         assert len(at) == 2 * num_layers
-        assert min(b - a for a, b in pairwise(at)) > lines[0].get_markersize()
-    maps = [axis for axis in figure.subfigs[1].axes if axis.images]
-    assert len(maps) == num_layers
-    for axis in maps:
-        ticks = [int(tick) for tick in axis.get_xticks()]
-        assert ticks == [int(tick) for tick in axis.get_yticks()] == sorted({0, num_heads - 1})
-    bar = figure.subfigs[1].axes[-1].get_window_extent()
-    assert bar.width * points < 14
-    assert bar.height > 8 * bar.width
+        assert min(b - a for a, b in pairwise(at)) * 72 / figure.dpi > lines[0].get_markersize()
     box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     assert max(-box.x0, -box.y0, box.x1 - width, box.y1 - height) <= 0

@@ -133,7 +133,7 @@ def test_the_layer_whose_heads_differ_most_is_looked_at(model_folder: Path) -> N
         ("--ranking 4 --pictures pictures", "--ranking: expected a query head from 0 to 3, got 4"),
         ("--density 0.3", "gamma, density: expected one of the two, got gamma=0.5, density=0.3; leave one of them out"),
         ("--pictures nowhere/deep", "the folder nowhere does not exist"),
-        ("--output .", "--output .: is a folder; name a file"),
+        ("--output .", "--output .: is not a regular file; name a file"),
         ("--config settings.json", "--config: expected all settings in the file, got --gamma, --min-budget besides"),
     ],
 )

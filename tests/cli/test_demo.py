@@ -192,19 +192,11 @@ def test_text_is_the_first_bytes_of_the_file(tmp_path: Path) -> None:
         inputs.read_text(tmp_path / "nowhere", 1)
 
 
-def test_default_model_says_where_it_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "__file__", str(tmp_path / "flexproxy" / "_inputs.py"))
-    with pytest.raises(InputError) as error:
-        inputs.default_model()
-    assert str(tmp_path / "examples" / "needle") in str(error.value)
-    assert "--model DIR" in str(error.value)
-    (tmp_path / "examples" / "needle").mkdir(parents=True)
-    (tmp_path / "examples" / "needle" / "model.safetensors").touch()
-    assert inputs.default_model() == tmp_path / "examples" / "needle"
-
-
 def test_models_that_cannot_be_loaded(model_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no config\.json in "):
+    with pytest.raises(
+        InputError,
+        match=r"no config\.json in .*the folder examples/needle of flexproxy's repository: run .*, or pass --model DIR",
+    ):
         inputs.load_model(tmp_path / "nowhere", CPU)
 
     broken = tmp_path / "broken"
@@ -248,7 +240,7 @@ def test_a_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_trained_model_answers_dense_and_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo with its defaults. The text differs a little from Python to Python, so the bounds have some room."""
     monkeypatch.setattr(demo, "_REPEATS", 1)
-    model = inputs.load_model(inputs.default_model(), CPU)
+    model = inputs.load_model(ROOT / "examples" / "needle", CPU)
     text = inputs.read_text(inputs.default_text(), 8192)
     result = demo.run(model, text, flexproxy.ProxyConfig(num_proxies=2, min_budget=512), num_needles=32, seed=0)
     assert result.dense.exact_answers >= 0.95 * 32

@@ -20,9 +20,10 @@ pytest.importorskip("transformers")
 import transformers
 from transformers import AttentionInterface
 
+import flexproxy
 from flexproxy import ProxyConfig
 from flexproxy.integrations.transformers import attention as hf_attention
-from flexproxy.integrations.transformers import configuration, configure, record_selections
+from flexproxy.integrations.transformers import configuration, configure
 from flexproxy.integrations.transformers import masks as hf_masks
 from tests.accuracy import skip_unless_flex_compiles
 from tests.transformers_models import FAMILIES, interpreted, make_model, make_tokens, one_after_another, use
@@ -350,16 +351,17 @@ def test_recorded_selections() -> None:
     model, tokens = model_of("gemma3"), make_tokens(1, 300)
     configure(model, {0: EVERY_BLOCK, 1: SOME_BLOCKS})
     expected = logits(model, tokens)
-    with record_selections(model) as record:
+    with flexproxy.record(model, selections=True) as record:
         assert torch.equal(logits(model, tokens), expected)
         generate(model, tokens)
-    assert sorted(record) == [0, 1]
-    assert record[0].density().min() == 1
-    assert 0.1 < record[1].density().mean() < 0.9
+    assert sorted(record.selections) == [0, 1]
+    assert record.selections[0].density().min() == 1
+    assert 0.1 < record.selections[1].density().mean() < 0.9
     configure(model, ProxyConfig(min_budget=300))
-    with record_selections(model) as record:
+    with flexproxy.record(model, selections=True) as record:
         logits(model, tokens)
-    assert not record
+    assert record.layers
+    assert not record.selections
     assert not any("flexproxy_observers" in vars(module) for module in model.modules())
 
 

@@ -104,6 +104,7 @@ def test_wrong_arguments() -> None:
         configure(model, {7: A})
     wrong: Any = [
         ({0: 0.9}, "settings: expected a ProxyConfig for layer 0, got float"),
+        ({"0": A}, "settings: expected layers by number, got '0' of type str; use for example {0: "),
         (0.9, "settings: expected a ProxyConfig, a dict of them by layer, or the path of a file, got float"),
     ]
     for settings, message in wrong:

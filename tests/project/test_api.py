@@ -16,9 +16,9 @@ from flexproxy import ProxyConfig, Selection
 NAMES = {
     "": "ProxyConfig Selection and_block_masks attention build calibrate kernel_options masks plot record reference "
     "select stats",
-    ".masks": "causal document full padding prefix_lm shift sliding_window",
+    ".masks": "and_masks causal document full or_masks padding prefix_lm shift sliding_window",
     ".stats": "block_mass density recovered_mass",
-    ".plot": "block_map density ranking record recovered_mass save",
+    ".plot": "block_map calibration density ranking record recovered_mass save",
 }
 PARAMETERS = {
     "build": "q, k, *, mask_mod=None, block_mask=None, config=None, scale=None",
@@ -37,7 +37,7 @@ PARAMETERS = {
     "masks.padding": "attention_mask",
     "masks.prefix_lm": "prefix_lengths",
     "masks.shift": "mask_mod, q_offset",
-    "record": "model, *, mass=False",
+    "record": "model, *, mass=False, selections=False",
     "Selection.block_map": "self",
     "Selection.density": "self",
     "Selection.mask_mod": "self",

@@ -103,19 +103,25 @@ def calibrate(
                 max_proxies=max_proxies,
                 progress=progress,
             )
-    with writing("--output", output):
-        found.save(output, force)
-    if picture is not None:
-        with writing("--picture", picture):
-            plot.save(found.figure(), picture, force)
-
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
     else:
-        _show(found, output)
+        _show(found)
+    try:
+        with writing("--output", output):
+            found.save(output, force)
+    except typer.Exit:
+        if not as_json:  # the result of minutes of work
+            print(json.dumps(found.to_json()))
+        raise
+    if picture is not None:
+        with writing("--picture", picture):
+            plot.save(plot.calibration(found), picture, force)
+    if not as_json:
+        print(f"The settings are in {output}: configure(model, path) reads them.")
 
 
-def _show(found: Calibration, output: Path) -> None:
+def _show(found: Calibration) -> None:
     console = Console(highlight=False)
     evidence = found.evidence
     used = evidence["sequences"]["confirmed_on"]
@@ -146,4 +152,3 @@ def _show(found: Calibration, output: Path) -> None:
     grouped = [str(index) for index, config in found.layers.items() if config.groups is not None]
     if grouped:
         console.print(f"Heads that do not lie side by side share proxies in layers {', '.join(grouped)}.")
-    console.print(f"The settings are in {output}: configure(model, path) reads them.", soft_wrap=True)

@@ -21,8 +21,8 @@ def demo(
         Path | None, typer.Option(help="File whose first bytes are the text; by default the source of argparse.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Folder of the needle model; by default examples/needle of the repository.")
-    ] = None,
+        Path, typer.Option(help="Folder of the needle model, which is part of flexproxy's repository.")
+    ] = Path("examples/needle"),
     length: Annotated[int, typer.Option(min=32, help="Bytes of text, one token each.")] = 8192,
     needles: Annotated[int, typer.Option(min=1, help="Needles to plant, each asked for once.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Where the needles go and what they say.")] = 0,
@@ -75,7 +75,6 @@ def demo(
         data = inputs.read_text(text, length)
         where = inputs.pick_device(device.value)
         inputs.check_compiler(where)
-        model = model or inputs.default_model()
         processor = "Runs on the GPU" if where.type == "cuda" else "Runs on the CPU"
         notes.print(f"{processor}; the text is {text}", soft_wrap=True)
         needle_model = inputs.load_model(model, where)

@@ -175,7 +175,7 @@ def _run(
 
 def _read(path: Path, model: PreTrainedModel, name: str, length: int | None, device: str) -> Tensor:
     from flexproxy.cli import inputs
-    from flexproxy.integrations.transformers.identity import max_positions
+    from flexproxy.integrations.transformers.settings import max_positions
 
     if length is not None:
         return inputs.read_tokens(path, model, name, length)

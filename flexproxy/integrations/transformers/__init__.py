@@ -10,6 +10,8 @@ the model or for single layers.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
 except ModuleNotFoundError as error:
@@ -28,12 +30,23 @@ except ImportError as error:
         name="transformers",
     ) from error
 
+import flexproxy
 from flexproxy.integrations.transformers.attention import attention_forward
 from flexproxy.integrations.transformers.masks import forward_mask
-from flexproxy.integrations.transformers.observing import record_selections
 from flexproxy.integrations.transformers.settings import configuration, configure, save_configuration
 
-__all__ = ["NAME", "configuration", "configure", "record_selections", "save_configuration"]
+if TYPE_CHECKING:
+    from flexproxy.calibration import calibrate
+    from flexproxy.inspect.recording import record
+else:  # these are built on this module, so they are imported when they are first asked for
+
+    def __getattr__(name: str) -> Any:
+        if name in ("calibrate", "record"):
+            return getattr(flexproxy, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["NAME", "calibrate", "configuration", "configure", "record", "save_configuration"]
 
 NAME = "flexproxy"
 """What the attention is called inside transformers."""

@@ -68,7 +68,7 @@ def attention_forward(
     observers = observers_of(module)
     if not observers:
         return _forward(*arguments), None
-    call = Call(module, query, key, now(query.device))
+    call = Call(module, query, key, attention_mask, now(query.device))
     out = _forward(*arguments, call=call)
     call.end = now(query.device)
     for observer in observers:

@@ -1,9 +1,10 @@
-"""Looking on while the layers of a model attend, at what attention itself estimates.
+"""Observers of the attention calls of a model's layers.
 
 NOTE [Observers]
-The attention modules carry their observers in an attribute, while there are any; a layer without one does nothing
-more than look for it. What gradient checkpointing computes again in a backward pass was observed before, and is not
-again. Observers are Python, which a trace of torch.compile would run once and never again: so a trace is an error.
+The attention modules of the observed model hold their observers in an attribute, so other models are not affected; a
+layer without observers only looks for that attribute. Layers that gradient checkpointing runs again in a backward pass
+were observed before, and are not observed again. Observers are Python, which a trace of torch.compile would run once
+and never again: a trace is an error.
 """
 
 from __future__ import annotations
@@ -11,31 +12,33 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from flexproxy import ProxyConfig, Selection
 from flexproxy.integrations.transformers.settings import all_modules, attention_layers
 from flexproxy.ops import compat
 
-Moment: TypeAlias = "float | torch.cuda.Event"
+Moment: TypeAlias = Any  # float seconds on a CPU, torch.cuda.Event on a GPU
 Observer: TypeAlias = "Callable[[Call], None]"
 _ATTRIBUTE = "flexproxy_observers"
 
 
 @dataclass
 class Call:
-    """One call of a layer's attention, as observers see it when it is done.
+    """One call of a layer's attention, which observers get when it is done.
 
     Attributes:
         module: the attention module.
         query, key: ``[B, Hq, Sq, D]``, ``[B, Hkv, Skv, D]``, after the position embedding.
+        mask: what transformers passed as ``attention_mask``.
         scale: factor of the scores; None is 1 / sqrt(D).
-        config: the settings of this process's heads; None where no mask by blocks came.
+        config: the settings of this process's heads; None where the layer got no BlockMask.
         selection: the blocks that were attended to; None where the call was dense.
         dense: why it was dense, in a few words; None where it was sparse.
         begin, built, end: when it began, had its BlockMask, and was done; built is None where it was dense.
@@ -44,13 +47,14 @@ class Call:
     module: nn.Module
     query: Tensor
     key: Tensor
+    mask: Tensor | BlockMask | None
     begin: Moment
     scale: float | None = None
     config: ProxyConfig | None = None
     selection: Selection | None = None
     dense: str | None = None
-    built: Moment | None = None
-    end: Moment | None = None
+    built: Moment = None
+    end: Moment = field(init=False)
 
     @property
     def layer(self) -> int:
@@ -58,12 +62,12 @@ class Call:
         return int(self.module.layer_idx)  # type: ignore[arg-type]
 
     def note(self, selection: Selection) -> None:
-        """The BlockMask is made."""
+        """Called when the BlockMask is made."""
         self.selection, self.built = selection, now(self.query.device)
 
 
 def now(device: torch.device) -> Moment:
-    """This moment: on a GPU, when it has done what was queued until now."""
+    """This moment: on a GPU, when the work queued so far is done."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -73,16 +77,14 @@ def now(device: torch.device) -> Moment:
 
 def milliseconds(begin: Moment, end: Moment) -> float:
     """Milliseconds between two moments of one device; waits for the later one."""
-    if isinstance(begin, float) or isinstance(end, float):
-        assert isinstance(begin, float)
-        assert isinstance(end, float)
-        return 1e3 * (end - begin)
+    if isinstance(begin, float):
+        return 1e3 * float(end - begin)
     end.synchronize()
     return float(begin.elapsed_time(end))
 
 
 def observers_of(module: nn.Module) -> tuple[Observer, ...]:
-    """Who looks on at this call of a layer's attention. See NOTE [Observers]."""
+    """The observers of this call of a layer's attention. See NOTE [Observers]."""
     observers: tuple[Observer, ...] = getattr(module, _ATTRIBUTE, ())
     if observers and torch.compiler.is_compiling():
         refuse_a_trace()
@@ -96,15 +98,15 @@ def _no_compiled_model_can_be_observed() -> None:
     )
 
 
-# What is raised in a trace itself is taken for a reason to run the same uncompiled, from then on.
+# An exception raised in the trace itself would make dynamo run the function uncompiled from then on.
 refuse_a_trace: Callable[[], None] = torch.compiler.disable(_no_compiled_model_can_be_observed)
 
 
 @contextmanager
 def observe(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
-    """Show every call of the attention of every layer to ``observer``, inside of a ``with`` statement.
+    """Pass every attention call of the model's layers to ``observer``, inside of a ``with`` statement.
 
-    Several may look on at once. Afterwards, also after an exception, the model is as it was.
+    There may be several observers at once. Afterwards, also after an exception, the model is as it was.
 
     Raises:
         TypeError, ValueError: as ``configure``.
@@ -124,23 +126,3 @@ def _set(module: nn.Module, observers: tuple[Observer, ...]) -> None:
         setattr(module, _ATTRIBUTE, observers)
     elif hasattr(module, _ATTRIBUTE):
         delattr(module, _ATTRIBUTE)
-
-
-@contextmanager
-def record_selections(model: PreTrainedModel) -> Iterator[dict[int, Selection]]:
-    """Keep what the layers select in the forward passes inside of a ``with`` statement, by layer, the last of each.
-
-    They are those that attention itself made. Dense layers have none. ``flexproxy.record`` keeps numbers instead, of
-    every pass.
-
-    Raises:
-        TypeError, ValueError: as ``configure``.
-    """
-    selections: dict[int, Selection] = {}
-
-    def keep(call: Call) -> None:
-        if call.selection is not None:
-            selections[call.layer] = call.selection
-
-    with observe(model, keep):
-        yield selections

@@ -1,4 +1,4 @@
-"""The settings of a model's layers: given by the user, kept on its attention modules, read back, read from a file."""
+"""The settings of a model's layers: set, kept on its attention modules, read back, written to a file."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from flexproxy import ProxyConfig
 from flexproxy.config import changed_fields, read_settings
 from flexproxy.files import replacing
 from flexproxy.integrations.parallel import share_of_rank
-from flexproxy.integrations.transformers.identity import check_identity, shape_of
 from flexproxy.stages.proxy import head_groups
 
 Settings: TypeAlias = "ProxyConfig | Mapping[int, ProxyConfig] | str | os.PathLike[str]"
 
 _ATTRIBUTE = "flexproxy_config"
 _DEFAULT = ProxyConfig()
+_SHAPE = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
 
 
 def configure(model: PreTrainedModel, settings: Settings) -> None:
     """Set how the layers of a model select their blocks. Layers that are not set have ``ProxyConfig()``.
 
-    The settings stay with the model's attention modules: they are copied with it, and another model of the same class
-    has its own. They can be changed at any time, before or after ``set_attn_implementation("flexproxy")``. With tensor
-    parallelism they are those of the whole model; every rank takes its share.
+    The settings are kept on the model's attention modules: they are copied with it, and another model of the same
+    class has its own. ``save_pretrained`` does not write them; ``save_configuration`` does. They can be changed at any
+    time, before or after ``set_attn_implementation("flexproxy")``. With tensor parallelism they are those of the whole
+    model; every rank takes its share.
 
     Args:
         model: a model whose attention goes through transformers' ``AttentionInterface``.
@@ -38,15 +39,14 @@ def configure(model: PreTrainedModel, settings: Settings) -> None:
             keep theirs; or a file that ``save_configuration`` or ``flexproxy calibrate`` wrote.
 
     Raises:
-        TypeError: ``model`` or ``settings`` is something else.
+        TypeError: ``model``, ``settings``, or the index of a layer has another type.
         ValueError: the model has no such attention, there is no such layer, the settings do not fit the heads, or the
-            file is damaged or was made for another model: of another shape, and, if it was calibrated, with other
-            weights. Nothing is set then.
+            file is damaged or was made for a model of another shape. Nothing is set then.
     """
     layers = attention_layers(model)
     if isinstance(settings, (str, os.PathLike)):
         data, by_layer = read_settings(settings, "settings")
-        check_identity(model, data.get("model"), all_modules(layers), settings)
+        _check_shape(model, data.get("model"), settings)
         settings = by_layer
     if isinstance(settings, ProxyConfig):
         settings = dict.fromkeys(layers, settings)
@@ -56,6 +56,11 @@ def configure(model: PreTrainedModel, settings: Settings) -> None:
             f"{type(settings).__name__}; use for example configure(model, ProxyConfig(gamma=0.9))"
         )
     for index, config in settings.items():
+        if not isinstance(index, int):
+            raise TypeError(
+                f"settings: expected layers by number, got {index!r} of type {type(index).__name__}; use for example "
+                "{0: ProxyConfig(gamma=0.9)}"
+            )
         if index not in layers:
             raise ValueError(
                 f"settings: expected layers among {_ranges(layers)}, got {index!r}; the others have no causal "
@@ -85,14 +90,28 @@ def configuration(model: PreTrainedModel) -> dict[int, ProxyConfig]:
 def save_configuration(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     """Write the settings of a model as JSON, for ``configure(model, path)`` on a model of the same shape.
 
+    A file that exists is replaced.
+
     Raises:
-        TypeError, ValueError: as ``configure``.
-        OSError: the file cannot be written; there is then none, or the old one.
+        TypeError, ValueError: as ``configure``; or nothing can be written to ``path``.
+        OSError: writing failed; the old file, if any, is unchanged.
     """
     layers = {str(index): changed_fields(config) for index, config in configuration(model).items()}
     text = json.dumps({"flexproxy": 1, "model": shape_of(model), "layers": layers}, indent=1) + "\n"
     with replacing(path) as unfinished:
         unfinished.write_text(text)
+
+
+def shape_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What decides whether a file of settings fits a model."""
+    config: Any = model.config.get_text_config()
+    return {name: getattr(config, name, None) for name in _SHAPE}
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that a model is made for; None if it does not say."""
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions
 
 
 def config_of(module: nn.Module) -> ProxyConfig:
@@ -143,6 +162,16 @@ def attention_layers(model: Any) -> dict[int, list[nn.Module]]:
 def all_modules(layers: Mapping[int, list[nn.Module]]) -> list[nn.Module]:
     """The attention modules of all layers, in order."""
     return [module for modules in layers.values() for module in modules]
+
+
+def _check_shape(model: PreTrainedModel, made_for: Any, path: str | os.PathLike[str]) -> None:
+    shape = shape_of(model)
+    found = {name: made_for.get(name) for name in _SHAPE} if isinstance(made_for, dict) else made_for
+    if found != shape:
+        raise ValueError(
+            f"settings: expected a file for {shape}, got {path} for {found}; calibrate this model, or configure it "
+            "with a ProxyConfig"
+        )
 
 
 def _check_heads(module: nn.Module, config: ProxyConfig) -> None:

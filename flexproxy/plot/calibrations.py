@@ -1,4 +1,4 @@
-"""A picture of a calibration."""
+"""A picture of a calibration, layer by layer."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from typing import TYPE_CHECKING, Any
 from flexproxy.plot.figures import DARK, MIDDLE, add_title, plain_style
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from flexproxy.calibration.result import Calibration
-
-_NARROWEST, _WIDEST = 11.0, 16.0  # inches
-_MAP = 1.375  # inches of a layer's map, with what is around it
+    from flexproxy.calibration import Calibration
 
 
-def draw(calibration: Calibration) -> Figure:
-    """Above, by layer: proxies, density, recovered mass; below, how alike the heads of each layer are."""
-    layers: dict[str, Any] = calibration.evidence["layers"]
-    width = min(max(_NARROWEST, 0.2 * len(layers)), _WIDEST)
-    rows = math.ceil(len(layers) / int(width / _MAP))
+def calibration(calibration: Calibration, *, title: str | None = None) -> Figure:
+    """Proxies, density and recovered mass of every layer, beside the same settings in all layers at the same density.
+
+    Args:
+        calibration: what ``flexproxy.calibrate`` returned.
+        title: line above; None describes the calibration.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    number = len(calibration.layers)
+    width = min(max(11.0, 0.2 * number), 16.0)
     with plain_style():
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(width, 5.8 + 1.5 * rows), layout="constrained")
-        parts: Any = figure.subfigures(2, 1, height_ratios=[5.2, 0.6 + 1.5 * rows])
-        upper, lower = parts
-        _draw_layers(upper.subplots(3, 1, sharex=True, height_ratios=[1, 2, 2]), calibration, 65 * width / len(layers))
-        _draw_similarity(lower, layers, rows)
-        add_title(figure, _title(calibration.evidence))
+        figure = Figure(figsize=(width, 5.8), layout="constrained")
+        axes = figure.subplots(3, 1, sharex=True, height_ratios=[1, 2, 2])
+        _draw(axes, calibration, 65 * width / number)
+        add_title(figure, title or _title(calibration.evidence))
     return figure
 
 
@@ -45,7 +46,7 @@ def _title(evidence: dict[str, Any]) -> str:
     )
 
 
-def _draw_layers(axes: Any, calibration: Calibration, points: float) -> None:
+def _draw(axes: Any, calibration: Calibration, points: float) -> None:
     """points: the width that a layer has, of which there are 72 in an inch; its two markers must not touch."""
     evidence = calibration.evidence
     marker = min(6.0, 0.3 * points)
@@ -82,29 +83,3 @@ def _draw_layers(axes: Any, calibration: Calibration, points: float) -> None:
     step = math.ceil(len(indices) / 40)
     axes[2].set_xticks(list(places)[::step], [str(index) for index in indices][::step])
     axes[2].set_xlabel("layer")
-
-
-def _draw_similarity(figure: Any, layers: dict[str, Any], rows: int) -> None:
-    """What every head (column) gains or loses when the ranking of another (row) takes the place of its own."""
-    axes = figure.subplots(rows, math.ceil(len(layers) / rows), squeeze=False)
-    gains = [_beside_own(layer["similarity"]) for layer in layers.values()]
-    most = max(abs(value) for gain in gains for values in gain for value in values) or 1.0
-    drawn: list[Axes] = list(axes.flat)
-    for axis in drawn[len(layers) :]:
-        axis.set_axis_off()
-    for axis, index, gain in zip(drawn, layers, gains, strict=False):
-        image = axis.imshow(gain, cmap="RdBu", vmin=-most, vmax=most, interpolation="nearest")
-        axis.set_title(f"layer {index}", fontsize=9)
-        ends = sorted({0, len(gain) - 1})  # the first head and the last
-        axis.set_xticks(ends)
-        axis.set_yticks(ends)
-        axis.tick_params(labelsize=6, length=2, pad=1)
-    axes[-1, 0].set_xlabel("peaks of head", fontsize=8)
-    axes[-1, 0].set_ylabel("ranked by head", fontsize=8)
-    tall = min(rows, 3)
-    label = "peaks kept, less what\nits own ranking keeps"
-    figure.colorbar(image, ax=axes, label=label, fraction=0.03, shrink=tall / rows, aspect=12 * tall, anchor=(0, 1))
-
-
-def _beside_own(similarity: list[list[float]]) -> list[list[float]]:
-    return [[value - similarity[head][head] for head, value in enumerate(values)] for values in similarity]
