@@ -91,6 +91,7 @@ def check_alone(wheel: Path, folder: Path) -> None:
     where = run([python, "-c", "import flexproxy; print(flexproxy.__file__)"], folder).stdout.strip()
     if not Path(where).is_relative_to(folder):
         raise SystemExit(f"release check: expected the installed package, got {where}")
+    run([command, "--help"], folder)
     said = run([command, "info"], folder, expected=1).stderr
     lines = [line for line in said.splitlines() if line.startswith("flexproxy")]  # torch warns where there is no numpy
     if len(lines) != 1 or 'pip install "flexproxy[cli]"' not in lines[0] or "Traceback" in said:

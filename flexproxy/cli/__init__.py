@@ -1,10 +1,11 @@
 """The command line: a file for every command, which is imported when the command line runs.
 
-Typer and rich are needed here and nowhere else in flexproxy.
+The commands need typer and rich, which nothing else in flexproxy does; ``--help`` and ``--version`` do without.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,13 @@ else:
     _missing = None
 
 _INTERRUPTED = 130
+_ABOUT = "ProxyAttn block-sparse prefill for PyTorch FlexAttention."
+_COMMANDS = {
+    "calibrate": "Choose proxies and budgets for every layer of a model, from a few texts.",
+    "demo": "Prefill a real text with a small trained model, dense and with flexproxy, and compare.",
+    "info": "Show versions, devices, and what flexproxy picks on each: the estimate and the kernel options, and why.",
+    "inspect": "Prefill a text with a model, and show what every layer keeps and how long its attention takes.",
+}
 
 
 def _print_version(wanted: bool) -> None:
@@ -36,27 +44,34 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """ProxyAttn block-sparse prefill for PyTorch FlexAttention."""
+    """The options before a command."""
 
 
 def _app() -> typer.Typer:
-    from flexproxy.cli.commands.calibrate import calibrate
-    from flexproxy.cli.commands.demo import demo
-    from flexproxy.cli.commands.info import info
-    from flexproxy.cli.commands.inspect import inspect
-
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.callback()(_options)
-    app.command()(calibrate)
-    app.command()(demo)
-    app.command()(info)
-    app.command()(inspect)
+    app.callback(help=_ABOUT)(_options)
+    for name, about in _COMMANDS.items():
+        app.command(name, help=about)(getattr(importlib.import_module(f"flexproxy.cli.commands.{name}"), name))
     return app
 
 
+def _without_typer(args: Sequence[str]) -> int:
+    """Help and version; for a command, what to install."""
+    install = f'{_missing} is not installed: pip install "flexproxy[cli]"'
+    if args == ["--version"]:
+        print(flexproxy.__version__)
+    elif not args or "--help" in args:
+        commands = "\n".join(f"  {name:<11}{about}" for name, about in _COMMANDS.items())
+        print(f"Usage: flexproxy COMMAND [OPTIONS]\n\n{_ABOUT}\n\n{commands}\n\nTo run them: {install}")
+    else:
+        print(f"flexproxy: {install}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def _no_stdout(error: OSError) -> int:
-    """What was printed cannot be written: a full disk is said, a pipe that nobody reads any more is not."""
-    # Python tries again at its end, and must not fail again.
+    """stdout cannot be written to. A full disk is reported, a pipe whose reader has gone is not."""
+    # Python flushes stdout again at exit, which must not fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not isinstance(error, BrokenPipeError):
         print(f"flexproxy: cannot write to stdout: {error.strerror}", file=sys.stderr)
@@ -70,10 +85,9 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 (not possible here: a GPU, a compiler, a package, memory or space on a disk is missing),
         2 (misuse) or 130 (interrupted).
     """
-    if _missing is not None:
-        print(f'flexproxy: {_missing} is not installed: pip install "flexproxy[cli]"', file=sys.stderr)
-        return 1
     args = sys.argv[1:] if args is None else list(args)
+    if _missing is not None:
+        return _without_typer(args)
     try:
         code: Any = _app()(args or ["--help"], prog_name="flexproxy", standalone_mode=False)
         sys.stdout.flush()
@@ -84,7 +98,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except Exception as error:
-        # What typer calls a usage error; its classes have moved from release to release.
+        # A usage error; typer's class for it has moved from release to release.
         if not hasattr(error, "format_message"):
             raise
         print(f"flexproxy: {' '.join(error.format_message().split())}", file=sys.stderr)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def calibrate(
+    *,
     model: Annotated[
         str,
         typer.Argument(metavar="MODEL", help="Folder of a model of transformers, or its name on the Hugging Face hub."),
@@ -60,7 +61,6 @@ def calibrate(
     device: Annotated[Device, typer.Option(help="Where to run; auto takes a GPU if there is one.")] = Device.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print the file's content, and nothing else.")] = False,
 ) -> None:
-    """Choose proxies and budgets for every layer of a model, from a few texts."""
     require("transformers", "transformers", "safetensors")
     if picture is not None:
         require("plot", "matplotlib")

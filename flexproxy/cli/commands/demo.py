@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def demo(
+    *,
     text: Annotated[
         Path | None, typer.Option(help="File whose first bytes are the text; by default the source of argparse.")
     ] = None,
@@ -53,7 +54,6 @@ def demo(
     device: Annotated[Device, typer.Option(help="Where to run; auto takes a GPU if there is one.")] = Device.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
 ) -> None:
-    """Prefill a real text with a small trained model, dense and with flexproxy, and compare."""
     require("transformers", "transformers", "safetensors")
     require("plot", "matplotlib")
     from flexproxy import ProxyConfig, plot

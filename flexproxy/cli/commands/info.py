@@ -14,7 +14,6 @@ from rich.table import Table
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
 ) -> None:
-    """Show versions, devices, and what flexproxy picks on each: the estimate and the kernel options, and why."""
     from flexproxy.environment import collect
 
     data = collect()

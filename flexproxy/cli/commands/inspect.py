@@ -40,6 +40,7 @@ _PICTURES = {
 
 
 def inspect(
+    *,
     model: Annotated[
         str,
         typer.Argument(
@@ -90,7 +91,6 @@ def inspect(
     device: Annotated[Device, typer.Option(help="Where to run; auto takes a GPU if there is one.")] = Device.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
 ) -> None:
-    """Prefill a text with a model, and show what every layer keeps and how long its attention takes."""
     require("transformers", "transformers", "safetensors")
     if pictures is not None:
         require("plot", "matplotlib")
