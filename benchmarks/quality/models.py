@@ -13,7 +13,7 @@ from benchmarks.quality.samples import Task
 from benchmarks.quality.texts import Text
 from flexproxy.cli.inputs import load_tokenizer, reads_bytes
 
-NEEDLE = Path(__file__).with_name("needle13m")  # seed 1 of benchmarks/quality/train.py
+NEEDLE = Path(__file__).with_name("needle13m")  # of train.py, seed 1; its weights are not in the repository
 
 
 def default_model() -> str:
@@ -24,8 +24,8 @@ def default_model() -> str:
     """
     if not (NEEDLE / "model.safetensors").is_file():
         raise ValueError(
-            f"--model: expected a folder or name, got none, and there is no model.safetensors in {NEEDLE}, which is a "
-            "part of the repository alone; clone it, or train one with python -m benchmarks.quality.train"
+            f"--model: expected a folder or name, got none, and no model.safetensors is in {NEEDLE}; make one with "
+            "python -m benchmarks.quality.train --out needle-models, and use --model needle-models/seed0"
         )
     return str(NEEDLE)
 
