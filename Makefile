@@ -17,12 +17,14 @@ DOCS := mkdocs-material 'mkdocstrings[python]' latex2mathml
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-oldest test-newest test-gpu bench plots docs release-check toolchain clean
+.PHONY: help demo test test-all lint types format test-oldest test-newest test-gpu bench plots docs release-check toolchain clean
 
 help:
 	@echo "make demo         set up .venv, then prefill a real text with a small trained model, dense and with flexproxy"
-	@echo "make test         set up .venv, then run the tests"
-	@echo "make lint         set up .venv, then check style, format and types"
+	@echo "make test         set up .venv, then run the tests, but for the slow ones"
+	@echo "make test-all     set up .venv, then run the slow tests"
+	@echo "make lint         set up .venv, then check style and format"
+	@echo "make types        set up .venv, then check types"
 	@echo "make format       set up .venv, then format the code"
 	@echo "make test-oldest  set up .venv-oldest with torch 2.5.1, then run what of the suite needs no compiled CPU kernel"
 	@echo "make test-newest  set up .venv-newest with the newest torch, then run the tests"
@@ -37,11 +39,16 @@ demo: toolchain .venv/.stamp
 	.venv/bin/flexproxy demo --force $(ARGS)
 
 test: toolchain .venv/.stamp
-	.venv/bin/python $(PYTEST) $(ARGS)
+	.venv/bin/python $(PYTEST) -m "not slow" $(ARGS)
+
+test-all: toolchain .venv/.stamp
+	.venv/bin/python $(PYTEST) -m slow $(ARGS)
 
 lint: .venv/.stamp
 	.venv/bin/ruff check $(SOURCES)
 	.venv/bin/ruff format --check $(SOURCES)
+
+types: .venv/.stamp
 	.venv/bin/mypy $(SOURCES)
 
 format: .venv/.stamp

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -31,6 +32,30 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from flexproxy.cli import main
 sys.exit(main())
 """
+
+
+# Single parameters that take more than about five seconds on a CPU; whole tests carry the mark themselves.
+SLOW = re.compile(
+    r"""
+      test_selection_equals_the_reference\[interpreter-(?!24\])
+    | test_(new_masks_do_not_recompile|new_values_do_not_recompile|masks_made_inside|masks_made_outside
+           |new_block_masks_do_not_recompile_flex_attention)\[cpu-(?!(default|documents|closure\ of\ tensors)\])
+    | test_new_lengths_recompile_once\[cpu-(?!documents\])
+    | test_an_unwritten_element_is_seen\[interpreter-(?!(ranking|pool)\])
+    | test_what_is_not_finite_counts_as_in_pytorch\[interpreter-(?!default-nan)
+    | test_nothing_is_read_beyond_the_inputs\[interpreter-(?!1\])
+    | test_eager_output_is_dense_attention_under_the_selection\[(?!0\])
+    | test_nothing_is_cut_off\[(?!1\])
+    """,
+    re.VERBOSE,
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW.match(item.name):
+            item.add_marker("slow")
 
 
 @pytest.fixture(params=DEVICES)

@@ -561,6 +561,7 @@ def signature(args: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(f"{x.dtype}{x.dim()}" if isinstance(x, Tensor) else type(x).__name__ for x in args)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("needs_dynamo")
 def test_operators(device: str) -> None:
     """torch's own checks of schema, fake implementation and tracing, on what the kinds of call give each operator."""

@@ -316,6 +316,7 @@ def test_4_other_numbers_of_heads_are_refused(case: Case) -> None:
         flexproxy.and_block_masks(case.block_mask, planted)
 
 
+@pytest.mark.slow
 def test_4_planted_row_for_each_kv_head(case: Case) -> None:
     """The CPU kernel gives head h the row h // G, the GPU kernel the row h % Hkv; who means the other is not told."""
     blocks = some_blocks(case.device, BATCH, KV_HEADS)
@@ -393,6 +394,7 @@ def without_spare_columns(mask: BlockMask) -> BlockMask:
     return result
 
 
+@pytest.mark.slow
 def test_6_partial_and_full_lists_have_the_same_columns(case: Case) -> None:
     check_columns(case.block_mask)
     check_columns(flexproxy.and_block_masks(case.block_mask, shared_by_heads(case)[0]))
@@ -502,6 +504,7 @@ def ragged_case(case: Case) -> tuple[Lists, MaskMod]:
     return lists, and_masks(membership(kept, BLOCK), masks.full)
 
 
+@pytest.mark.slow
 def test_8_lists_are_ascending(case: Case) -> None:
     q, k, _ = case.qkv
     everything = flexproxy.build(q, k, mask_mod=masks.full, config=ProxyConfig(gamma=1.0))
@@ -553,6 +556,7 @@ def check_shapes(attention: Callable[[Tensor, Tensor, Tensor], Tensor], shapes: 
         assert_accurate(attention(q, k, v), q, k, v, allowed)
 
 
+@pytest.mark.slow
 def test_9_each_shape_is_compiled_for_itself_on_a_cpu() -> None:
     skip_unless_flex_compiles("cpu")
 
@@ -623,6 +627,7 @@ def test_10_tables_of_tokens_have_whole_tiles() -> None:
         check_padding_of_last_tile(mask_mod)
 
 
+@pytest.mark.slow
 def test_10_ragged_lengths_are_right_compiled(case: Case) -> None:
     case.check(case.compiled(case.block_mask))
     q, k, _ = case.qkv

@@ -260,6 +260,7 @@ def test_the_gate_lets_right_results_pass() -> None:
 
 
 @pytest.mark.usefixtures("gate_on_cpu")
+@pytest.mark.slow
 def test_the_gate_stops_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that drops the blocks, a peer whose lists are another's, attention that is dense, ranks that are off."""
 
@@ -335,6 +336,7 @@ def result_of(module: ModuleType, path: Path, *arguments: str) -> list[Row]:
     return list(data["rows"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu")
 def test_bench_attention_records_every_contender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*args: Any) -> Tensor:
@@ -368,8 +370,8 @@ def test_a_case_that_breaks_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.M
         raise RuntimeError("broken")
 
     monkeypatch.setattr(bench_attention, "to_block_mask", broken)
-    arguments = ["--lengths", "512", "--densities", "0.3", "--peers-at", "512", "--peer-density", "0.5"]
-    rows = result_of(bench_attention, tmp_path / "attention.json", *arguments)
+    monkeypatch.setattr(bench_attention, "cases_of", lambda *_: [bench_attention.Case("FlashPrefill", 512, 0.5)])
+    rows = result_of(bench_attention, tmp_path / "attention.json")
     theirs = [(r["part"], r["error"]) for r in rows if r["contender"] == "FlashPrefill"]
     assert theirs == [("map", None), ("lists", "RuntimeError: broken"), (None, "RuntimeError: broken")]
 

@@ -172,6 +172,7 @@ def _tensors_of(size: int) -> list[int]:
     return [id(x) for x in tensors if x.numel() > size]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_a_trace_is_refused(fullgraph: bool) -> None:
     model = make_model("llama", num_hidden_layers=1)

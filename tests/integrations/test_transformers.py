@@ -538,6 +538,7 @@ def test_a_compiled_model(device: str) -> None:
         assert_close(compiled(input_ids=new, past_key_values=cache).logits, expected[:, 256:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_traced_model_evaluates_what_it_cannot_look_into(padded: bool, device: str) -> None:
     """In a trace transformers packs every sequence, whose mask is a closure."""

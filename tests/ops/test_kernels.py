@@ -124,6 +124,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, which: int) -> Poisoned:
     return poisoned
 
 
+@pytest.mark.slow
 def test_nothing_depends_on_what_memory_held(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With garbage in every new tensor, builds are those without; nothing is written outside of a tensor."""
     clean = {name: outputs(case) for name, case in cases(device)}
@@ -186,6 +187,7 @@ def test_a_write_outside_is_seen(device: str) -> None:
         poisoned.buffers.clear()
 
 
+@pytest.mark.slow
 def test_the_same_twice(device: str) -> None:
     for name, case in itertools.islice(cases(device), 2):
         assert_same(outputs(case), outputs(case), name)
