@@ -40,7 +40,6 @@ from benchmarks.contenders import (
     flex,
     inputs,
     kernel_variants,
-    sparse_where_short,
 )
 from benchmarks.harness import (
     Row,
@@ -107,9 +106,9 @@ def sparse(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:
     build = functools.partial(flexproxy.build, q, k, config=config)
     yield timed(budget_ms, common | {"part": "build"}, build)
     block_mask = build()
-    both = functools.partial(flexproxy.attention, *tensors, config=config)
+    both = functools.partial(flexproxy.attention, *tensors, config=config, when="always")
     for name, variant in kernel_variants().items():
-        with variant(), sparse_where_short():
+        with variant():
             options = flexproxy.kernel_options(q, k)
             kernel = {"kernel": name, "kernel_options": str(options)}
             one = functools.partial(flex, *tensors, block_mask, options)

@@ -28,7 +28,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
 import flexproxy
-from benchmarks.contenders import config_for, flex, sparse_where_short
+from benchmarks.contenders import config_for, flex
 from benchmarks.harness import (
     Row,
     attempt,
@@ -122,9 +122,9 @@ def check_correctness(model: Any, length: int = 4096) -> None:
     padding = torch.ones(2, length, dtype=torch.bool, device=DEVICE)
     padding[1, : length // 4] = False
     mask, scale = causal_mask(length, padding), q.shape[-1] ** -0.5
-    configure(model, ProxyConfig(density=0.2, min_budget=length // 8))
     # A prompt short enough for the exact result would be dense.
-    with sparse_where_short(), flexproxy.record(model, selections=True) as record:
+    configure(model, ProxyConfig(density=0.2, min_budget=length // 8), when="always")
+    with flexproxy.record(model, selections=True) as record:
         out = attention_forward(model.model.layers[0].self_attn, q, k, v, mask, scaling=scale)[0].transpose(1, 2)
     member = create_mask(record.selections[0].mask_mod(), 2, q.shape[1], length, length, device=DEVICE)
     allowed = member & create_mask(mask.mask_mod, 2, 1, length, length, device=DEVICE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,12 +17,11 @@ from torch.nn.attention.flex_attention import BlockMask
 from benchmarks.baselines.blocks import BLOCK_SIZE, causal_blocks
 from flexproxy import ProxyConfig, masks
 from flexproxy.ops import compat
-from flexproxy.ops.compat import run_compiled
+from flexproxy.sparse.kernel import run_compiled
 from flexproxy.stages.lists import compile_block_mask
 
 BATCH, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 1, 32, 8, 128
 SHAPE = f"bf16, B {BATCH}, Hq {NUM_Q_HEADS}, Hkv {NUM_KV_HEADS}, D {HEAD_DIM}, causal"
-_ATTENTION = sys.modules["flexproxy.sparse.attention"]  # the module, whose name the function has
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -55,7 +53,7 @@ cudnn, flash_attention_2 = sdpa(SDPBackend.CUDNN_ATTENTION), sdpa(SDPBackend.FLA
 
 def flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, options: dict[str, Any]) -> Tensor:
     """Compiled ``flex_attention``, as ``flexproxy.attention`` calls it."""
-    out: Tensor = run_compiled(q.device.type, q, k, v, block_mask=block_mask, enable_gqa=True, kernel_options=options)
+    out: Tensor = run_compiled(q, k, v, block_mask=block_mask, enable_gqa=True, kernel_options=options)
     return out
 
 
@@ -69,11 +67,6 @@ def causal_block_mask(length: int, device: torch.device) -> BlockMask:
 def without_flash() -> AbstractContextManager[Any]:
     """As if flash-attn-4 were not installed."""
     return mock.patch.object(compat, "flash_backend_exists", return_value=False)
-
-
-def sparse_where_short() -> AbstractContextManager[Any]:
-    """Inputs of a gate are short; there ``flexproxy.attention`` would be dense."""
-    return mock.patch.multiple(_ATTENTION, BUILD_FLOPS=0.0, SPARSE_COST=0.0)
 
 
 def kernel_variants() -> dict[str, Callable[[], AbstractContextManager[Any]]]:

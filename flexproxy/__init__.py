@@ -10,7 +10,7 @@ from flexproxy import masks
 from flexproxy.config import ProxyConfig
 from flexproxy.pipeline import build, select
 from flexproxy.selection import Selection
-from flexproxy.sparse.attention import attention
+from flexproxy.sparse.attention import attention, why_dense
 from flexproxy.sparse.kernel_options import kernel_options
 from flexproxy.stages.lists import and_block_masks
 
@@ -30,6 +30,7 @@ __all__ = [
     "reference",
     "select",
     "stats",
+    "why_dense",
 ]
 
 # Imported when it is first asked for: what is not on the way to a mask, and may need more than torch and einops.

@@ -136,6 +136,11 @@ def check_attention_options(
             )
 
 
+def check_when(when: Any) -> None:
+    if when not in ("auto", "always"):
+        raise ValueError(f'when: expected "auto" or "always", got {when!r}; "auto" is dense where sparse cannot pay')
+
+
 def check_memory(q: Tensor, k: Tensor, config: ProxyConfig, gradients: bool) -> None:
     """Raise before memory is taken, where the BlockMask of a long sequence cannot fit on its GPU.
 

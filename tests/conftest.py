@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -62,13 +61,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device(request: pytest.FixtureRequest) -> str:
     """Each device that a test runs on: the CPU, and a GPU where there is one."""
     return str(request.param)
-
-
-@pytest.fixture(autouse=True)
-def sparse_where_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, ``attention`` stays dense for what is as short as most tests are; that rule has a test of its own."""
-    for name in ("BUILD_FLOPS", "SPARSE_COST"):
-        monkeypatch.setattr(sys.modules["flexproxy.sparse.attention"], name, 0.0)
 
 
 IMPLEMENTATIONS = [

@@ -16,8 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block
 import flexproxy
 from flexproxy import ProxyConfig, masks
 from flexproxy.masks.mods import MaskMod
-from flexproxy.ops import compat
 from flexproxy.ops.compat import seq_lengths_of
+from flexproxy.sparse import kernel as sparse_kernel
 
 # What is passed wrongly on purpose must get past the type checker.
 api: Any = flexproxy
@@ -774,7 +774,7 @@ def test_bad_input_on_a_cpu(case: str) -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_the_remedy_for_gradients_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under ``torch.no_grad()``, as the message advises, tensors that require gradients are no error on a CPU."""
-    monkeypatch.setattr(compat, "compiled_flex_attention", lambda device_type: flex_attention)
+    monkeypatch.setattr(sparse_kernel, "compiled_flex_attention", lambda *variant: flex_attention)
     x = inputs("cpu")
     settings = ProxyConfig(min_budget=128)
     want = api.attention(x.q, x.k, x.v, config=settings)

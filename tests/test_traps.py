@@ -250,11 +250,11 @@ def test_3_flash_gets_membership_where_a_mask_may_be_trivial(backend: str, monke
     """``attention`` leaves membership to the lists, save where FLASH may drop them: under a function not its own."""
     given: list[BlockMask] = []
 
-    def run(device_type: str, q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, **options: Any) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, **options: Any) -> Tensor:
         given.append(block_mask)
         return q
 
-    monkeypatch.setattr("flexproxy.ops.compat.run_compiled", run)
+    monkeypatch.setattr("flexproxy.sparse.kernel.run_compiled", run)
     qkv = inputs("cpu")
     for mask_mod in (noop_mask, masks.full):
         flexproxy.attention(*qkv, mask_mod=mask_mod, config=CONFIG, kernel_options={"BACKEND": backend})
@@ -272,7 +272,8 @@ def test_3_flash_gets_membership_where_a_mask_may_be_trivial(backend: str, monke
 @pytest.mark.parametrize("mask_mod", [masks.full, noop_mask])
 def test_3_flash_reads_our_lists(mask_mod: MaskMod) -> None:
     qkv, selection = flash_case()
-    out = flexproxy.attention(*qkv, mask_mod=mask_mod, config=CONFIG, kernel_options={"BACKEND": "FLASH"})
+    flash = {"BACKEND": "FLASH"}
+    out = flexproxy.attention(*qkv, mask_mod=mask_mod, config=CONFIG, kernel_options=flash, when="always")
     assert isinstance(out, Tensor)
     assert_accurate(out, *qkv, allowed_pairs(selection, masks.full, 1024, 1024, BLOCK))
 

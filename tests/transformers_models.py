@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from flexproxy.integrations.transformers import configure
+
 VOCABULARY = 64
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 32
 IMAGE, IMAGE_TOKENS = 5, 16
@@ -99,6 +101,11 @@ def use(model: Any, name: str) -> None:
     for module in model.modules():
         if isinstance(module, transformers.PreTrainedModel):
             module.config._attn_implementation = name
+
+
+def configure_sparse(model: Any, settings: Any) -> None:
+    """Sparse however short the prompt is: on a GPU it would be dense."""
+    configure(model, settings, when="always")
 
 
 def in_double(model: Any) -> Any:

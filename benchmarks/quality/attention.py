@@ -15,7 +15,7 @@ from transformers.masking_utils import causal_mask_function
 from benchmarks.baselines import mean_correction, to_block_mask
 from benchmarks.baselines.blocks import BLOCK_SIZE, CHUNK_ELEMENTS, causal_blocks, grouped_logits, widen
 from benchmarks.quality.methods import Method
-from flexproxy.sparse.attention import run_flex
+from flexproxy.sparse.kernel import run_flex
 from flexproxy.sparse.kernel_options import tiles_of
 
 _NAME = "flexproxy_quality"  # what the attention is called inside transformers

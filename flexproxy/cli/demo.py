@@ -20,8 +20,6 @@ import flexproxy
 from flexproxy.cli.inputs import InputError
 from flexproxy.cli.needle import NeedleBatch, exact_answers, plant
 from flexproxy.environment import processor, versions
-from flexproxy.sparse.attention import run_flex
-from flexproxy.sparse.kernel_options import tiles_of
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -96,11 +94,8 @@ class _Attention:
     ) -> tuple[Tensor, None]:
         if self.observe is not None:
             self.observe(flexproxy.select(query, key, config=self.config, scale=scaling))
-        # Not flexproxy.attention, which on a GPU stays dense for a text as short as the demo's.
-        block_mask = flexproxy.build(query, key, config=self.config, scale=scaling)
-        options = tiles_of(self.config.block_size, query.device.type)
-        arguments = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1], "kernel_options": options}
-        out: Any = run_flex(query, key, value, block_mask, arguments)
+        # The text is short: on a GPU it would be dense.
+        out = flexproxy.attention(query, key, value, config=self.config, scale=scaling, when="always")
         return out.transpose(1, 2), None  # [B, Sq, Hq, D]
 
 

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib.util
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any, ParamSpec, TypeVar
@@ -20,16 +19,10 @@ from torch.nn.attention.flex_attention import BlockMask
 _FROM_KV_BLOCKS = frozenset(inspect.signature(BlockMask.from_kv_blocks).parameters)
 _FLEX_ATTENTION = frozenset(inspect.signature(flex.flex_attention).parameters)
 _SDPA_KERNEL = frozenset(inspect.signature(sdpa_kernel).parameters)
-# Whether this torch knows that the FLASH backend returns natural logarithms, and the others logarithms to the base 2.
-_KNOWS_UNIT_OF_FLASH = any(
-    isinstance(part, CodeType) and "stats_are_log2" in part.co_varnames
-    for part in inspect.unwrap(flex.flex_attention).__code__.co_consts
-)
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 IS_ROCM = torch.version.hip is not None
-# A CPU kernel is compiled for its lengths alone, so a process that meets many lengths needs more than dynamo's 8.
-MAX_COMPILED_LENGTHS = 256
+MAX_COMPILED_LENGTHS = 256  # dynamo's own limit is 8
 
 
 def from_kv_blocks(
@@ -76,9 +69,15 @@ def _flash_backend_exists() -> bool:
         return False
 
 
-# To dynamo the answer is a constant; it refuses to look for it. This is torch.compiler.assume_constant_result, which
-# would import the whole compiler.
-flash_backend_exists._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def constant_to_dynamo(function: Callable[..., Any]) -> None:
+    """Let traces take what a function returns for a constant, and not look into it.
+
+    This is torch.compiler.assume_constant_result, which would import the whole compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+constant_to_dynamo(flash_backend_exists)
 
 
 def seq_lengths_of(block_mask: BlockMask) -> tuple[int, int] | None:
@@ -91,32 +90,6 @@ def lse_arguments() -> dict[str, Any]:
     if "return_aux" in _FLEX_ATTENTION:
         return {"return_aux": flex.AuxRequest(lse=True)}
     return {"return_lse": True}
-
-
-def with_lse(result: Any, kernel_options: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
-    """What ``flex_attention`` returned as the output, or as output and log-sum-exp (natural logarithm).
-
-    kernel_options: those that a kernel was compiled with. Some versions of torch (2.11) return the log-sum-exp of the
-    FLASH backend too small by a factor of ln 2 (issue 181645 of pytorch).
-    """
-    if isinstance(result, Tensor):
-        return result
-    out, second = result
-    lse = second if isinstance(second, Tensor) else second.lse
-    if kernel_options.get("BACKEND") == "FLASH" and not _KNOWS_UNIT_OF_FLASH:
-        lse = lse / math.log(2)
-    return out, lse
-
-
-class NotCompiledError(Exception):
-    """torch.compile ran the function as it is: compilation is switched off."""
-
-
-def _flex_attention(*args: Any, **kwargs: Any) -> Any:
-    # A function of our own: dynamo counts variants by function, and the caller may compile torch's.
-    if not torch.compiler.is_compiling():
-        raise NotCompiledError
-    return flex.flex_attention(*args, **kwargs)
 
 
 def in_backward() -> bool:
@@ -147,42 +120,26 @@ def fastest_sdpa(q: Tensor) -> Iterator[None]:
 
 
 @functools.cache
-def compiled_flex_attention(device_type: str) -> Callable[..., Any]:
-    """``flex_attention``, compiled once a process; on a CPU for one set of lengths at a time.
-
-    Raises NotCompiledError where compilation is switched off, so that what only a compiled kernel may see stays there.
-
-    With dynamic shapes the CPU kernel reads a captured table wrongly, or does not compile (torch 2.13).
-    """
-    return torch.compile(_flex_attention, fullgraph=True, dynamic=False if device_type == "cpu" else None)
-
-
-@functools.cache
 def fused(function: Callable[Args, Result]) -> Callable[Args, Result]:
     """Pointwise operations in one kernel, without storing what lies between them; on a GPU."""
     return torch.compile(function, dynamic=True)
 
 
-def run_compiled(device_type: str, *args: Any, **kwargs: Any) -> Any:
-    """Call ``compiled_flex_attention``; dynamo compiles as many variants as there are lengths.
-
-    Its limit is lifted where it was met, and not before: that takes a millisecond.
-    """
-    compiled = compiled_flex_attention(device_type)
-    limit_hit = getattr(torch._dynamo.exc, "FailOnRecompileLimitHit", None)
-    if limit_hit is not None:
-        try:
-            return compiled(*args, **kwargs)
-        except limit_hit:
-            pass
-    with many_lengths():
-        return compiled(*args, **kwargs)
+def recompile_limit_hit() -> type[Exception]:
+    """What a compiled function raises where dynamo has compiled as many variants of it as it may."""
+    exceptions: Any = torch._dynamo.exc  # here, not above: it is slow to import
+    return getattr(exceptions, "FailOnRecompileLimitHit", exceptions.Unsupported)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
 def many_lengths() -> Iterator[None]:
-    """Let dynamo compile as many variants as there are lengths, for the calls inside."""
-    config: Any = torch._dynamo.config  # here, not above: it is slow to import
+    """Let dynamo compile up to MAX_COMPILED_LENGTHS of a function, for the calls inside."""
+    config: Any = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     with config.patch({name: max(MAX_COMPILED_LENGTHS, getattr(config, name))}):
         yield
+
+
+def forget_compiled(code: CodeType) -> None:
+    """Let go of what dynamo has compiled from a code object."""
+    torch._dynamo.eval_frame.reset_code(code)  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy.checks import (
     check_attention_options,
@@ -17,6 +17,7 @@ from flexproxy.checks import (
     check_queries_and_keys,
     check_scale,
     check_values,
+    check_when,
 )
 from flexproxy.config import ProxyConfig
 from flexproxy.masks.structure import MaskMod, structure_of
@@ -24,9 +25,10 @@ from flexproxy.ops import compat
 from flexproxy.pipeline import dense_block_mask, select_for
 from flexproxy.selection import Selection
 from flexproxy.sparse import compensation
+from flexproxy.sparse.kernel import Output, run_flex
 from flexproxy.sparse.kernel_options import options_for, tiles_of
 
-Output: TypeAlias = Tensor | tuple[Tensor, Tensor]  # the latter: output and log-sum-exp
+When: TypeAlias = Literal["auto", "always"]
 Built: TypeAlias = Callable[[Selection], None]  # called with a selection once its BlockMask is made
 
 
@@ -43,6 +45,7 @@ def attention(
     score_mod: Any = ...,
     kernel_options: dict[str, Any] | None = ...,
     return_lse: Literal[False] = ...,
+    when: When = ...,
     compensate: bool = ...,
 ) -> Tensor: ...
 @overload
@@ -58,6 +61,7 @@ def attention(
     score_mod: Any = ...,
     kernel_options: dict[str, Any] | None = ...,
     return_lse: Literal[True],
+    when: When = ...,
     compensate: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def attention(
@@ -72,12 +76,14 @@ def attention(
     score_mod: Any = None,
     kernel_options: dict[str, Any] | None = None,
     return_lse: bool = False,
+    when: When = "auto",
     compensate: bool = False,
 ) -> Output:
     """ProxyAttn in one call: builds the mask, then runs compiled ``flex_attention`` with it.
 
     Dense where sparse cannot pay: fewer queries than a block (decoding), every row's budget covers all keys, the
     settings keep every block, or, on a GPU, sequences so short that the estimate takes longer than what it saves.
+    ``why_dense`` says which it will be.
 
     Args:
         q: queries ``[B, Hq, Sq, D]``, after the position embedding; fp32, fp16 or bf16, any strides.
@@ -86,6 +92,7 @@ def attention(
         score_mod: change of the scores, as in ``flex_attention``. The estimate of the blocks does not see it.
         kernel_options: as in ``flex_attention``; None is ``flexproxy.kernel_options(q, k)``.
         return_lse: also return the log-sum-exp of the scores, fp32 ``[B, Hq, Sq]``; not on a CPU.
+        when: "auto", or "always" for sparse attention whatever it costs.
         compensate: give back what is dropped. Every query attends, besides, to the mean key and the mean value of each
             block that was not selected, weighted as that many tokens (FlashPrefill V2, arXiv 2608.19758, equations 5
             and 6), in one softmax with the kept tokens; ``return_lse`` is then that of both. Only blocks that the mask
@@ -100,7 +107,7 @@ def attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
     """
-    return attend(q, k, v, mask_mod, block_mask, config, scale, score_mod, kernel_options, return_lse, compensate)
+    return attend(q, k, v, mask_mod, block_mask, config, scale, score_mod, kernel_options, return_lse, when, compensate)
 
 
 def attend(
@@ -114,6 +121,7 @@ def attend(
     score_mod: Any = None,
     kernel_options: dict[str, Any] | None = None,
     return_lse: bool = False,
+    when: When = "auto",
     compensate: bool = False,
     built: Built | None = None,
 ) -> Output:
@@ -123,6 +131,7 @@ def attend(
     check_values(v, q, k)
     check_masks(mask_mod, block_mask, q, k, config.block_size)
     check_attention_options(q, k, v, score_mod, kernel_options, return_lse, compensate)
+    check_when(when)
     scale = check_scale(scale, q.shape[3])
     num_queries, num_keys = q.shape[2], k.shape[2]
     gqa = q.shape[1] != k.shape[1]
@@ -132,7 +141,7 @@ def attend(
     if not torch.is_grad_enabled():  # the CPU kernel refuses tensors that could require gradients
         q, k, v = q.detach(), k.detach(), v.detach()
 
-    if dense_pays(q, k, config):
+    if when == "auto" and _why_dense(q, k, config) is not None:
         no_mask_needed = num_queries in (1, num_keys)
         if mask_mod is None and block_mask is None and score_mod is None and not return_lse and no_mask_needed:
             with compat.fastest_sdpa(q):
@@ -149,7 +158,8 @@ def attend(
         given = mask_mod if block_mask is None else block_mask.mask_mod
         structure = None if given is None else structure_of(given)
         traced = torch.compiler.is_compiling()  # there the mask is that of build, see _run_selected
-        options = options_for(q, k, structure, traced, score_mod is not None, config.block_size, gradients)
+        lse = return_lse or compensate
+        options = options_for(q, k, structure, traced, score_mod is not None, config.block_size, gradients, lse)
     arguments: dict[str, Any] = {"score_mod": score_mod, "scale": scale, "enable_gqa": gqa, "kernel_options": options}
     if selection is not None and compensate:
         if q.device.type == "cpu":  # whose kernel returns no log-sum-exp to merge by
@@ -174,12 +184,7 @@ def _run_selected(
     block_mask = selection.listed_block_mask() if listed else selection.block_mask()
     if built is not None:
         built(selection)
-    if not listed:
-        return run_flex(q, k, v, block_mask, arguments)
-    try:
-        return _run_compiled(q, k, v, block_mask, arguments)
-    except compat.NotCompiledError:  # eager flex_attention sees the function alone, and not the lists
-        return _run_eager(q, k, v, selection.block_mask(), arguments)
+    return run_flex(q, k, v, block_mask, arguments, selection.block_mask if listed else None)
 
 
 def _run_joined(
@@ -211,38 +216,13 @@ def _run_merged(
     arguments = arguments | compat.lse_arguments()
     out, lse = _run_selected(q, k, v, selection, arguments, built)
     if choose_options:
-        arguments["kernel_options"] = options_for(q, means.keys, None, True, True, size, gradients)
+        arguments["kernel_options"] = options_for(q, means.keys, None, True, True, size, gradients, True)
     arguments["score_mod"] = means.score_mod()
     block_mask = means.block_mask(size, q.shape[2], gradients)
     other, other_lse = run_flex(q, means.keys, means.values, block_mask, arguments)
     fuse = q.is_cuda and not torch.compiler.is_compiling()  # a trace around it fuses by itself
     merge = compat.fused(compensation.merge) if fuse else compensation.merge
     return merge(out, lse, other, other_lse)
-
-
-def run_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, arguments: dict[str, Any]) -> Output:
-    """``flex_attention``, compiled: by the trace around it, or else here; eager where compilation is switched off.
-
-    Returns:
-        The output; output and log-sum-exp where the arguments have ``compat.lse_arguments``.
-    """
-    if torch.compiler.is_compiling():
-        result = flex_attention(q, k, v, block_mask=block_mask, **arguments)
-        return compat.with_lse(result, arguments["kernel_options"])
-    try:
-        return _run_compiled(q, k, v, block_mask, arguments)
-    except compat.NotCompiledError:
-        return _run_eager(q, k, v, block_mask, arguments)
-
-
-def _run_compiled(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, arguments: dict[str, Any]) -> Output:
-    result = compat.run_compiled(q.device.type, q, k, v, block_mask=block_mask, **arguments)
-    return compat.with_lse(result, arguments["kernel_options"])
-
-
-def _run_eager(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None, arguments: dict[str, Any]) -> Output:
-    arguments = arguments | {"kernel_options": {}}  # they are for kernels, and say in which unit these return
-    return compat.with_lse(flex_attention(q, k, v, block_mask=block_mask, **arguments), {})
 
 
 # Work of dense attention, in floating-point operations, that a GPU does while the host starts the kernels of a build:
@@ -252,21 +232,27 @@ BUILD_FLOPS = 6e11
 SPARSE_COST = 1.3
 
 
-def dense_pays(q: Tensor, k: Tensor, config: ProxyConfig) -> bool:
-    """Whether the estimate would save nothing, as far as lengths and settings tell."""
-    return why_dense(q, k, config) is not None
+def why_dense(q: Tensor, k: Tensor, config: ProxyConfig | None = None) -> str | None:
+    """Why ``attention`` will be dense, in a few words; None where it will be sparse.
 
+    It goes by lengths and settings, and looks at no values. It assumes a causal mask, ``when="auto"``, and that a gamma
+    keeps no more than ``min_budget``. On a GPU it compares the work that is saved with the time that the host takes to
+    start the kernels of the estimate, both as on an H200 whose host waits for each call.
 
-def why_dense(q: Tensor, k: Tensor, config: ProxyConfig) -> str | None:
-    """Why the estimate would save nothing, in a few words; None where it may save something.
+    Args:
+        q, k, config: as for ``attention``.
 
-    It reads all keys for a block of queries, and needs blocks to drop. On a GPU its kernels take a time of their own,
-    which short sequences do not save: a row keeps ``min_budget`` tokens, and all rows the target density, if there is
-    one. A gamma is taken to keep no more than the budget.
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, and what to do.
     """
+    check_queries_and_keys(q, k)
+    return _why_dense(q, k, check_config(config))
+
+
+def _why_dense(q: Tensor, k: Tensor, config: ProxyConfig) -> str | None:
     num_queries, num_keys = q.shape[2], k.shape[2]
     kept = config.min_blocks * config.block_size / num_keys
-    if num_queries < config.block_size:
+    if num_queries < config.block_size:  # it reads all keys for a block of queries
         return "fewer queries than a block"
     if config.keeps_all:
         return "the settings keep every block"
@@ -274,7 +260,7 @@ def why_dense(q: Tensor, k: Tensor, config: ProxyConfig) -> str | None:
         return "min_budget covers all keys"
     if not q.is_cuda:
         return None
-    rows = num_queries / num_keys  # the last rows of a triangle (of a causal mask; of others it is a guess)
+    rows = num_queries / num_keys  # the last rows of a triangle
     dense_flops = 4 * q.shape[0] * q.shape[1] * q.shape[3] * num_queries * num_keys * (1 - rows / 2)
     density = max(1 - (1 - kept) ** 2, config.density or 0.0)
     pays = SPARSE_COST * density * dense_flops + BUILD_FLOPS > dense_flops

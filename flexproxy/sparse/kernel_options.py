@@ -10,6 +10,7 @@ from torch import Tensor
 from flexproxy.checks import check_queries_and_keys
 from flexproxy.masks.structure import Structure
 from flexproxy.ops import compat
+from flexproxy.sparse.kernel import flash_lse_factor
 
 # `python -m benchmarks.bench_tiles` measures these beside others.
 _COPY_ENGINE = {"USE_TMA": True, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
@@ -74,6 +75,7 @@ def options_for(
     has_score_mod: bool,
     block_size: int,
     gradients: bool,
+    lse: bool,
 ) -> dict[str, Any]:
     """``kernel_options`` for a certain mask of certain blocks, as ``attention`` runs it.
 
@@ -84,6 +86,7 @@ def options_for(
         has_score_mod: there is a ``score_mod``; what it captures is not known.
         block_size: tiles must divide the blocks.
         gradients: they are needed, also if neither q nor k requires them.
+        lse: the log-sum-exp is wanted.
     """
     options, _ = fastest(q, gradients or _needs_gradients(q, k))
     if block_size != 128 or not options:
@@ -92,7 +95,8 @@ def options_for(
     known = mask is None or mask.clauses is not None
     if "BACKEND" in options:
         # Its compiler (torch 2.11) fails on numbers in tensors without a dimension, which unknown functions may hold.
-        if known and not has_score_mod and all(table.value.dim() for table in tables):
+        compiles = known and not has_score_mod and all(table.value.dim() for table in tables)
+        if compiles and not (lse and flash_lse_factor(q.device) is None):
             return options
         options = dict(_COPY_ENGINE)
     by_token = any(table.value.dim() > table.per_sequence for table in tables) or membership

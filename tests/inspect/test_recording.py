@@ -307,7 +307,7 @@ def test_times_by_events_and_no_wait(tmp_path: Path) -> None:
 
     device = torch.device("cuda")
     model = inputs.load_decoder(str(save_tiny_model(tmp_path)), device, "flexproxy")
-    configure(model, ProxyConfig(gamma=0.6, min_budget=128))
+    configure(model, ProxyConfig(gamma=0.6, min_budget=128), when="always")
     tokens = torch.randint(2, 200, (1, 1024), device=device)
 
     @torch.no_grad()

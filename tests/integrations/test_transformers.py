@@ -26,7 +26,15 @@ from flexproxy.integrations.transformers import attention as hf_attention
 from flexproxy.integrations.transformers import configuration, configure
 from flexproxy.integrations.transformers import masks as hf_masks
 from tests.accuracy import skip_unless_flex_compiles
-from tests.transformers_models import FAMILIES, interpreted, make_model, make_tokens, one_after_another, use
+from tests.transformers_models import (
+    FAMILIES,
+    configure_sparse,
+    interpreted,
+    make_model,
+    make_tokens,
+    one_after_another,
+    use,
+)
 
 BLOCK = 32
 EVERY_BLOCK = ProxyConfig(gamma=1.0, max_budget=2**20, min_budget=BLOCK, block_size=BLOCK)
@@ -102,7 +110,7 @@ import flexproxy.integrations.transformers
 
 def test_setting_the_attention_and_back() -> None:
     model, tokens = model_of("llama"), make_tokens(1, 300)
-    configure(model, SOME_BLOCKS)
+    configure_sparse(model, SOME_BLOCKS)
     use(model, "sdpa")
     dense = logits(model, tokens)
     use(model, "flexproxy")
@@ -136,7 +144,7 @@ def test_two_models_have_their_own_settings() -> None:
 def test_a_padded_batch_gives_each_sequence_its_own_logits(device: str) -> None:
     model, tokens = model_of("llama", device), make_tokens(3, 300).to(device)
     lengths = [300, 211, 150]
-    configure(model, EVERY_BLOCK)
+    configure_sparse(model, EVERY_BLOCK)
     for side in ("left", "right"):
         padding = torch.zeros_like(tokens)
         rows = [slice(300 - n, None) if side == "left" else slice(n) for n in lengths]
@@ -152,7 +160,7 @@ def test_a_padded_batch_gives_each_sequence_its_own_logits(device: str) -> None:
 def test_padding_by_whole_blocks_keeps_the_selection(device: str) -> None:
     """Blocks then begin at the same tokens, so with a budget too a sequence has the logits that it has alone."""
     model, tokens = model_of("llama", device), make_tokens(2, 320).to(device)
-    configure(model, SOME_BLOCKS)
+    configure_sparse(model, SOME_BLOCKS)
     for row in (slice(4 * BLOCK, None), slice(201)):
         padding = torch.ones_like(tokens)
         padding[1] = 0
@@ -167,7 +175,7 @@ def test_a_packed_batch_gives_each_document_its_own_logits(family: str, device: 
     if not hasattr(transformers.masking_utils, "find_packed_sequence_indices"):
         pytest.skip("this transformers does not find packed sequences")
     model, tokens = model_of(family, device), make_tokens(1, 500).to(device)
-    configure(model, EVERY_BLOCK)
+    configure_sparse(model, EVERY_BLOCK)
     ends = [0, 200, 340, 500]
     documents = [slice(a, b) for a, b in pairwise(ends)]
     positions = torch.cat([torch.arange(d.stop - d.start) for d in documents])[None].to(device)
@@ -203,7 +211,7 @@ CACHED = ["llama", "gemma2", "gemma3", "gpt_oss"]  # without and with sliding wi
 def test_prefill_in_chunks_is_one_prefill(family: str, device: str) -> None:
     """Chunks of several blocks, of less than one, and single tokens."""
     model, tokens = model_of(family, device), make_tokens(2, 420).to(device)
-    configure(model, EVERY_BLOCK)
+    configure_sparse(model, EVERY_BLOCK)
     whole = logits(model, tokens)
     assert_close(prefill_in_chunks(model, tokens, [150, 200, 40, 1, 29]), whole)
 
@@ -216,7 +224,7 @@ def test_generate(family: str, cache: str | None, device: str) -> None:
     padding = torch.ones_like(tokens)
     padding[0, :45] = 0
     arguments = {"attention_mask": padding} | ({"cache_implementation": cache} if cache else {})
-    configure(model, EVERY_BLOCK)
+    configure_sparse(model, EVERY_BLOCK)
     ours, our_logits = generate(model, tokens, **arguments)
     use(model, "eager")
     theirs, their_logits = generate(model, tokens, **arguments)
@@ -237,7 +245,7 @@ def test_a_prompt_of_less_than_a_block(family: str, device: str) -> None:
 
 def test_generate_with_chunked_prefill(device: str) -> None:
     model, tokens = model_of("llama", device), make_tokens(2, 300).to(device)
-    configure(model, EVERY_BLOCK)
+    configure_sparse(model, EVERY_BLOCK)
     whole, whole_logits = generate(model, tokens)
     chunks, chunk_logits = generate(model, tokens, prefill_chunk_size=140)
     assert torch.equal(whole, chunks)
@@ -246,7 +254,7 @@ def test_generate_with_chunked_prefill(device: str) -> None:
 
 def test_a_decode_step_makes_no_block_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = model_of("llama"), make_tokens(1, 300)
-    configure(model, SOME_BLOCKS)
+    configure_sparse(model, SOME_BLOCKS)
     made = []
 
     class Counted(hf_masks.ForwardMask):
@@ -266,7 +274,7 @@ def test_a_decode_step_makes_no_block_mask(monkeypatch: pytest.MonkeyPatch) -> N
 def test_head_dimensions(head_dim: int, device: str) -> None:
     model = model_of("llama", device, head_dim=head_dim, num_hidden_layers=1)
     tokens = make_tokens(1, 200).to(device)
-    configure(model, EVERY_BLOCK)
+    configure_sparse(model, EVERY_BLOCK)
     ours = logits(model, tokens)
     use(model, "sdpa")
     assert_close(ours, logits(model, tokens))
@@ -307,7 +315,7 @@ def test_a_window_that_the_least_budget_covers_is_dense(monkeypatch: pytest.Monk
         estimated.clear()
         dense = logits(model, tokens)
         assert estimated == expected
-    configure(model, EVERY_BLOCK)
+    configure_sparse(model, EVERY_BLOCK)
     every = logits(model, tokens)
     configure(model, {0: ProxyConfig(gamma=0.6, min_budget=6 * BLOCK, block_size=BLOCK)})
     assert_close(logits(model, tokens), every)
@@ -340,9 +348,9 @@ def test_latent_attention(device: str) -> None:
     use(model, "eager")
     theirs = logits(model, tokens)
     use(model, "flexproxy")
-    configure(model, EVERY_BLOCK)
+    configure_sparse(model, EVERY_BLOCK)
     assert_close(logits(model, tokens), theirs)
-    configure(model, SOME_BLOCKS)
+    configure_sparse(model, SOME_BLOCKS)
     assert (logits(model, tokens) - theirs).abs().max() > 0.05
 
 
@@ -391,7 +399,7 @@ def test_an_encoder_decoder_runs_dense_where_it_is_not_causal() -> None:
     use(model, "sdpa")
     theirs = logits(model, source, **inputs)
     use(model, "flexproxy")
-    configure(model, EVERY_BLOCK)
+    configure_sparse(model, EVERY_BLOCK)
     hf_attention._warn_once.cache_clear()
     with pytest.warns(UserWarning, match=r"flexproxy: encoders, cross-attention .* run dense") as told:
         ours = [logits(model, source, **inputs) for _ in range(2)]
@@ -399,13 +407,13 @@ def test_an_encoder_decoder_runs_dense_where_it_is_not_causal() -> None:
     assert len([w for w in told if str(w.message).startswith("flexproxy: encoders")]) == 1
     if not hasattr(transformers.models.bart.modeling_bart, "create_causal_mask"):
         pytest.skip("this transformers makes the masks of the decoder inside of the model, by tokens")
-    configure(model, SOME_BLOCKS)
+    configure_sparse(model, SOME_BLOCKS)
     assert (logits(model, source, **inputs) - theirs).abs().max() > 1e-3
 
 
 def test_a_mask_by_tokens_runs_dense_and_is_told_of() -> None:
     model, tokens = model_of("llama"), make_tokens(1, 300)
-    configure(model, SOME_BLOCKS)
+    configure_sparse(model, SOME_BLOCKS)
     mask = torch.ones(1, 1, 300, 300, dtype=torch.bool).tril()
     use(model, "sdpa")
     theirs = logits(model, tokens, attention_mask=mask)
@@ -419,7 +427,7 @@ def test_a_block_mask_of_the_caller() -> None:
     from torch.nn.attention.flex_attention import create_block_mask
 
     model, tokens = model_of("llama"), make_tokens(1, 300)
-    configure(model, EVERY_BLOCK)
+    configure_sparse(model, EVERY_BLOCK)
     theirs = logits(model, tokens)
     own = create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 300, 300, device="cpu", BLOCK_SIZE=BLOCK)
     assert_close(logits(model, tokens, attention_mask=own), theirs)
@@ -436,14 +444,14 @@ def test_attention_weights_are_refused() -> None:
 
 def test_dropout_is_refused() -> None:
     model = model_of("llama", attention_dropout=0.1).train()
-    configure(model, SOME_BLOCKS)
+    configure_sparse(model, SOME_BLOCKS)
     with pytest.raises(ValueError, match=r"dropout: expected 0\.0, .* got 0\.1; use model\.eval"):
         logits(model, make_tokens(1, 300))
 
 
 def test_scores_that_are_not_supported_are_refused() -> None:
     model = model_of("llama")
-    configure(model, SOME_BLOCKS)
+    configure_sparse(model, SOME_BLOCKS)
     with pytest.raises(ValueError, match="position_bias: expected None"):
         logits(model, make_tokens(1, 300), position_bias=torch.zeros(1, 4, 300, 300))
 
@@ -471,7 +479,7 @@ def test_training(family: str, checkpointing: bool, device: str) -> None:
     padding = torch.ones_like(tokens)
     padding[0, 160:] = 0
     labels = tokens.masked_fill(padding == 0, -100)
-    configure(model, EVERY_BLOCK)
+    configure_sparse(model, EVERY_BLOCK)
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -492,7 +500,7 @@ def test_training(family: str, checkpointing: bool, device: str) -> None:
 def test_training_under_a_budget(device: str) -> None:
     """Checkpointing selects the same blocks again, so it changes no gradient."""
     model, tokens = model_of("llama", device).train(), make_tokens(1, 200).to(device)
-    configure(model, SOME_BLOCKS)
+    configure_sparse(model, SOME_BLOCKS)
     found = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -527,7 +535,7 @@ def test_a_compiled_model(device: str) -> None:
     """One graph for the prefill and one for a decode step."""
     skip_unless_flex_compiles(device)
     model, tokens = model_of("llama", device), make_tokens(1, 257).to(device)
-    configure(model, SOME_BLOCKS)
+    configure_sparse(model, SOME_BLOCKS)
     prompt, new = tokens[:, :256], tokens[:, 256:]
     expected = prefill_in_chunks(model, tokens, [256, 1])
     torch._dynamo.reset()
@@ -546,7 +554,7 @@ def test_a_traced_model_evaluates_what_it_cannot_look_into(padded: bool, device:
     padding = torch.ones_like(tokens)
     padding[0, :60] = 0
     inputs = {"attention_mask": padding} if padded else {}
-    configure(model, EVERY_BLOCK)
+    configure_sparse(model, EVERY_BLOCK)
     expected = logits(model, tokens, **inputs)
     traced: Any = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
     with torch.no_grad():

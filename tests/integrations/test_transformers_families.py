@@ -18,7 +18,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 import flexproxy
 from flexproxy import ProxyConfig
-from flexproxy.integrations.transformers import configure
 from flexproxy.integrations.transformers.attention import attention_forward
 from flexproxy.integrations.transformers.masks import forward_mask, forward_mask_of
 from flexproxy.integrations.transformers.settings import config_of
@@ -26,6 +25,7 @@ from tests.transformers_models import (
     FAMILIES,
     IMAGE,
     IMAGE_TOKENS,
+    configure_sparse,
     in_double,
     interpreted,
     make_model,
@@ -142,7 +142,7 @@ def test_every_block_is_dense_attention(family: str, device: str, recorder: Reco
     eager = logits(model, "eager", input_ids=tokens)
     with interpreted(device):
         assert_as_good_as(logits(model, "flexproxy", input_ids=tokens), eager, exact)
-        configure(model, EVERY_BLOCK)
+        configure_sparse(model, EVERY_BLOCK)
         assert_as_good_as(logits(model, "flexproxy", input_ids=tokens), eager, exact)
 
 
@@ -152,7 +152,7 @@ def test_a_budget_is_dense_attention_under_its_blocks(family: str, device: str, 
     tokens = make_tokens(2, LENGTH).to(device)
     padding = torch.ones_like(tokens)
     padding[0, :40] = 0
-    configure(model, SOME_BLOCKS)
+    configure_sparse(model, SOME_BLOCKS)
     with interpreted(device):
         ours = logits(model, "recording", input_ids=tokens, attention_mask=padding)
     assert len(recorder.kept) == model.config.num_hidden_layers
@@ -182,7 +182,7 @@ def test_vision_language_model(device: str, recorder: Recorder) -> None:
     eager, exact = logits(model, "eager", **inputs), logits(in_double(model), "exact", **in_doubles(inputs))
     without_types = {name: value for name, value in inputs.items() if name != "token_type_ids"}
     with interpreted(device):
-        configure(model, EVERY_BLOCK)
+        configure_sparse(model, EVERY_BLOCK)
         assert_as_good_as(logits(model, "flexproxy", **inputs), eager, exact)
         causal = logits(model, "flexproxy", **without_types)
     assert (causal - exact).abs().max() > 0.01  # the test would see images that have become causal

@@ -15,7 +15,7 @@ from flexproxy import ProxyConfig, Selection
 
 NAMES = {
     "": "ProxyConfig Selection and_block_masks attention build calibrate kernel_options masks plot record reference "
-    "select stats",
+    "select stats why_dense",
     ".masks": "and_masks causal document full or_masks padding prefix_lm shift sliding_window",
     ".stats": "block_mass density recovered_mass",
     ".plot": "block_map calibration density ranking record recovered_mass save",
@@ -24,7 +24,8 @@ PARAMETERS = {
     "build": "q, k, *, mask_mod=None, block_mask=None, config=None, scale=None",
     "select": "q, k, *, mask_mod=None, block_mask=None, config=None, scale=None",
     "attention": "q, k, v, *, mask_mod=None, block_mask=None, config=None, scale=None, score_mod=None, "
-    "kernel_options=None, return_lse=False, compensate=False",
+    "kernel_options=None, return_lse=False, when='auto', compensate=False",
+    "why_dense": "q, k, config=None",
     "ProxyConfig.paper": "**changes",
     "kernel_options": "q, k",
     "and_block_masks": "a, b",

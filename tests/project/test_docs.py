@@ -19,7 +19,7 @@ import torch
 
 import flexproxy
 from benchmarks import plots
-from flexproxy.ops import compat
+from flexproxy.sparse import kernel as sparse_kernel
 from tests.accuracy import skip_unless_flex_compiles
 from tests.tiny_model import LAYERS, save_tiny_model
 
@@ -86,7 +86,7 @@ def test_code_of_inspection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.importorskip(package)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compat, "compiled_flex_attention", lambda _: compat._flex_attention)
+    monkeypatch.setattr(sparse_kernel, "compiled_flex_attention", lambda *variant: sparse_kernel._flex_attention)
     names: dict[str, Any] = {}
     run("inspection.md", names)
     assert {x.dense for passes in names["record"].layers.values() for x in passes} == {None}

@@ -92,7 +92,7 @@ def test_compiled_output_is_dense_attention_under_the_selection(name: str, devic
         masks.shift(and_masks(masks.causal, masks.padding(real), masks.document(documents)), offset),
     ):
         case = Case(case.q, case.k, case.v, case.config, "", mask_mod, case.offset)
-        out = flexproxy.attention(case.q, case.k, case.v, mask_mod=mask_mod, config=case.config)
+        out = flexproxy.attention(case.q, case.k, case.v, mask_mod=mask_mod, config=case.config, when="always")
         check_output(case, mask_of(case), out)
 
 
@@ -118,7 +118,7 @@ def test_every_shape_runs_on_a_gpu(
     """Head dimensions, dtypes and block sizes from end to end of what is supported, compiled."""
     options = {"block_size": block_size, "min_budget": block_size, "gamma": 0.6}
     case = case_of(2, 6, 2, (num_queries, num_keys), dim, dtype, "cuda", **options)
-    out = flexproxy.attention(case.q, case.k, case.v, config=case.config)
+    out = flexproxy.attention(case.q, case.k, case.v, config=case.config, when="always")
     check_output(case, mask_of(case), out)
 
 
@@ -147,7 +147,7 @@ def test_attention_is_dense_where_sparse_cannot_pay(
 ) -> None:
     """The default mask goes to SDPA: no estimate is made, and nothing is compiled."""
     monkeypatch.setattr(sys.modules["flexproxy.sparse.attention"], "select_for", _must_not_run)
-    monkeypatch.setattr("flexproxy.ops.compat.compiled_flex_attention", _must_not_run)
+    monkeypatch.setattr("flexproxy.sparse.kernel.compiled_flex_attention", _must_not_run)
     case = case_of(2, 4, 2, lengths, 64, torch.float32, device)
     out = flexproxy.attention(case.q, case.k, case.v, config=config)
     check_output(case, masks.shift(masks.causal, lengths[1] - lengths[0]), out)
@@ -180,7 +180,7 @@ def test_lse_and_gradients(block_size: int) -> None:
     """On a GPU: the log-sum-exp is that of the kept scores, and gradients are those of dense attention."""
     case = case_of(2, 4, 2, (700, 700), 64, torch.float32, "cuda", block_size=block_size)
     q, k, v = (x.clone().requires_grad_() for x in (case.q, case.k, case.v))
-    out, lse = flexproxy.attention(q, k, v, config=case.config, return_lse=True)
+    out, lse = flexproxy.attention(q, k, v, config=case.config, return_lse=True, when="always")
     allowed = create_mask(mask_of(case), 2, 4, 700, 700, device="cuda")
     scores = case.q.double() @ case.k.double().repeat_interleave(2, 1).transpose(-1, -2) * case.scale
     torch.testing.assert_close(

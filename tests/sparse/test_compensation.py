@@ -21,11 +21,12 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block
 import flexproxy
 from benchmarks.baselines.flashprefill_v2 import mean_correction
 from flexproxy import ProxyConfig, Selection, masks, reference
-from flexproxy.masks.blocks import Admissible, whole_blocks
+from flexproxy.masks.blocks import whole_blocks
 from flexproxy.masks.mods import MaskMod
 from flexproxy.ops import compat
 from flexproxy.pipeline import select_for
 from flexproxy.sparse import compensation
+from flexproxy.sparse import kernel as sparse_kernel
 from flexproxy.stages.lists import dense_maps
 from tests.accuracy import cpu_kernel_exists, skip_unless_flex_compiles
 from tests.oracle import random_case
@@ -58,9 +59,7 @@ def tokens_of(blocks: Tensor, rows: int, columns: int, num_queries: int, num_key
     return blocks.repeat_interleave(rows, -2)[..., :num_queries, :].repeat_interleave(columns, -1)[..., :num_keys]
 
 
-def kernel(
-    device_type: str, q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask, score_mod: Any, **arguments: Any
-) -> Any:
+def kernel(q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask, score_mod: Any, **arguments: Any) -> Any:
     """What a compiled kernel does with these arguments, densely: it visits the listed blocks, and no others."""
     (rows, columns), (num_queries, num_keys) = block_mask.BLOCK_SIZE, (q.shape[2], k.shape[2])
     some, full = dense_maps(block_mask, -(-num_queries // rows), -(-num_keys // columns))
@@ -79,13 +78,13 @@ def kernel(
 
 
 def not_compiled(*args: Any, **kwargs: Any) -> Any:
-    raise compat.NotCompiledError
+    raise sparse_kernel.NotCompiledError
 
 
 @pytest.fixture
 def flex(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in of the compiled kernel, by name."""
-    monkeypatch.setattr(compat, "run_compiled", kernel if request.param == "kernel" else not_compiled)
+    monkeypatch.setattr(sparse_kernel, "run_compiled", kernel if request.param == "kernel" else not_compiled)
 
 
 on_both = pytest.mark.parametrize("flex", ["kernel", "eager"], indirect=True)
@@ -93,7 +92,7 @@ on_both = pytest.mark.parametrize("flex", ["kernel", "eager"], indirect=True)
 
 @pytest.fixture
 def dense_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "run_compiled", kernel)
+    monkeypatch.setattr(sparse_kernel, "run_compiled", kernel)
 
 
 Way = Callable[[Tensor, Tensor, Tensor, Selection], Tensor]
@@ -307,8 +306,8 @@ def test_hidden_tokens_stay_hidden(name: str, way: Way) -> None:
 def test_a_leak_would_show(name: str, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the mistake planted that blocks count of which any pair is allowed, the test above fails."""
 
-    def leaking(mask_mod: MaskMod, admissible: Admissible, *_: int) -> Tensor:
-        return admissible.any
+    def leaking(mask_mod: MaskMod, admissible: Tensor, *_: Any) -> Tensor:
+        return admissible
 
     monkeypatch.setattr(compensation, "whole_blocks", leaking)
     leaked = changes_of_hidden(way, name, 100.0)
@@ -467,7 +466,7 @@ def test_lists_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(kwargs["block_mask"])
         return kernel(*args, **kwargs)
 
-    monkeypatch.setattr(compat, "run_compiled", watched)
+    monkeypatch.setattr(sparse_kernel, "run_compiled", watched)
     x = inputs((1, 2, 1), (64, 64))
     for gradients in (False, True):
         selection = select_for(x.q, x.k, None, None, LOW, None, gradients, lists=True)
@@ -475,18 +474,6 @@ def test_lists_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     if "compute_q_blocks" in compat._FROM_KV_BLOCKS:  # else they are always made
         assert [mask.q_indices is not None for mask in seen] == [False, False, True, True]
     assert all(mask.BLOCK_SIZE == (BLOCK, BLOCK) for mask in seen)
-
-
-def test_the_unit_of_the_log_sum_exp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where torch takes the logarithms of FLASH for those to the base 2, that is undone; elsewhere nothing is."""
-    out, lse = torch.zeros(1), torch.ones(1)
-    for knows in (False, True):
-        monkeypatch.setattr(compat, "_KNOWS_UNIT_OF_FLASH", knows)
-        for options in ({}, {"BACKEND": "TRITON"}, {"BACKEND": "FLASH"}):
-            got = compat.with_lse((out, lse), options)[1]
-            off = options.get("BACKEND") == "FLASH" and not knows
-            torch.testing.assert_close(got, lse / torch.log(torch.tensor(2.0)) if off else lse)
-    assert compat.with_lse(out, {}) is out
 
 
 @pytest.mark.skipif(not cpu_kernel_exists(), reason="this torch's dynamo cannot trace masks")
@@ -562,13 +549,16 @@ def test_every_shape_runs_on_a_gpu(
     selection = flexproxy.select(x.q, x.k, mask_mod=mask_mod, config=config)
     want = expect(x, mask_mod, selection.block_map(), block_size)
     assert (want.compensated - want.plain).abs().max() > 0.05, "nothing was given back"
-    out, lse = flexproxy.attention(*x, mask_mod=mask_mod, config=config, compensate=True, return_lse=True)
+    out, lse = flexproxy.attention(
+        *x, mask_mod=mask_mod, config=config, when="always", compensate=True, return_lse=True
+    )
     torch.testing.assert_close(lse.cpu().double(), want.lse, rtol=1e-3, atol=1e-3)
     if dtype == torch.float32:
         torch.testing.assert_close(out.cpu().double(), want.compensated, rtol=1e-3, atol=1e-3)
     else:
         check(out, want.compensated, x)
-    assert torch.equal(flexproxy.attention(*x, mask_mod=mask_mod, config=config, compensate=True), out)
+    again = flexproxy.attention(*x, mask_mod=mask_mod, config=config, when="always", compensate=True)
+    assert torch.equal(again, out)
 
 
 @pytest.mark.gpu
@@ -581,7 +571,7 @@ def test_the_log_sum_exp_on_a_gpu(dtype: torch.dtype) -> None:
     blocks = flexproxy.select(x.q, x.k, config=config).block_map().cpu()
     allowed = reference.token_mask(masks.causal, 1, 4, 1024, 1024, "cpu") & tokens_of(blocks, 128, 128, 1024, 1024)
     scores = x.q.cpu().double() @ x.k.cpu().double().repeat_interleave(2, 1).mT / 128**0.5
-    _, lse = flexproxy.attention(*x, config=config, return_lse=True)
+    _, lse = flexproxy.attention(*x, config=config, return_lse=True, when="always")
     want = scores.masked_fill(~allowed, -torch.inf).logsumexp(-1)
     torch.testing.assert_close(lse.cpu().double(), want, rtol=1e-3, atol=1e-3)
 
@@ -596,7 +586,8 @@ def test_gradients_on_a_gpu(block_size: int) -> None:
     theirs = Inputs(*(t.double().requires_grad_() for t in x))
     blocks = flexproxy.select(mine.q, mine.k, config=config).block_map().cpu()
     weight = torch.randn(x.q.shape, generator=torch.Generator().manual_seed(1))
-    (flexproxy.attention(*mine, config=config, compensate=True) * weight.cuda()).sum().backward()
+    out = flexproxy.attention(*mine, config=config, when="always", compensate=True)
+    (out * weight.cuda()).sum().backward()
     allowed = reference.token_mask(masks.causal, 2, 4, 700, 700, "cpu")
     want, _ = reference.compensated_attention(*theirs, allowed, blocks, block_size, 64**-0.5)
     (want * weight).sum().backward()
@@ -617,7 +608,7 @@ def test_a_new_length_does_not_recompile() -> None:
         documents = torch.arange(length, device="cuda") // (100 + number)
         mask_mod = and_masks(masks.causal, masks.document(documents))
         with torch._dynamo.config.patch(error_on_recompile=number > 2):
-            flexproxy.attention(*x, mask_mod=mask_mod, config=LOW, compensate=True)
+            flexproxy.attention(*x, mask_mod=mask_mod, config=LOW, when="always", compensate=True)
 
 
 @pytest.mark.gpu
@@ -626,5 +617,5 @@ def test_within_a_compiled_function_on_a_gpu() -> None:
     x = on_gpu(inputs((2, 4, 2), (700, 700), 64, torch.bfloat16))
     config = ProxyConfig(min_budget=256, max_budget=256)
     blocks = flexproxy.select(x.q, x.k, config=config).block_map()
-    run = functools.partial(flexproxy.attention, config=config, compensate=True)
+    run = functools.partial(flexproxy.attention, config=config, when="always", compensate=True)
     check(torch.compile(run, fullgraph=True)(*x), expect(x, None, blocks, 128).compensated, x)

@@ -9,23 +9,21 @@ import os
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import flexproxy
 from flexproxy import ProxyConfig, checks, masks
 from flexproxy.checks import check_memory
 from flexproxy.masks.structure import MaskMod, structure_of
 from tests.accuracy import cpu_kernel_exists
 
-# Not by attribute: flexproxy.attention and flexproxy.kernel_options are the functions.
 attention: Any = importlib.import_module("flexproxy.sparse.attention")
 options: Any = importlib.import_module("flexproxy.sparse.kernel_options")
-# As they are, before the fixture of conftest changes them.
-BUILD_FLOPS, SPARSE_COST = attention.BUILD_FLOPS, attention.SPARSE_COST
+SPARSE_COST = attention.SPARSE_COST
 
 COPY_ENGINE = {"USE_TMA": True, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
 FLASH = {"BACKEND": "FLASH"}
@@ -102,8 +100,8 @@ def test_torch_chooses_where_gradients_are_needed() -> None:
         with torch.no_grad():
             assert options.kernel_options(q, k) == FLASH
         x.requires_grad_(False)
-    assert options.options_for(q, k, None, False, False, 128, gradients=True) == {}
-    assert options.options_for(q, k, None, False, False, 64, gradients=True)["BLOCK_M"] == 64
+    assert options.options_for(q, k, None, False, False, 128, gradients=True, lse=False) == {}
+    assert options.options_for(q, k, None, False, False, 64, gradients=True, lse=False)["BLOCK_M"] == 64
 
 
 @pytest.mark.usefixtures("hopper")
@@ -111,7 +109,7 @@ def test_options_are_the_callers() -> None:
     """A change of them changes no later call."""
     options.kernel_options(*pair())["num_stages"] = 7
     assert options.kernel_options(*pair()) == COPY_ENGINE
-    options.options_for(*pair(), None, False, False, 128, gradients=False)["BLOCK_M"] = 7
+    options.options_for(*pair(), None, False, False, 128, gradients=False, lse=False)["BLOCK_M"] = 7
     assert options.kernel_options(*pair()) == COPY_ENGINE
 
 
@@ -119,7 +117,7 @@ def test_nothing_on_a_cpu() -> None:
     q = torch.zeros(1, 2, 256, 64, dtype=torch.bfloat16)
     assert options.kernel_options(q, q) == {}
     for block_size in (16, 64, 128, 256):
-        assert options.options_for(q, q, None, False, False, block_size, gradients=False) == {}
+        assert options.options_for(q, q, None, False, False, block_size, gradients=False, lse=False) == {}
 
 
 def unknown(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -146,7 +144,7 @@ NUMBER: dict[str, MaskMod | None] = {"shift by []": masks.shift(masks.causal, to
 
 def chosen(mask_mod: MaskMod | None, length: int = 1024, **changes: Any) -> Any:
     structure = None if mask_mod is None else structure_of(mask_mod)
-    given = {"membership": False, "has_score_mod": False, "block_size": 128, "gradients": False} | changes
+    given = {"membership": False, "has_score_mod": False, "block_size": 128, "gradients": False, "lse": False} | changes
     return options.options_for(*pair(length), structure, **given)
 
 
@@ -160,6 +158,16 @@ def test_flash_where_its_compiler_can_read_the_mask() -> None:
         assert "BACKEND" not in chosen(mask_mod), name
     assert "BACKEND" not in chosen(None, has_score_mod=True)
     assert "BACKEND" not in chosen(None, block_size=256)
+
+
+@pytest.mark.usefixtures("hopper_with_flash")
+def test_flash_where_the_unit_of_its_log_sum_exp_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    for factor in (1.0, 1 / math.log(2)):
+        monkeypatch.setattr(options, "flash_lse_factor", lambda device, factor=factor: factor)
+        assert chosen(None, lse=True) == FLASH
+    monkeypatch.setattr(options, "flash_lse_factor", lambda device: None)
+    assert "BACKEND" not in chosen(None, lse=True)
+    assert chosen(None) == FLASH
 
 
 @pytest.mark.usefixtures("hopper")
@@ -178,7 +186,7 @@ def test_divisible_only_where_both_lengths_are() -> None:
     assert chosen(None, 1024)["IS_DIVISIBLE"] is True
     assert "IS_DIVISIBLE" not in chosen(None, 1000)
     q, k = OnGpu(2, 8, 128, 128), OnGpu(2, 2, 1000, 128)
-    assert "IS_DIVISIBLE" not in options.options_for(q, k, None, False, False, 128, gradients=False)
+    assert "IS_DIVISIBLE" not in options.options_for(q, k, None, False, False, 128, gradients=False, lse=False)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -193,69 +201,60 @@ def test_tiles_divide_the_blocks(block_size: int) -> None:
 # ------------------------------------------------------------------------------------------------ dense or sparse
 
 
-@pytest.fixture
-def true_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The costs as they are: the fixture of conftest makes them 0."""
-    assert attention.BUILD_FLOPS == attention.SPARSE_COST == 0
-    monkeypatch.setattr(attention, "BUILD_FLOPS", BUILD_FLOPS)
-    monkeypatch.setattr(attention, "SPARSE_COST", SPARSE_COST)
-
-
-def shape(num_queries: int, num_keys: int, heads: int = 32, batch: int = 1, cuda: bool = True) -> tuple[Any, Any]:
-    q = SimpleNamespace(shape=(batch, heads, num_queries, 128), is_cuda=cuda)
-    return q, SimpleNamespace(shape=(batch, 8, num_keys, 128), is_cuda=cuda)
+def is_dense(
+    num_queries: int, num_keys: int, config: ProxyConfig, heads: int = 32, batch: int = 1, cuda: bool = True
+) -> bool:
+    """What ``why_dense`` says of a shape, on a GPU or a CPU."""
+    shapes = (batch, heads, num_queries, 128), (batch, 8, num_keys, 128)
+    q, k = (OnGpu(*shape) if cuda else torch.empty(1, dtype=torch.bfloat16).expand(shape) for shape in shapes)
+    return flexproxy.why_dense(q, k, config) is not None
 
 
 LENGTHS = [2**n for n in range(12, 18)]
 
 
-@pytest.mark.usefixtures("true_costs")
-def test_dense_pays_for_short_and_sparse_for_long() -> None:
+def test_dense_for_short_and_sparse_for_long() -> None:
     """With the paper's settings and 32 heads: dense at 4K, sparse from some length on, and at 128K."""
-    dense = [attention.dense_pays(*shape(n, n), ProxyConfig()) for n in LENGTHS]
+    dense = [is_dense(n, n, ProxyConfig()) for n in LENGTHS]
     assert dense[0] is True
     assert dense[-1] is False
     assert dense == sorted(dense, reverse=True), "back to dense at a greater length"
 
 
-@pytest.mark.usefixtures("true_costs")
 @pytest.mark.parametrize("length", LENGTHS)
-def test_dense_pays_the_more_the_more_is_kept(length: int) -> None:
+def test_dense_the_more_the_more_is_kept(length: int) -> None:
     """Monotone in the density and in min_budget: what is dense stays dense where more is kept."""
-    by_density = [
-        attention.dense_pays(*shape(length, length), ProxyConfig(density=d / 20, min_budget=0)) for d in range(1, 21)
-    ]
+    by_density = [is_dense(length, length, ProxyConfig(density=d / 20, min_budget=0)) for d in range(1, 21)]
     assert by_density == sorted(by_density)
     assert by_density[-1] is True
-    by_budget = [attention.dense_pays(*shape(length, length), ProxyConfig(min_budget=n)) for n in (0, *LENGTHS)]
+    by_budget = [is_dense(length, length, ProxyConfig(min_budget=n)) for n in (0, *LENGTHS)]
     assert by_budget == sorted(by_budget)
     assert by_budget[-1] is True
-    with_more_work = [attention.dense_pays(*shape(length, length, batch=b), ProxyConfig()) for b in (1, 2, 8, 64)]
+    with_more_work = [is_dense(length, length, ProxyConfig(), batch=b) for b in (1, 2, 8, 64)]
     assert with_more_work == sorted(with_more_work, reverse=True)
 
 
-@pytest.mark.usefixtures("true_costs")
-def test_dense_pays_by_the_formula() -> None:
+def test_dense_by_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the edge: the work saved is just that of a build, or not."""
     config = ProxyConfig(min_budget=0, density=0.5)
     flops = 4 * 32 * 128 * 2**14 * 2**14 / 2 * (1 - SPARSE_COST * 0.5)
     for factor, dense in ((1.01, True), (0.99, False)):
-        attention.BUILD_FLOPS = flops * factor  # undone with the fixture's change
-        assert attention.dense_pays(*shape(2**14, 2**14), config) is dense
+        monkeypatch.setattr(attention, "BUILD_FLOPS", flops * factor)
+        assert is_dense(2**14, 2**14, config) is dense
     # A chunk of queries at the end of long keys does nearly the work of a rectangle.
-    attention.BUILD_FLOPS = 4 * 32 * 128 * 2**10 * 2**17 * (1 - 2**10 / 2**18) * (1 - SPARSE_COST * 0.5) * 0.99
-    assert attention.dense_pays(*shape(2**10, 2**17), config) is False
+    saved = 4 * 32 * 128 * 2**10 * 2**17 * (1 - 2**10 / 2**18) * (1 - SPARSE_COST * 0.5) * 0.99
+    monkeypatch.setattr(attention, "BUILD_FLOPS", saved)
+    assert is_dense(2**10, 2**17, config) is False
 
 
-@pytest.mark.usefixtures("true_costs")
 def test_on_a_cpu_only_lengths_and_settings_count() -> None:
     sparse = ProxyConfig(min_budget=0)
     for length in (128, 256, 4096):
-        assert attention.dense_pays(*shape(length, length, cuda=False), sparse) is False
-        assert attention.dense_pays(*shape(length, length, cuda=False), ProxyConfig(gamma=1.0, min_budget=0)) is True
-        assert attention.dense_pays(*shape(length, length, cuda=False), ProxyConfig(min_budget=4096)) is True
-    assert attention.dense_pays(*shape(127, 2**17, cuda=False), sparse) is True
-    assert attention.dense_pays(*shape(1, 2**17), sparse) is True
+        assert is_dense(length, length, sparse, cuda=False) is False
+        assert is_dense(length, length, ProxyConfig(gamma=1.0, min_budget=0), cuda=False) is True
+        assert is_dense(length, length, ProxyConfig(min_budget=4096), cuda=False) is True
+    assert is_dense(127, 2**17, sparse, cuda=False) is True
+    assert is_dense(1, 2**17, sparse) is True
 
 
 # ------------------------------------------------------------------------------------------------ memory

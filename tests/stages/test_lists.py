@@ -15,9 +15,9 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block
 import flexproxy
 from flexproxy import ProxyConfig, and_block_masks, masks, reference
 from flexproxy.masks.mods import MaskMod
-from flexproxy.ops import compat
 from flexproxy.ops.compat import seq_lengths_of
 from flexproxy.selection import membership
+from flexproxy.sparse import kernel as sparse_kernel
 from flexproxy.stages.lists import compile_block_mask, dense_maps
 from tests.lists import full_blocks, partial_blocks
 
@@ -161,13 +161,13 @@ def test_lists_for_gradients_in_attention(trained: str, device: str, monkeypatch
         seen.append(block_mask)
         return q
 
-    monkeypatch.setattr(compat, "compiled_flex_attention", lambda device_type: kernel)
+    monkeypatch.setattr(sparse_kernel, "compiled_flex_attention", lambda *variant: kernel)
     monkeypatch.setattr(sys.modules["flexproxy.sparse.attention"], "check_attention_options", lambda *args: None)
     (q, k), (_, v) = tensors(device, 256, 256), tensors(device, 256, 256)
     if trained != "none":
         {"q": q, "k": k, "v": v}[trained].requires_grad_()
     for mask_mod, config in ((None, CONFIG), (masks.full, ProxyConfig(gamma=1.0))):  # sparse, and dense
-        flexproxy.attention(q, k, v, mask_mod=mask_mod, config=config)
+        flexproxy.attention(q, k, v, mask_mod=mask_mod, config=config, when="always")
     assert [block_mask.q_indices is not None for block_mask in seen] == [trained != "none"] * 2
 
 

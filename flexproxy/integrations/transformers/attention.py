@@ -16,9 +16,9 @@ from transformers import AttentionInterface
 from flexproxy import ProxyConfig
 from flexproxy.integrations.transformers.masks import BLOCK_SIZE, ForwardMask, forward_mask_of
 from flexproxy.integrations.transformers.observing import Call, now, observers_of
-from flexproxy.integrations.transformers.settings import is_decoder_attention, local_config
+from flexproxy.integrations.transformers.settings import is_decoder_attention, local_config, when_of
 from flexproxy.pipeline import select_for
-from flexproxy.sparse.attention import Built, attend, why_dense
+from flexproxy.sparse.attention import Built, When, attend, why_dense
 
 # Token pairs up to which a dense layer takes a mask token by token, as it does in transformers.
 _MAX_TOKEN_PAIRS = 2048**2
@@ -100,7 +100,8 @@ def _forward(
     _check_parallelism()
     config = local_config(module, query.shape[1])
     shared = forward_mask_of(attention_mask)
-    why_all = _why_all_blocks(module, query, key, config, shared)
+    when = when_of(module)
+    why_all = _why_all_blocks(module, query, key, config, shared, when)
     if call is not None:
         call.config, call.scale, call.dense = config, scaling, why_all
     if why_all is not None:
@@ -109,13 +110,13 @@ def _forward(
             tokens = shared.token_mask()
             tokens = tokens if tokens is None else tokens.to(query.device)
             return _dense(module, query, key, value, tokens, scaling, dropout, softcap, s_aux, others)
-        config = dataclasses.replace(config, gamma=1.0, density=None, max_budget=None)
+        config, when = dataclasses.replace(config, gamma=1.0, density=None, max_budget=None), "auto"
     _check(dropout, others)
     block_mask = attention_mask
     if shared is not None and (query.device, config.block_size) != (block_mask.kv_indices.device, BLOCK_SIZE):
         block_mask = shared.block_mask(query.device, config.block_size)
     built = None if call is None else call.note
-    out = _flex(query, key, value, block_mask, config, scaling, softcap, _local(s_aux), built)
+    out = _flex(query, key, value, block_mask, config, scaling, softcap, _local(s_aux), built, when)
     return out.transpose(1, 2).contiguous()
 
 
@@ -132,11 +133,13 @@ def _why_no_blocks(module: nn.Module, query: Tensor, mask: Tensor | None) -> str
 
 
 def _why_all_blocks(
-    module: nn.Module, q: Tensor, k: Tensor, config: ProxyConfig, shared: ForwardMask | None
+    module: nn.Module, q: Tensor, k: Tensor, config: ProxyConfig, shared: ForwardMask | None, when: When
 ) -> str | None:
     """Why an estimate would save nothing, by lengths, settings and the mask's window; None where it may save."""
     if not is_decoder_attention(module):
         return "the layer is not causal"
+    if when == "always":
+        return None
     why = why_dense(q, k, config)
     if why is not None or shared is None or shared.window is None:
         return why
@@ -155,12 +158,13 @@ def _flex(
     softcap: float | None,
     sinks: Tensor | None,
     built: Built | None,
+    when: When,
 ) -> Tensor:
     """Attention under the selection, ``[B, Hq, Sq, Dv]``; built: as in ``attend``."""
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if q.device.type == "cpu" and (sinks is not None or gradients):
         # The CPU kernel has neither a log-sum-exp nor gradients.
-        if not config.keeps_all:
+        if when == "always" or not config.keeps_all:
             selection = select_for(q, k, None, block_mask, config, scale, gradients=False, lists=True)
             block_mask = selection.block_mask()
             if built is not None:
@@ -170,7 +174,7 @@ def _flex(
         return _with_scores(q, k, v, mask, scale, softcap, sinks)
     score_mod = None if softcap is None else _softcap_mod(softcap)
     wants_lse = sinks is not None
-    result: Any = attend(q, k, v, None, block_mask, config, scale, score_mod, return_lse=wants_lse, built=built)
+    result: Any = attend(q, k, v, None, block_mask, config, scale, score_mod, None, wants_lse, when, built=built)
     return result if sinks is None else _with_sinks(result[0], result[1], sinks)
 
 

@@ -13,19 +13,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flexproxy import ProxyConfig
+from flexproxy.checks import check_when
 from flexproxy.config import changed_fields, read_settings
 from flexproxy.files import replacing
 from flexproxy.integrations.parallel import share_of_rank
+from flexproxy.sparse.attention import When
 from flexproxy.stages.proxy import head_groups
 
 Settings: TypeAlias = "ProxyConfig | Mapping[int, ProxyConfig] | str | os.PathLike[str]"
 
-_ATTRIBUTE = "flexproxy_config"
+_ATTRIBUTE, _WHEN = "flexproxy_config", "flexproxy_when"
 _DEFAULT = ProxyConfig()
 _SHAPE = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
 
 
-def configure(model: PreTrainedModel, settings: Settings) -> None:
+def configure(model: PreTrainedModel, settings: Settings, *, when: When = "auto") -> None:
     """Set how the layers of a model select their blocks. Layers that are not set have ``ProxyConfig()``.
 
     The settings are kept on the model's attention modules: they are copied with it, and another model of the same
@@ -37,12 +39,16 @@ def configure(model: PreTrainedModel, settings: Settings) -> None:
         model: a model whose attention goes through transformers' ``AttentionInterface``.
         settings: one ProxyConfig for all layers; or a ProxyConfig for each of some layers, by index, where the others
             keep theirs; or a file that ``save_configuration`` or ``flexproxy calibrate`` wrote.
+        when: "auto", or "always" for sparse prefills in the layers that are set whatever they cost, as in
+            ``flexproxy.attention``; for measuring what is too short to gain. It is not saved.
 
     Raises:
         TypeError: ``model``, ``settings``, or the index of a layer has another type.
         ValueError: the model has no such attention, there is no such layer, the settings do not fit the heads, or the
-            file is damaged or was made for a model of another shape. Nothing is set then.
+            file is damaged or was made for a model of another shape, or ``when`` is something else. Nothing is set
+            then.
     """
+    check_when(when)
     layers = attention_layers(model)
     if isinstance(settings, (str, os.PathLike)):
         data, by_layer = read_settings(settings, "settings")
@@ -76,6 +82,7 @@ def configure(model: PreTrainedModel, settings: Settings) -> None:
     for index, config in settings.items():
         for module in layers[index]:
             setattr(module, _ATTRIBUTE, config)
+            setattr(module, _WHEN, when)
 
 
 def configuration(model: PreTrainedModel) -> dict[int, ProxyConfig]:
@@ -118,6 +125,12 @@ def config_of(module: nn.Module) -> ProxyConfig:
     """The settings of one attention module, those of the whole model."""
     config: ProxyConfig = getattr(module, _ATTRIBUTE, _DEFAULT)
     return config
+
+
+def when_of(module: nn.Module) -> When:
+    """When one attention module is sparse."""
+    when: When = getattr(module, _WHEN, "auto")
+    return when
 
 
 def local_config(module: nn.Module, num_heads: int) -> ProxyConfig:
