@@ -15,6 +15,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
 
 import transformers
 

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
 
 from benchmarks.quality import evaluate, pool, report
 from benchmarks.quality.intervals import bootstrap, wilson
@@ -29,12 +30,6 @@ from flexproxy import ProxyConfig
 def test_wilson_against_published_values(successes: int, trials: int, low: float, high: float) -> None:
     assert wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
     assert wilson(trials - successes, trials) == pytest.approx((1 - high, 1 - low), abs=5e-5)
-
-
-@pytest.mark.parametrize(("successes", "trials"), [(-1, 3), (4, 3), (0, 0)])
-def test_wilson_refuses(successes: int, trials: int) -> None:
-    with pytest.raises(ValueError, match=rf"successes: expected 0 to {trials} .*, got {successes}"):
-        wilson(successes, trials)
 
 
 def test_bootstrap_is_that_of_a_normal_mean_where_there_are_many() -> None:
