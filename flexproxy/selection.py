@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy.inspect.summary import Summary, density_of, summarize
-from flexproxy.masks.mods import MaskMod
+from flexproxy.masks.structure import MaskMod, Recipe, recipe_of
 from flexproxy.ops.operators import Output, operator
 from flexproxy.stages.lists import Lists, block_lists, of_lists
 
@@ -20,7 +20,9 @@ from flexproxy.stages.lists import Lists, block_lists, of_lists
 class Selection:
     """Which blocks every head keeps: ``admissible & (rank[proxy of the head] < count)``.
 
-    ``repr`` is the table of ``summary()``, and waits for the device. Copies share the function ``allowed``.
+    ``repr`` is the table of ``summary()``, and waits for the device. Copies share the function ``allowed``. It can be
+    pickled if the mask can be made again: with those of ``flexproxy.masks``, combined and shifted, and with functions
+    of a module (not of another function).
 
     Attributes:
         rank: int32 ``[B, P, Nq, Nk]``, rank of every key block in its row, 0 first; inadmissible blocks come last.
@@ -64,6 +66,13 @@ class Selection:
 
     def __repr__(self) -> str:
         return str(self.summary())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"allowed": recipe_of(self.allowed)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        allowed = state["allowed"]
+        self.__dict__.update(state, allowed=allowed.make() if isinstance(allowed, Recipe) else allowed)
 
     def __copy__(self) -> Selection:
         return replace(self)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -248,6 +249,29 @@ def test_a_selection_can_be_copied() -> None:
         assert torch.equal(made.block_map(), selection.block_map())
         assert made.allowed is selection.allowed
         assert torch.equal(made.block_mask().to_dense(), selection.block_mask().to_dense())
+
+
+def test_a_selection_can_be_pickled() -> None:
+    """With its mask: what it lists and allows afterwards is what it did before."""
+    q = torch.randn(2, 4, 200, 16)
+    ids = torch.arange(200) // 70
+    for mask_mod in (None, masks.and_masks(masks.causal, masks.document(ids)), masks.shift(masks.full, 3)):
+        config = ProxyConfig(block_size=32, min_budget=0, gamma=0.5)
+        selection = flexproxy.select(q, q, mask_mod=mask_mod, config=config)
+        made = pickle.loads(pickle.dumps(selection))
+        ours, theirs = selection.block_mask(), made.block_mask()
+        assert torch.equal(ours.kv_indices, theirs.kv_indices)
+        functions = (reference.token_mask(mask.mask_mod, 2, 4, 200, 200, "cpu") for mask in (ours, theirs))
+        assert torch.equal(*functions)
+        assert repr(made) == repr(selection)
+
+
+def test_a_selection_of_a_nameless_mask_cannot_be_pickled() -> None:
+    q = torch.randn(1, 2, 200, 16)
+    selection = flexproxy.select(q, q, mask_mod=lambda b, h, q, kv: q >= kv)
+    with pytest.raises(TypeError, match="mask_mod: expected a mask that can be pickled"):
+        pickle.dumps(selection)
+    assert copy.deepcopy(selection).allowed is selection.allowed
 
 
 def test_no_default_is_behind_the_paper() -> None:
