@@ -13,7 +13,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
-from flexproxy.masks.mods import MaskMod
+from flexproxy.masks.structure import MaskMod
 
 Groups = list[list[int]]
 

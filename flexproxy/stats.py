@@ -16,8 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy.checks import check_fit, check_masks, check_queries_and_keys, check_rows, check_scale
 from flexproxy.masks.blocks import depends_on
-from flexproxy.masks.mods import MaskMod
 from flexproxy.masks.sampled import evaluate
+from flexproxy.masks.structure import MaskMod
 from flexproxy.ops.tensors import pad_to_multiple
 from flexproxy.pipeline import causal_at_end, classify
 from flexproxy.selection import Selection

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexproxy import Selection, reference
-from flexproxy.masks.mods import MaskMod
+from flexproxy.masks.structure import MaskMod
 
 
 def assert_accurate(out: Tensor, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float | None = None) -> None:

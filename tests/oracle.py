@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, or_masks
 
 from flexproxy import ProxyConfig, masks, reference
-from flexproxy.masks.mods import MaskMod
+from flexproxy.masks.structure import MaskMod
 from flexproxy.stages.proxy import head_groups, pool_heads
 
 # Error of one fp32 operation, relative to the largest term.

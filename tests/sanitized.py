@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import and_masks
 
 import flexproxy
 from flexproxy import ProxyConfig, masks
-from flexproxy.masks.mods import MaskMod
+from flexproxy.masks.structure import MaskMod
 
 
 class Shape(NamedTuple):

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block
 
 import flexproxy
 from flexproxy import ProxyConfig, masks
-from flexproxy.masks.mods import MaskMod
+from flexproxy.masks.structure import MaskMod
 from flexproxy.ops.compat import seq_lengths_of
 from flexproxy.sparse import kernel as sparse_kernel
 

@@ -27,7 +27,7 @@ from torch.nn.attention.flex_attention import (
 
 import flexproxy
 from flexproxy import ProxyConfig, Selection, masks
-from flexproxy.masks.mods import MaskMod
+from flexproxy.masks.structure import MaskMod
 from flexproxy.ops.compat import from_kv_blocks, many_lengths, seq_lengths_of
 from flexproxy.selection import membership
 from flexproxy.stages.lists import dense_maps

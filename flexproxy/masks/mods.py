@@ -21,8 +21,16 @@ from torch import Tensor
 
 from flexproxy.config import MAX_BLOCK_SIZE
 from flexproxy.masks.clauses import Clause, Labels, numbered
-from flexproxy.masks.structure import MaskMod as MaskMod
-from flexproxy.masks.structure import Structure, Table, all_of, any_of, attach, check_mask_mod, structure_of
+from flexproxy.masks.structure import (
+    MaskMod,
+    Structure,
+    Table,
+    all_of,
+    any_of,
+    attach,
+    check_mask_mod,
+    structure_of,
+)
 from flexproxy.ops.operators import capturable
 
 MAX_OFFSET = 2**28  # tokens, see NOTE [Positions]

@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import or_masks
 import flexproxy
 from flexproxy import ProxyConfig, masks
 from flexproxy.masks.blocks import summarize_rows
-from flexproxy.masks.mods import MaskMod
+from flexproxy.masks.structure import MaskMod
 from flexproxy.ops import implementations
 from flexproxy.stages.proxy import head_groups, pool_heads
 from flexproxy.stages.ranking import ForcedRule, rank_blocks

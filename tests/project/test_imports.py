@@ -187,7 +187,7 @@ def test_stages_import_no_stage() -> None:
 
 def test_the_specification_stands_alone() -> None:
     """It shares nothing with what is tested against it but the type of a mask."""
-    assert set(own_imports("reference")) <= {("masks.mods", "MaskMod")}
+    assert set(own_imports("reference")) <= {("masks.structure", "MaskMod")}
     assert "reference" not in CORE
 
 

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import and_masks, create_mask, flex_atten
 
 import flexproxy
 from flexproxy import ProxyConfig, masks
-from flexproxy.masks.mods import MaskMod
+from flexproxy.masks.structure import MaskMod
 from tests.accuracy import assert_accurate, cpu_kernel_exists
 from tests.oracle import Case, random_case
 

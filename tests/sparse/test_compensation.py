@@ -22,7 +22,7 @@ import flexproxy
 from benchmarks.baselines.flashprefill_v2 import mean_correction
 from flexproxy import ProxyConfig, Selection, masks, reference
 from flexproxy.masks.blocks import whole_blocks
-from flexproxy.masks.mods import MaskMod
+from flexproxy.masks.structure import MaskMod
 from flexproxy.ops import compat
 from flexproxy.pipeline import select_for
 from flexproxy.sparse import compensation

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block
 
 import flexproxy
 from flexproxy import ProxyConfig, and_block_masks, masks, reference
-from flexproxy.masks.mods import MaskMod
+from flexproxy.masks.structure import MaskMod
 from flexproxy.ops.compat import seq_lengths_of
 from flexproxy.selection import membership
 from flexproxy.sparse import kernel as sparse_kernel
