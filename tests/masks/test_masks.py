@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 
 import pytest
@@ -15,14 +14,15 @@ import flexproxy
 from flexproxy import ProxyConfig, masks, reference
 from flexproxy.masks import and_masks, blocks, or_masks, sampled
 from flexproxy.masks.blocks import classify_by_evaluation, classify_clauses, depends_on
-from flexproxy.masks.clauses import MAX_CLAUSES, Clause, stack
+from flexproxy.masks.clauses import Clause, stack
 from flexproxy.masks.sampled import SampledMask, pack_bits
 from flexproxy.masks.structure import MaskMod, clauses_of, structure_of
 from flexproxy.ops.compat import seq_lengths_of
 from tests.accuracy import assert_accurate
 from tests.lists import full_blocks, partial_blocks
+from tests.trees import HEADS, Tree
 
-NUM_CASES, CASES_PER_TEST = 240, 40
+NUM_CASES, CASES_PER_TEST = 80, 20
 
 
 # ----------------------------------------------------------------------------------------------- what a mask allows
@@ -85,75 +85,6 @@ def test_what_a_mask_allows(name: str, device: str) -> None:
 # ------------------------------------------------------------------------------------------- classification, random
 
 
-class Nest:
-    """A random mask, and in how many clauses it must come out."""
-
-    def __init__(self, seed: int, device: str) -> None:
-        self.rng = random.Random(seed)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.device = device
-        self.batch = self.rng.choice([1, 2, 3])
-        self.block_size = self.rng.choice([16, 16, 32, 64])
-        self.num_queries = self.rng.randint(1, 130)
-        self.num_keys = self.num_queries + self.rng.choice([0, 0, self.rng.randint(1, 100)])
-        inner, self.num_clauses = self.nested(self.rng.choice([0, 1, 1, 2]))
-        self.mask_mod = masks.shift(inner, self.offset(self.num_keys - self.num_queries))
-
-    def ints(self, low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, shape, generator=self.generator).to(self.device)
-
-    def offset(self, largest: int) -> int | Tensor:
-        kind = self.rng.choice(["int", "tensor", "same", "each"])
-        if kind == "int":
-            return largest
-        if kind == "each":
-            return self.ints(0, largest + 1, self.batch)
-        return self.ints(largest, largest + 1, *([self.batch] if kind == "same" else []))
-
-    def leaf(self) -> MaskMod:
-        rng, length, batch = self.rng, self.num_keys, self.batch
-        longer = length + rng.choice([0, 0, 7])  # a table may reach beyond the keys
-        kind = rng.choice(["causal", "full", "window", "document", "document", "padding", "padding", "prefix"])
-        if kind == "window":
-            window = rng.choice([1, rng.randint(1, length + 9), 2**31 - 1])
-            return masks.sliding_window(torch.tensor(window, device=self.device) if rng.random() < 0.5 else window)
-        if kind == "document":
-            ids = self.ints(-1, rng.choice([0, 1, 3, 8]), *rng.choice([[batch, longer], [longer]]))
-            ids = ids.sort(-1).values if rng.random() < 0.5 else ids  # contiguous, or scattered
-            return masks.document((ids * rng.choice([1, 1000003])).to(rng.choice([torch.int32, torch.int64])))
-        if kind == "padding":
-            place, first, second = torch.arange(longer, device=self.device), *self.ints(0, length, 2, batch, 1)
-            side = rng.choice(["left", "right", "middle", "anywhere", "all"])
-            real = {
-                "left": place >= first,
-                "right": place < second,
-                "middle": (place < torch.minimum(first, second)) | (place >= torch.maximum(first, second)),
-                "anywhere": self.ints(0, 3, batch, longer) > 0,
-                "all": torch.zeros(batch, longer, dtype=torch.bool, device=self.device),
-            }[side]
-            return masks.padding(real.to(rng.choice([torch.bool, torch.int64, torch.int32])))
-        if kind == "prefix":
-            lengths = self.ints(0, length + 1, batch)
-            lengths[0] = rng.choice([0, length, length + 5, int(lengths[0])])
-            return masks.prefix_lm(lengths)
-        return masks.causal if kind == "causal" else masks.full
-
-    def nested(self, depth: int) -> tuple[MaskMod, int]:
-        if depth == 0:
-            return self.leaf(), 1
-        parts, numbers = zip(
-            *(self.nested(self.rng.randint(0, depth - 1)) for _ in range(self.rng.randint(1, 3))), strict=True
-        )
-        mask_mod, number = and_masks(*parts), 1
-        for n in numbers:
-            number *= n
-        if self.rng.random() < 0.5:
-            mask_mod, number = or_masks(*parts), sum(numbers)
-        if self.rng.random() < 0.3:
-            mask_mod = masks.shift(mask_mod, self.offset(self.rng.choice([0, 3])))
-        return mask_mod, number
-
-
 def from_clauses(clauses: tuple[Clause, ...], num_queries: int, num_keys: int) -> Tensor:
     """The token pairs that clauses allow, bool ``[b, 1, Sq, Skv]``, on the CPU."""
     return SampledMask(*stack(clauses)).chunk(slice(0, num_queries), slice(0, num_keys)).cpu()
@@ -199,24 +130,19 @@ def check_evaluation(
 
 
 @pytest.mark.parametrize("first", range(0, NUM_CASES, CASES_PER_TEST))
-def test_clauses_tell_blocks_exactly(first: int, device: str) -> None:
-    """Every mask, alone and in nests, over ragged lengths, batches, padding on any side, scattered documents."""
-    by_clauses = 0
+def test_random_trees(first: int, device: str) -> None:
+    """Counted where it has few clauses, else evaluated: the blocks and rows of a tree are those of its tokens."""
     for seed in range(first, first + CASES_PER_TEST):
-        nest = Nest(seed, device)
-        lengths = nest.num_queries, nest.num_keys
-        clauses = clauses_of(structure_of(nest.mask_mod), *lengths, torch.device(device))
+        tree = Tree(seed, device)
+        mask_mod, lengths = tree.root.mask_mod, tree.lengths
+        clauses = clauses_of(structure_of(mask_mod), *lengths, torch.device(device))
         try:
-            assert (clauses is not None) == (nest.num_clauses <= MAX_CLAUSES)
             if clauses is not None:
-                by_clauses += 1
-                assert len(clauses) == nest.num_clauses
-                check_clauses(nest.mask_mod, clauses, nest.batch, lengths, nest.block_size)
+                check_clauses(mask_mod, clauses, tree.batch, lengths, tree.block_size)
             if clauses is None or seed % 4 == 0:
-                check_evaluation(nest.mask_mod, nest.batch, 2, lengths, nest.block_size, (8, 4), device)
+                check_evaluation(mask_mod, tree.batch, HEADS, lengths, tree.block_size, (8, 4), device)
         except AssertionError as error:
-            raise AssertionError(f"seed {seed}: {error}") from error
-    assert by_clauses >= 0.8 * CASES_PER_TEST
+            raise AssertionError(f"seed {seed}, {tree.root.text}: {error}") from error
 
 
 @pytest.mark.parametrize("step", [0, 5, 25])
@@ -234,18 +160,17 @@ def test_documents_that_no_key_is_in(step: int, device: str) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_chunks_make_no_difference(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted and evaluated one row of blocks at a time, the blocks are the same."""
-    nest = Nest(seed, device)
-    lengths = 9 * nest.block_size + 3, 9 * nest.block_size + 20
-    mask_mod = and_masks(
-        masks.shift(masks.causal, 17), masks.shift(masks.document(nest.ints(-1, 3, nest.batch, 900)), 17)
-    )
+    batch, size = seed % 3 + 1, [16, 32][seed % 2]
+    lengths = 9 * size + 3, 9 * size + 20
+    ids = torch.randint(-1, 3, (batch, 900), generator=torch.Generator().manual_seed(seed)).to(device)
+    mask_mod = and_masks(masks.shift(masks.causal, 17), masks.shift(masks.document(ids), 17))
     monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 1)
     for module in (blocks, sampled):
         monkeypatch.setattr(module, "evaluated_elements", lambda device: 1)
     clauses = clauses_of(structure_of(mask_mod), *lengths, torch.device(device))
     assert clauses is not None
-    check_clauses(mask_mod, clauses, nest.batch, lengths, nest.block_size)
-    check_evaluation(mask_mod, nest.batch, 1, lengths, nest.block_size, (8, 4), device)
+    check_clauses(mask_mod, clauses, batch, lengths, size)
+    check_evaluation(mask_mod, batch, 1, lengths, size, (8, 4), device)
 
 
 @pytest.mark.parametrize("window", [1, 40, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1])
