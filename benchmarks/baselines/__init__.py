@@ -1,9 +1,10 @@
 """Other ways to choose blocks, for comparison on flexproxy's own sparse kernel.
 
-Each is a function of q ``[B, Hq, S, D]``, k ``[B, Hkv, S, D]`` and a threshold to a map of kept blocks, bool
-``[B, Hq, N, N]``: causal, blocks of 128, any length. ``METHODS`` are peers, read from their papers, that are timed.
-``UNTIMED`` are compared in quality alone: rankings with flexproxy's budgets, of which the oracle costs dense attention,
-and FlashPrefill V2, whose kernel does more than a BlockMask says (``mean_correction``).
+``METHODS`` are peers, read from their papers, that are timed: functions of q ``[B, Hq, S, D]``, k ``[B, Hkv, S, D]``
+and a threshold to a map of kept blocks, bool ``[B, Hq, N, N]``: causal, blocks of 128, any length.
+``LEVELS`` are these and what is compared in quality alone, as functions of q and k to levels (NOTE [Levels] in
+``blocks``): FlashPrefill V2, whose kernel does more than a BlockMask says (``mean_correction``), and rankings with
+flexproxy's budgets, of which the oracles cost dense attention.
 """
 
 from __future__ import annotations
@@ -13,32 +14,26 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from benchmarks.baselines.blocks import density, threshold_for_density, to_block_mask
-from benchmarks.baselines.flashprefill import flashprefill
-from benchmarks.baselines.flashprefill_v2 import flashprefill_v2, mean_correction
-from benchmarks.baselines.flexprefill import flexprefill
-from benchmarks.baselines.mean_pooled import mean_pooled
-from benchmarks.baselines.oracle import oracle, oracle_per_row
-from benchmarks.baselines.prism import prism
-from benchmarks.baselines.random_blocks import random_blocks
-from benchmarks.baselines.sink_recent import sink_recent
-from benchmarks.baselines.xattention import xattention
+from benchmarks.baselines.blocks import at_density, density, threshold_for_density, to_block_mask
+from benchmarks.baselines.flashprefill import flashprefill, flashprefill_levels
+from benchmarks.baselines.flashprefill_v2 import flashprefill_v2, flashprefill_v2_levels, mean_correction
+from benchmarks.baselines.flexprefill import flexprefill, flexprefill_levels
+from benchmarks.baselines.oracle import oracle_levels, oracle_per_row_levels
+from benchmarks.baselines.prism import prism, prism_levels
+from benchmarks.baselines.rankings import mean_pooled_levels, random_levels, sink_recent_levels
+from benchmarks.baselines.xattention import xattention, xattention_levels
 
 __all__ = [
+    "LEVELS",
     "METHODS",
-    "UNTIMED",
     "Method",
+    "at_density",
     "density",
     "flashprefill",
     "flashprefill_v2",
     "flexprefill",
     "mean_correction",
-    "mean_pooled",
-    "oracle",
-    "oracle_per_row",
     "prism",
-    "random_blocks",
-    "sink_recent",
     "threshold_for_density",
     "to_block_mask",
     "xattention",
@@ -59,11 +54,15 @@ METHODS = {
     "Prism": Method(prism, True),
 }
 
-UNTIMED = {
-    "FlashPrefill V2": Method(flashprefill_v2, False),
-    "oracle": Method(oracle, True),
-    "oracle, per row": Method(oracle_per_row, True),
-    "mean-pooled": Method(mean_pooled, True),
-    "sink + recent": Method(sink_recent, True),
-    "random": Method(random_blocks, True),
+LEVELS: dict[str, Callable[..., Tensor]] = {
+    "XAttention": xattention_levels,
+    "FlexPrefill": flexprefill_levels,
+    "FlashPrefill": flashprefill_levels,
+    "Prism": prism_levels,
+    "FlashPrefill V2": flashprefill_v2_levels,
+    "oracle": oracle_levels,
+    "oracle, per row": oracle_per_row_levels,
+    "mean-pooled": mean_pooled_levels,
+    "sink + recent": sink_recent_levels,
+    "random": random_levels,
 }

@@ -1,9 +1,17 @@
-"""What the peers' selections share: pooled blocks, the smallest cover of a mass, a BlockMask, a target density."""
+"""What the peers' selections share: pooled blocks, the smallest cover of a mass, a BlockMask, a target density.
+
+NOTE [Levels]
+Every selection keeps more as one number grows. Its levels say of each block from which number on it is kept: fp32 or
+wider ``[B, Hq, N, N]``, ``FORCED`` where it always is, inf above the diagonal, otherwise in [0, 1]. So the map of a
+target density is a quantile of the levels, exact and found at once; no search runs the selection again and again.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec
 
 import torch
@@ -16,10 +24,24 @@ from flexproxy.selection import membership
 from flexproxy.stages.lists import compile_block_mask
 
 BLOCK_SIZE = 128
+FORCED = -1.0
 # Logits in one piece: on a GPU 256 MiB in bf16, 512 MiB in fp32; on a CPU what its caches hold.
 CHUNK_ELEMENTS = 2**27 if torch.cuda.is_available() else 2**22
 
 P = ParamSpec("P")
+
+
+_timed = [True]
+
+
+@contextmanager
+def untimed() -> Iterator[None]:
+    """Inside of a ``with`` statement, peers' estimates run uncompiled: untimed, they do not pay for the compilation."""
+    _timed.append(False)
+    try:
+        yield
+    finally:
+        _timed.pop()
 
 
 def compiled_on_gpu(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
@@ -29,8 +51,8 @@ def compiled_on_gpu(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         first = args[0]
-        on_gpu = isinstance(first, Tensor) and first.is_cuda
-        return compiled(*args, **kwargs) if on_gpu else function(*args, **kwargs)
+        compiles = isinstance(first, Tensor) and first.is_cuda and _timed[-1]
+        return compiled(*args, **kwargs) if compiles else function(*args, **kwargs)
 
     return run
 
@@ -59,12 +81,6 @@ def causal_blocks(num_blocks: int, device: torch.device) -> Tensor:
     return torch.ones(num_blocks, num_blocks, dtype=torch.bool, device=device).tril()
 
 
-def sink_and_diagonal(num_blocks: int, device: torch.device) -> Tensor:
-    """The first key block, and the block of the queries themselves: bool ``[N, N]``."""
-    block = torch.arange(num_blocks, device=device)
-    return (block == 0) | (block == block[:, None])
-
-
 def pool_blocks(x: Tensor, block_size: int) -> Tensor:
     """Mean of the tokens that each block has, also of the last: ``[B, H, S, D]`` to ``[B, H, N, D]``, fp32 sums."""
     length = x.shape[2]
@@ -86,26 +102,77 @@ def grouped_logits(q: Tensor, k: Tensor) -> Tensor:
     return logits
 
 
-def smallest_cover(mass: Tensor, fraction: float, forced: Tensor, at_least: int = 0) -> Tensor:
-    """The fewest entries of the last dimension that hold ``fraction`` of its mass: bool, as ``mass``.
+def cover_levels(mass: Tensor, forced: Tensor, at_least: int = 0) -> Tensor:
+    """Share of a row's mass that stands before each entry of the last dimension. See NOTE [Levels].
 
-    Forced entries come first and count; then the heaviest, equals by index. A fraction of 1 keeps every entry.
+    The fewest entries that hold a fraction of the mass are those whose level is less than the fraction. Forced entries
+    come first and count; then the heaviest, equals by index.
 
     Args:
         mass: ``[..., n]``, not negative.
-        fraction: of each row's sum, in [0, 1].
         forced: bool, broadcast over ``mass``.
         at_least: entries that are kept in any case.
     """
-    if fraction >= 1.0:
-        return torch.ones_like(mass, dtype=torch.bool)
     forced = forced.expand_as(mass)
     order = mass.masked_fill(forced, torch.inf).argsort(dim=-1, descending=True, stable=True)
     cumulative = mass.gather(-1, order).cumsum(-1)
+    before = F.pad(cumulative[..., :-1], (1, 0)) / cumulative[..., -1:].clamp(min=torch.finfo(mass.dtype).tiny)
+    before[..., :at_least] = FORCED
+    return torch.empty_like(before).scatter_(-1, order, before).masked_fill_(forced, FORCED)
+
+
+def budget_levels(scores: Tensor, masses: Tensor, forced: Tensor, at_least: int) -> Tensor:
+    """Levels of the paper's budgets: a head's rows keep as many of their best blocks as hold gamma of its last queries.
+
+    Args:
+        scores: ``[B, Hq, N, N]``; equals go by index.
+        masses: ``[B, Hq, N]`` of ``probe_masses``.
+        forced: bool, broadcast over ``scores``; these come first and count.
+        at_least: blocks that every row keeps in any case.
+    """
+    num_blocks = scores.shape[-1]
+    causal = causal_blocks(num_blocks, scores.device)
+    cumulative = masses.sort(dim=-1, descending=True).values.cumsum(-1)
     before = F.pad(cumulative[..., :-1], (1, 0))
-    place = torch.arange(mass.shape[-1], device=mass.device)
-    kept = (before < fraction * cumulative[..., -1:]) | (place < at_least)
-    return torch.zeros_like(forced, memory_format=torch.contiguous_format).scatter_(-1, order, kept) | forced
+    before[..., : max(1, at_least)] = FORCED
+    keys = scores.masked_fill(forced, torch.inf).masked_fill(~causal, -torch.inf)
+    order = keys.argsort(dim=-1, descending=True, stable=True)
+    levels = torch.empty_like(order, dtype=before.dtype).scatter_(-1, order, before[..., None, :].expand(order.shape))
+    return levels.masked_fill_(forced, FORCED).masked_fill_(~causal, torch.inf)
+
+
+def forced_blocks(num_blocks: int, sink: int, local: int, last_rows: int, device: torch.device) -> Tensor:
+    """First blocks, recent ones (the diagonal is the first of them), and whole last rows, causal: bool ``[N, N]``."""
+    block = torch.arange(num_blocks, device=device)
+    distance = block[:, None] - block
+    return ((block < sink) | (distance < local) | (block[:, None] >= num_blocks - last_rows)) & (distance >= 0)
+
+
+def probe_masses(q: Tensor, k: Tensor, block_size: int) -> Tensor:
+    """Attention of the last ``block_size`` queries to every key block, their mean: ``[B, Hq, N]``, sums to 1."""
+    length = q.shape[2]
+    position = torch.arange(length, device=q.device)
+    logits = grouped_logits(widen(q[:, :, -block_size:]), widen(k)) / math.sqrt(q.shape[3])
+    probability = logits.masked_fill_(position > position[-block_size:, None], -torch.inf).softmax(-1).mean(2)
+    masses: Tensor = F.pad(probability, (0, -length % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
+    return masses
+
+
+def below(levels: Tensor, threshold: float) -> Tensor:
+    """The blocks that a threshold keeps, bool; 1 keeps every causal one."""
+    return levels < threshold if threshold < 1.0 else levels < torch.inf
+
+
+def at_density(levels: Tensor, target: float) -> Tensor:
+    """The blocks of the threshold whose density comes nearest to a target, found for each sequence: bool, as levels."""
+    heads, num_blocks = levels.shape[1:3]
+    causal = heads * num_blocks * (num_blocks + 1) // 2
+    wanted = min(max(round(target * causal), 1), causal)
+    flat = levels.flatten(1)
+    threshold = flat.kthvalue(wanted, dim=1).values[:, None]
+    with_equals, without = (flat <= threshold).sum(1), (flat < threshold).sum(1)
+    take = (with_equals - wanted <= wanted - without)[:, None] | (threshold == FORCED)
+    return torch.where(take, flat <= threshold, flat < threshold).view_as(levels)
 
 
 def to_block_mask(block_map: Tensor, num_tokens: int, block_size: int = BLOCK_SIZE) -> BlockMask:

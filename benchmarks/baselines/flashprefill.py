@@ -26,8 +26,11 @@ from torch import Tensor
 from benchmarks.baselines.blocks import (
     BLOCK_SIZE,
     CHUNK_ELEMENTS,
+    FORCED,
+    causal_blocks,
     check_prompt,
     compiled_on_gpu,
+    forced_blocks,
     grouped_logits,
     pool_blocks,
     widen,
@@ -56,6 +59,13 @@ def flashprefill(
     Raises:
         ValueError: shapes do not fit.
     """
+    return flashprefill_levels(q, k, sink_blocks, local_blocks, last_rows, block_size) <= 1.0 - alpha
+
+
+def flashprefill_levels(
+    q: Tensor, k: Tensor, sink_blocks: int = 2, local_blocks: int = 4, last_rows: int = 2, block_size: int = BLOCK_SIZE
+) -> Tensor:
+    """From which ``1 - alpha`` on each block is kept (NOTE [Levels] in ``blocks``); arguments and errors as above."""
     check_prompt(q, k)
     length = q.shape[2]
     keys = pool_blocks(k, block_size)
@@ -64,17 +74,15 @@ def flashprefill(
     position = torch.arange(num_blocks * block_size, device=q.device)
     last_key = torch.arange(1, num_blocks + 1, device=q.device) * block_size - 1
     scores = pooled_scores(queries, keys, position.masked_fill(position >= length, -1), last_key)
-    return near_the_maximum(scores, alpha, sink_blocks, local_blocks, last_rows)
+    return near_the_maximum(scores, forced_blocks(num_blocks, sink_blocks, local_blocks, last_rows, q.device))
 
 
-def near_the_maximum(scores: Tensor, alpha: float, sink_blocks: int, local_blocks: int, last_rows: int) -> Tensor:
-    """Causal blocks with ``alpha`` of their row's largest score, and those always kept: bool, as ``scores``."""
-    num_blocks = scores.shape[-1]
-    block = torch.arange(num_blocks, device=scores.device)
-    distance = block[:, None] - block
-    always = (block < sink_blocks) | (distance < local_blocks) | (block[:, None] >= num_blocks - last_rows)
-    reaches = scores >= alpha * scores.amax(-1, keepdim=True)
-    return (reaches | always) & (distance >= 0)
+def near_the_maximum(scores: Tensor, forced: Tensor) -> Tensor:
+    """Levels of equation 3: how far each causal block's score is below its row's largest, as a share of it."""
+    largest = scores.amax(-1, keepdim=True)
+    levels = 1.0 - scores / largest.clamp(min=torch.finfo(scores.dtype).tiny)
+    levels = levels.masked_fill_((scores >= largest) | forced, FORCED)
+    return levels.masked_fill_(~causal_blocks(scores.shape[-1], scores.device), torch.inf)
 
 
 def pooled_scores(queries: Tensor, keys: Tensor, position: Tensor, visible_from: Tensor) -> Tensor:

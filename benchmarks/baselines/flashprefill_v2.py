@@ -17,7 +17,7 @@ Different from the public code: its tiles have 128 packed rows, that is 128 / G 
 blocks has ``block_size`` positions of all G heads, since this is what one row of the mask covers: coarser by G. Its
 "last blocks" are such tiles. There a ragged last block is not scored, here it is, by the mean of the keys that it has.
 Its class scores key blocks of 64 tokens unless told otherwise; the example of its README has 128, as here.
-Its example of a server leaves the first 4 layers dense, which is a matter of who calls this.
+Its example of a server leaves the first 4 layers dense, which is a matter of who calls this, and has 8 last tiles.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from benchmarks.baselines.blocks import (
     CHUNK_ELEMENTS,
     causal_blocks,
     check_prompt,
+    forced_blocks,
     grouped_logits,
     pool_blocks,
     widen,
@@ -59,6 +60,13 @@ def flashprefill_v2(
     Raises:
         ValueError: shapes do not fit.
     """
+    return flashprefill_v2_levels(q, k, sink_blocks, local_blocks, last_rows, block_size) <= 1.0 - alpha
+
+
+def flashprefill_v2_levels(
+    q: Tensor, k: Tensor, sink_blocks: int = 2, local_blocks: int = 4, last_rows: int = 2, block_size: int = BLOCK_SIZE
+) -> Tensor:
+    """From which ``1 - alpha`` on each block is kept (NOTE [Levels] in ``blocks``); arguments and errors as above."""
     check_prompt(q, k)
     length, group = q.shape[2], q.shape[1] // k.shape[1]
     keys = pool_blocks(k, block_size)
@@ -69,7 +77,8 @@ def flashprefill_v2(
     position = position.masked_fill(position >= length, -1).view(num_blocks, 1, block_size)
     first_key = torch.arange(num_blocks, device=q.device) * block_size
     scores = pooled_scores(packed, keys, position.expand(-1, group, -1).flatten(), first_key)
-    return near_the_maximum(scores, alpha, sink_blocks, local_blocks, last_rows).repeat_interleave(group, 1)
+    forced = forced_blocks(num_blocks, sink_blocks, local_blocks, last_rows, q.device)
+    return near_the_maximum(scores, forced).repeat_interleave(group, 1)
 
 
 def mean_correction(

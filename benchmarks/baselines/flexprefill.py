@@ -30,13 +30,14 @@ from torch import Tensor
 
 from benchmarks.baselines.blocks import (
     BLOCK_SIZE,
+    below,
     causal_blocks,
     check_prompt,
     compiled_on_gpu,
+    cover_levels,
+    forced_blocks,
     grouped_logits,
     pool_blocks,
-    sink_and_diagonal,
-    smallest_cover,
     widen,
 )
 
@@ -56,6 +57,13 @@ def flexprefill(
     Raises:
         ValueError: shapes do not fit.
     """
+    return below(flexprefill_levels(q, k, tau, min_budget, block_size), gamma)
+
+
+def flexprefill_levels(
+    q: Tensor, k: Tensor, tau: float = 0.1, min_budget: int = 1024, block_size: int = BLOCK_SIZE
+) -> Tensor:
+    """From which gamma on each block is kept (NOTE [Levels] in ``blocks``); arguments and errors as above."""
     check_prompt(q, k)
     num_blocks = -(-q.shape[2] // block_size)
     min_blocks = -(-min_budget // block_size)
@@ -67,10 +75,11 @@ def flexprefill(
     estimate = grouped_logits(pool_blocks(queries, block_size), mean_k)[:, :, 0]
     query_aware = (_divergence(_probability(estimate, q.shape[3]), columns) < tau)[..., None, None]
 
-    pattern = _vertical_slash(columns, bands, gamma, min_blocks)
-    least = _vertical_slash(columns, bands, 0.0, min_blocks)
-    pooled = _pooled_blocks(grouped_logits(pool_blocks(q, block_size), mean_k), gamma, q.shape[3])
-    return torch.where(query_aware, pooled | least, pattern) & causal_blocks(num_blocks, q.device)
+    pattern = _vertical_slash(columns, bands, min_blocks)
+    least = torch.where(pattern < 0.0, pattern, torch.inf)
+    pooled = _pooled_blocks(grouped_logits(pool_blocks(q, block_size), mean_k), q.shape[3])
+    levels = torch.where(query_aware, torch.minimum(pooled, least), pattern)
+    return levels.masked_fill_(~causal_blocks(num_blocks, q.device), torch.inf)
 
 
 @compiled_on_gpu
@@ -108,21 +117,21 @@ def _divergence(p: Tensor, q: Tensor) -> Tensor:
     return ((relative_entropy(p) + relative_entropy(q)) / 2).clamp(min=0.0).sqrt()
 
 
-def _vertical_slash(columns: Tensor, bands: Tensor, gamma: float, min_blocks: int) -> Tensor:
-    """The map of the heaviest columns and bands, ``[B, Hq, N]`` each: bool ``[B, Hq, N, N]``, not yet causal."""
+def _vertical_slash(columns: Tensor, bands: Tensor, min_blocks: int) -> Tensor:
+    """Levels by the heaviest columns and bands, ``[B, Hq, N]`` each: ``[B, Hq, N, N]``, not yet causal."""
     block = torch.arange(columns.shape[-1], device=columns.device)
-    vertical = smallest_cover(columns, gamma, block == 0, min_blocks)
-    band = smallest_cover(bands, gamma, block == 0, min_blocks)
-    crossed = band | F.pad(band[..., :-1], (1, 0))
+    vertical = cover_levels(columns, block == 0, min_blocks)
+    band = cover_levels(bands, block == 0, min_blocks)
+    crossed = torch.minimum(band, F.pad(band[..., :-1], (1, 0), value=torch.inf))
     distance = (block[:, None] - block).clamp(min=0)
-    return vertical[..., None, :] | crossed[..., distance]
+    return torch.minimum(vertical[..., None, :], crossed[..., distance])
 
 
-def _pooled_blocks(logits: Tensor, gamma: float, head_dim: int) -> Tensor:
-    """The fewest blocks of a head's pooled map that reach gamma of all of it: bool, as ``logits`` ``[B, Hq, N, N]``."""
+def _pooled_blocks(logits: Tensor, head_dim: int) -> Tensor:
+    """Levels of the blocks of a head's pooled map by gamma of all of it: as ``logits`` ``[B, Hq, N, N]``."""
     num_blocks = logits.shape[-1]
     causal = causal_blocks(num_blocks, logits.device)
     mass = _probability(logits.masked_fill(~causal, -torch.inf), head_dim)
-    forced = sink_and_diagonal(num_blocks, logits.device)
-    kept: Tensor = smallest_cover(mass.flatten(2), gamma, forced.flatten()).unflatten(2, (num_blocks, num_blocks))
-    return kept
+    forced = forced_blocks(num_blocks, 1, 1, 0, logits.device)
+    levels: Tensor = cover_levels(mass.flatten(2), forced.flatten()).unflatten(2, (num_blocks, num_blocks))
+    return levels

@@ -1,7 +1,7 @@
 """What a ranking can reach: blocks by the attention that they truly hold. It computes dense attention, to save it.
 
 Not a contender in time, but the upper end of a comparison: every row and head ranks its blocks by the sum of their
-exact probabilities. ``oracle`` keeps them by flexproxy's budgets, so that only the ranking differs; ``oracle_per_row``
+exact probabilities. ``oracle`` keeps them by flexproxy's budgets, so that only the ranking differs; the one per row
 takes in every row the fewest blocks that hold a share of its attention, so that the budgets are as good as the ranking.
 It is a bound for attention mass, block by block and query by query summed; a mask with a better output may exist.
 """
@@ -20,50 +20,28 @@ from benchmarks.baselines.blocks import (
     causal_blocks,
     check_prompt,
     compiled_on_gpu,
+    cover_levels,
+    forced_blocks,
     grouped_logits,
-    smallest_cover,
     widen,
 )
-from benchmarks.baselines.budgets import best_blocks, budgets
+from benchmarks.baselines.rankings import RANKED, ranked
 
 
-def oracle(
+def oracle_levels(
     q: Tensor,
     k: Tensor,
-    gamma: float = 0.95,
-    density: float | None = None,
     min_budget: int = 2048,
-    block_size: int = BLOCK_SIZE,
-) -> Tensor:
-    """Blocks with the most attention, as many as flexproxy keeps, causal: bool ``[B, Hq, N, N]``.
-
-    Args:
-        q: ``[B, Hq, S, D]``, after the position embedding.
-        k: ``[B, Hkv, S, D]``.
-        gamma, density, min_budget: as in ProxyConfig.
-
-    Raises:
-        ValueError: shapes do not fit, or a setting is out of range.
-    """
-    check_prompt(q, k)
-    return best_blocks(block_mass(q, k, block_size), budgets(q, k, gamma, density, min_budget, block_size))
-
-
-def oracle_per_row(
-    q: Tensor,
-    k: Tensor,
-    coverage: float = 0.95,
-    min_budget: int = 2048,
+    forced: tuple[int, int, int] = RANKED,
     block_size: int = BLOCK_SIZE,
     mass: Tensor | None = None,
 ) -> Tensor:
-    """The fewest blocks of every row that hold a share of its attention, causal: bool ``[B, Hq, N, N]``.
+    """Blocks with the most attention, as many as flexproxy keeps: NOTE [Levels] in ``blocks``, by gamma.
 
     Args:
         q: ``[B, Hq, S, D]``, after the position embedding.
         k: ``[B, Hkv, S, D]``.
-        coverage: share of a row's attention, in [0, 1]; 1 keeps every block.
-        min_budget: tokens that every row keeps at least.
+        min_budget, forced: as in ``ranked``.
         mass: ``block_mass`` of q and k, where it is known already: it is nearly all of the work.
 
     Raises:
@@ -71,10 +49,26 @@ def oracle_per_row(
     """
     check_prompt(q, k)
     mass = block_mass(q, k, block_size) if mass is None else mass
+    return ranked(mass, q, k, min_budget, forced, block_size)
+
+
+def oracle_per_row_levels(
+    q: Tensor,
+    k: Tensor,
+    min_budget: int = 2048,
+    forced: tuple[int, int, int] = RANKED,
+    block_size: int = BLOCK_SIZE,
+    mass: Tensor | None = None,
+) -> Tensor:
+    """The fewest blocks of every row that hold a share of its attention: NOTE [Levels] in ``blocks``, by that share.
+
+    Arguments and errors as of ``oracle_levels``.
+    """
+    check_prompt(q, k)
+    mass = block_mass(q, k, block_size) if mass is None else mass
     num_blocks = mass.shape[-1]
-    diagonal = torch.eye(num_blocks, dtype=torch.bool, device=q.device)
-    kept = smallest_cover(mass, coverage, diagonal, -(-min_budget // block_size))
-    return kept & causal_blocks(num_blocks, q.device)
+    levels = cover_levels(mass, forced_blocks(num_blocks, *forced, q.device), -(-min_budget // block_size))
+    return levels.masked_fill_(~causal_blocks(num_blocks, q.device), torch.inf)
 
 
 def block_mass(q: Tensor, k: Tensor, block_size: int = BLOCK_SIZE) -> Tensor:

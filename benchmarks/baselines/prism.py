@@ -31,13 +31,15 @@ from torch import Tensor
 
 from benchmarks.baselines.blocks import (
     BLOCK_SIZE,
+    FORCED,
+    below,
     causal_blocks,
     check_prompt,
     compiled_on_gpu,
+    cover_levels,
+    forced_blocks,
     grouped_logits,
     pool_blocks,
-    sink_and_diagonal,
-    smallest_cover,
     widen,
 )
 
@@ -65,6 +67,18 @@ def prism(
     Raises:
         ValueError: shapes do not fit, or a band has no pairs of dimensions.
     """
+    return below(prism_levels(q, k, high, low, interleaved, block_size), p)
+
+
+def prism_levels(
+    q: Tensor,
+    k: Tensor,
+    high: int | None = None,
+    low: int | None = None,
+    interleaved: bool = False,
+    block_size: int = BLOCK_SIZE,
+) -> Tensor:
+    """From which p on each block is kept (NOTE [Levels] in ``blocks``); arguments and errors as above."""
     check_prompt(q, k)
     head_dim = q.shape[3]
     high, low = head_dim // 2 if high is None else high, 3 * head_dim // 4 if low is None else low
@@ -76,19 +90,18 @@ def prism(
             )
     q_pairs, k_pairs = (_pairs(widen(pool_blocks(x, block_size)), interleaved) for x in (q, k))
     half = head_dim // 2
-    bands = slice(0, high // 2), slice(half - low // 2, half)
     num_blocks = q_pairs.shape[2]
-    forced = sink_and_diagonal(num_blocks, q.device)
-    kept = forced.expand(*q.shape[:2], num_blocks, num_blocks)
     whole = _energy(q_pairs, k_pairs)
-    for band in bands:
+    levels = []
+    for band in (slice(0, high // 2), slice(half - low // 2, half)):
         q_band, k_band = q_pairs[..., band, :], k_pairs[..., band, :]
         size = 2 * q_band.shape[3]
         temperature = math.sqrt(size / head_dim) * _energy(q_band, k_band) / whole
         logits = grouped_logits(q_band.flatten(3), k_band.flatten(3))
         probability = _probability(logits, 1 / (temperature * math.sqrt(size)))
-        kept = kept | smallest_cover(probability, p, torch.zeros_like(forced))
-    return kept & causal_blocks(num_blocks, q.device)
+        levels.append(cover_levels(probability, torch.zeros_like(probability, dtype=torch.bool)))
+    lower = torch.minimum(*levels).masked_fill_(forced_blocks(num_blocks, 1, 1, 0, q.device), FORCED)
+    return lower.masked_fill_(~causal_blocks(num_blocks, q.device), torch.inf)
 
 
 def _pairs(x: Tensor, interleaved: bool) -> Tensor:

@@ -28,12 +28,13 @@ from torch import Tensor
 from benchmarks.baselines.blocks import (
     BLOCK_SIZE,
     CHUNK_ELEMENTS,
+    below,
     causal_blocks,
     check_prompt,
     compiled_on_gpu,
+    cover_levels,
+    forced_blocks,
     grouped_logits,
-    sink_and_diagonal,
-    smallest_cover,
     widen,
 )
 
@@ -50,13 +51,18 @@ def xattention(q: Tensor, k: Tensor, threshold: float = 0.9, stride: int = 8, bl
     Raises:
         ValueError: shapes do not fit.
     """
+    return below(xattention_levels(q, k, stride, block_size), threshold)
+
+
+def xattention_levels(q: Tensor, k: Tensor, stride: int = 8, block_size: int = BLOCK_SIZE) -> Tensor:
+    """From which threshold on each block is kept (NOTE [Levels] in ``blocks``); arguments and errors as above."""
     check_prompt(q, k)
     if block_size % stride:
         raise ValueError(f"stride: expected a divisor of block_size {block_size}, got {stride}; use 8 or 16")
     scores = antidiagonal_scores(q, k, stride, block_size)
     num_blocks = scores.shape[-1]
-    kept = smallest_cover(scores, threshold, sink_and_diagonal(num_blocks, q.device))
-    return kept & causal_blocks(num_blocks, q.device)
+    levels = cover_levels(scores, forced_blocks(num_blocks, 1, 1, 0, q.device))
+    return levels.masked_fill_(~causal_blocks(num_blocks, q.device), torch.inf)
 
 
 def antidiagonal_scores(q: Tensor, k: Tensor, stride: int, block_size: int) -> Tensor:

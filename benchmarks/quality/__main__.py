@@ -1,93 +1,78 @@
 """How much of a model's quality is left under sparse prefill: flexproxy, other methods and an oracle at equal density.
 
-    python -m benchmarks.quality                                       # a needle model of this repository
-    python -m benchmarks.quality --model meta-llama/Llama-3.1-8B --text book.txt --lengths 32768 --tasks single multikey
-
-Tasks are made on the spot from a text: needles, chains of variables, frequent words, and the prediction of the text
-itself. Every method chooses blocks of 128; the attention is the same sparse kernel for all. Writes a JSON file, after
-every cell, and draws quality against density beside it (PNG). The same command again goes on where it was stopped.
-docs/quality.md says what the columns mean.
+python -m benchmarks.quality                                       # SmolLM2, on fixed prose and code
+python -m benchmarks.quality --model meta-llama/Llama-3.1-8B --text book.txt --lengths 32768 --tasks single,text
+python -m benchmarks.quality --model needle                        # a needle model of this repository
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sys
-from argparse import ArgumentTypeError, Namespace
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from benchmarks.harness import fraction, parse, parser, positive_int, result_path, versions
+import typer
+
+from benchmarks.harness import RESULTS, versions
 from benchmarks.quality import report
-from benchmarks.quality.evaluate import ResultFile, run
-from benchmarks.quality.methods import BASELINES, Method, check, methods_of
-from benchmarks.quality.models import attention_shape, default_model, fingerprint, name_of, tasks_for
-from benchmarks.quality.prompt_tasks import TASKS as ALL_TASKS
-from benchmarks.quality.samples import Task
-from benchmarks.quality.texts import Text, default_folder, read_text
+from benchmarks.quality.evaluate import Cell, ResultFile, run
+from benchmarks.quality.methods import BASELINES, EXPERIMENTS, default_proxies, fits, methods_of, ours
+from benchmarks.quality.models import DEFAULT_MODEL, NEEDLE, attention_shape, fingerprint, name_of, tasks_for
+from benchmarks.quality.real_models import MODELS, long_context, positions_of, resolve
+from benchmarks.quality.texts import Text
 from flexproxy import ProxyConfig
-from flexproxy.cli.inputs import load_decoder, pick_device, reads_bytes
+from flexproxy.cli.common import Device
+from flexproxy.cli.inputs import load_decoder, load_tokenizer, pick_device
 from flexproxy.environment import processor
 
-
-def options(argv: Sequence[str] | None) -> Namespace:
-    """The options, with what stands for those that were not given."""
-    tasks, baselines = ", ".join(ALL_TASKS), "; ".join(BASELINES)
-    found = parser(__doc__)
-    found.prog = "python -m benchmarks.quality"
-    found.add_argument("--model", help="folder or name of a causal model; if none, benchmarks/quality/needle13m")
-    found.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is the GPU if there is one"
-    )
-    found.add_argument(
-        "--text", type=Path, help="file or folder to make tasks from; a needle model reads Python packages"
-    )
-    found.add_argument(
-        "--tasks", nargs="+", choices=ALL_TASKS, default=["single", "text"], metavar="TASK", help=f"of: {tasks}"
-    )
-    found.add_argument("--lengths", type=positive_int, nargs="+", default=[8192], help="tokens of a sequence")
-    found.add_argument(
-        "--sequences", type=positive_int, default=16, help="sequences of a task; their seeds count from 0"
-    )
-    found.add_argument("--densities", type=fraction, nargs="*", default=[0.1, 0.25, 0.4], help="kept / causal blocks")
-    found.add_argument("--gammas", type=fraction, nargs="*", default=[], help="of flexproxy, besides the densities")
-    found.add_argument("--compensate", action="store_true", help="flexproxy also with the means of dropped blocks")
-    found.add_argument("--proxies", type=positive_int, nargs="*", default=[1, 2], help="flexproxy's proxy heads")
-    found.add_argument(
-        "--strides",
-        type=stride_option,
-        nargs="*",
-        default=["4", "outlier8:1", "2", "1"],
-        help="flexproxy's strides; of queries and of keys, as 8:2, where they differ; the outlier of 8 queries: "
-        "outlier8:1",
-    )
-    found.add_argument(
-        "--min-budget", type=int, default=256, help="tokens that a row keeps at least, where this can be set"
-    )
-    found.add_argument(
-        "--baselines", nargs="*", choices=BASELINES, metavar="NAME", help=f"if not given, all of: {baselines}"
-    )
-    args = parse(found, argv, lengths=[1024], sequences=2, densities=[0.5], proxies=[1], strides=["4"])
-    args.baselines = list(BASELINES) if args.baselines is None else args.baselines
-    return args
+USUAL_BASELINES = [name for name in BASELINES if name not in ("random", "oracle, per row")]
+CALIBRATED_ON = 8192  # tokens
 
 
-def stride_option(text: str) -> str:
-    """An argument of ``--strides``, as it stands: what is brought to ``config_of``."""
-    if not re.fullmatch(r"((outlier)?[1-9]\d*:)?[1-9]\d*", text):
-        raise ArgumentTypeError(
-            f"expected a stride, as 4, or that of queries and that of keys, as 8:2 or outlier8:1, got {text}"
-        )
-    return text
+def integers(text: str) -> list[int]:
+    return [_at_least_one(int(part)) for part in text.split(",") if part]
+
+
+def _at_least_one(value: int) -> int:
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def fractions(text: str) -> list[float]:
+    values = [float(part) for part in text.split(",") if part]
+    if not all(0.0 < value <= 1.0 for value in values):
+        raise ValueError
+    return values
+
+
+def names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def strides(text: str) -> list[str]:
+    """As ``4``, or ``8:2`` of queries and keys, or ``outlier8:1``."""
+    parts = names(text)
+    if not all(re.fullmatch(r"((outlier)?[1-9]\d*:)?[1-9]\d*", part) for part in parts):
+        raise ValueError
+    return parts
+
+
+def listed(parse: Any, metavar: str, text: str) -> Any:
+    """An option that is a list with commas."""
+    return typer.Option(parser=parse, metavar=metavar, help=text)
 
 
 def config_of(proxies: int, text: str, min_budget: int) -> ProxyConfig:
-    """flexproxy's settings for an argument of ``--strides``."""
+    """flexproxy's defaults with the proxies and an item of ``--strides``."""
     query, _, key = text.rpartition(":")
     stride = query.removeprefix("outlier")
-    return ProxyConfig(
+    return ours(
         num_proxies=proxies,
         stride=int(key),
         query_stride=int(stride) if stride else None,
@@ -96,60 +81,164 @@ def config_of(proxies: int, text: str, min_budget: int) -> ProxyConfig:
     )
 
 
-def prepare(args: Namespace) -> tuple[Any, Any, list[Task], list[Method], Text]:
-    """Model, haystack, tasks, methods and text of a run; stops it with one line where something does not fit."""
-    args.model = default_model() if args.model is None else args.model
-    model = load_decoder(args.model, pick_device(args.device), "sdpa")
-    if args.text is None:
-        if not reads_bytes(model):
-            raise ValueError("--text: expected a file or folder, got none; name a long text, a book for example")
-        args.text = default_folder()
-    text = read_text(args.text, "evaluation", trained_on=reads_bytes(model) and args.text.is_dir())
-    tasks, haystack = tasks_for(model, args.model, text)
-    missing = sorted(set(args.tasks) - set(tasks))
-    if missing:
-        raise ValueError(f"--tasks: expected {', '.join(tasks)} for this model, got {', '.join(missing)}; leave it out")
-    chosen = [tasks[name] for name in args.tasks]
-    for task, length in product(chosen, args.lengths):
-        task.make(0, length, haystack)  # a text or a length that is too short is said now
-    configs = [config_of(proxies, strides, args.min_budget) for proxies, strides in product(args.proxies, args.strides)]
-    methods = methods_of(configs, args.baselines, args.densities, args.gammas, args.min_budget, args.compensate)
-    check(methods, *attention_shape(model))
-    return model, haystack, chosen, methods, text
+def configs_for(proxies: list[str], texts: list[str], min_budget: int, heads: int, kv_heads: int) -> list[ProxyConfig]:
+    """flexproxy's variants for a model's heads. ``kv`` is the default number of proxies; what does not fit is left out,
+    and said.
+
+    Raises:
+        ValueError: none fits, or one is no number.
+    """
+    numbers = list(dict.fromkeys(default_proxies(kv_heads) if name == "kv" else int(name) for name in proxies))
+    configs = [config_of(number, text, min_budget) for number, text in product(numbers, texts)]
+    problems = {config.num_proxies: fits(config, heads, kv_heads) for config in configs}
+    fitting = [config for config in configs if problems[config.num_proxies] is None]
+    for problem in filter(None, problems.values()):
+        if not fitting:
+            raise ValueError(problem)
+        print(f"left out: {problem}", file=sys.stderr)
+    return fitting
 
 
-def settings_of(args: Namespace, model: Any, text: Text) -> dict[str, Any]:
-    """What the result depends on; no paths."""
-    left_out = ("out", "quick", "device", "model", "text")
-    settings = {name: value for name, value in vars(args).items() if name not in left_out}
-    settings["model"] = {"name": name_of(args.model), "fingerprint": fingerprint(model), "dtype": str(model.dtype)[6:]}
-    settings["text"] = {"name": text.name, "bytes": len(text.content), "digest": text.digest}
-    return settings
+class Session:
+    """A model under test, with its tasks and texts."""
+
+    def __init__(self, name: str, device: Device, text: Path | None) -> None:
+        self.name = str(NEEDLE) if name == "needle" else name
+        if self.name == str(NEEDLE) and not (NEEDLE / "model.safetensors").is_file():
+            raise ValueError(
+                f"--model needle: expected model.safetensors in {NEEDLE}, got none; make one with python -m "
+                "benchmarks.quality.train --out needle-models, and use --model needle-models/seed0"
+            )
+        self.folder = resolve(self.name)
+        self.model: Any = load_decoder(self.folder, pick_device(device.value), "sdpa")
+        self.tasks, self.texts = tasks_for(self.model, self.folder, text)
+        self.heads, self.kv_heads, _ = attention_shape(self.model)
+
+    @property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.folder)
+
+    def check(self, tasks: list[str], lengths: list[int]) -> None:
+        """Find what cannot run before minutes are spent.
+
+        Raises:
+            ValueError: a task that the model does not have, or a length that it or a text does not have.
+        """
+        missing = sorted(set(tasks) - set(self.tasks))
+        if missing:
+            known = ", ".join(self.tasks)
+            raise ValueError(
+                f"--tasks: expected some of {known} for this model, got {', '.join(missing)}; leave it out"
+            )
+        positions = positions_of(self.name, self.model)
+        if positions is not None and max(lengths) > positions:
+            raise ValueError(f"--lengths: expected at most {positions} for this model, got {max(lengths)}; use less")
+        for task, length in product(tasks, lengths):
+            self.tasks[task].make(0, length)
+
+    def results(self, out: Path, settings: dict[str, Any]) -> ResultFile:
+        """The file of a run; what it depends on is in it, and no paths."""
+        settings = settings | {
+            "model": {
+                "name": self.name if self.name in MODELS else name_of(self.folder),
+                "fingerprint": fingerprint(self.model),
+                "dtype": str(self.model.dtype)[6:],
+            },
+            "text": {name: _described(text) for name, text in self.texts.items()},
+        }
+        return ResultFile(out, {"device": processor(self.model.device)} | versions(), settings)
+
+    def measure(self, cells: Iterable[Cell], total: int, results: ResultFile, until: float = math.inf) -> None:
+        """Run cells under a progress bar, print tables, and draw the plot beside the file."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        notes = Console(stderr=True)
+        with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as progress:
+            bar = progress.add_task("", total=total)
+            begin = time.monotonic()
+            context = lambda length: long_context(self.name, self.model, length)  # noqa: E731
+            for n, cell in enumerate(run(self.model, cells, results, context, until)):
+                progress.update(bar, description=str(cell), completed=n)
+                if not notes.is_terminal:
+                    notes.print(f"{time.monotonic() - begin:7.1f} s  {n + 1}/{total}  {cell}", soft_wrap=True)
+        console = Console()
+        for table in report.tables(results.rows):
+            console.print(table)
+        report.draw(results.data, results.path.with_suffix(".png"))
+        console.print(f"wrote {results.path} and {results.path.with_suffix('.png').name}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def _described(text: Text) -> dict[str, Any]:
+    return {"name": text.name, "bytes": len(text.content), "digest": text.digest}
 
-    args = options(argv)
-    out = result_path(args, "quality")
+
+def main(
+    model: Annotated[
+        str,
+        typer.Option(help=f"{', '.join(MODELS)}; needle; or a folder or name of a causal model of transformers."),
+    ] = DEFAULT_MODEL,
+    device: Annotated[Device, typer.Option(help="Where to run; auto takes a GPU if there is one.")] = Device.auto,
+    text: Annotated[
+        Path | None, typer.Option(help="File or folder to make tasks from, instead of the fixed prose and code.")
+    ] = None,
+    tasks: Annotated[Any, listed(names, "TASK,...", "Needles, chains, words, and texts to predict.")] = None,
+    lengths: Annotated[Any, listed(integers, "N,...", "Tokens of a sequence.")] = "8192",
+    texts: Annotated[int, typer.Option(min=1, help="Sequences of a text to predict; their seeds count from 0.")] = 16,
+    answers: Annotated[int, typer.Option(min=1, help="Answers to ask for, at least, in as many sequences.")] = 64,
+    densities: Annotated[Any, listed(fractions, "X,...", "Kept / causal blocks.")] = "0.12,0.25,0.5",
+    gammas: Annotated[Any, listed(fractions, "X,...", "Of flexproxy, besides the densities.")] = "",
+    proxies: Annotated[Any, listed(names, "P,...", "flexproxy's proxy heads; kv is the default.")] = "1,kv",
+    stride: Annotated[
+        Any, listed(strides, "S,...", "flexproxy's strides; of queries and keys as 8:2, outliers as outlier8:1.")
+    ] = "4",
+    min_budget: Annotated[
+        int, typer.Option(min=0, help="Tokens that a row keeps at least, where this can be set.")
+    ] = 256,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Repeat it for several, none for no one; by default the usual ones. {'; '.join(BASELINES)}"),
+    ] = None,
+    trials: Annotated[bool, typer.Option("--trials", help="Also all trials of benchmarks/quality/trials.py.")] = False,
+    corrections: Annotated[
+        bool, typer.Option("--corrections", help="flexproxy also with means of dropped blocks, and with dense rows.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = RESULTS / "quality.json",
+    quick: Annotated[bool, typer.Option("--quick", help="One short case, to see that everything runs.")] = False,
+) -> None:
+    """Quality of sparse prefill. Tasks are made on the spot: needles, chains, frequent words, and texts to predict.
+
+    Every method chooses blocks of 128; the attention is the same sparse kernel for all. Writes a JSON file, after every
+    cell, and draws quality against density beside it (PNG). The same command again goes on where it was stopped.
+    docs/quality.md says what the columns mean.
+    """
+    if quick:
+        lengths, texts, answers, densities, proxies, stride = [1024], 2, 2, [0.5], ["kv"], ["4"]
+        out = RESULTS / "quick" / "quality.json" if out == RESULTS / "quality.json" else out
+    chosen = USUAL_BASELINES if baseline is None else [name for name in baseline if name != "none"]
     try:
-        model, haystack, tasks, methods, text = prepare(args)
-        results = ResultFile(out, {"device": processor(model.device)} | versions(), settings_of(args, model, text))
+        unknown = sorted(set(chosen) - set(BASELINES))
+        if unknown:
+            raise ValueError(f"--baseline: expected some of {'; '.join(BASELINES)}, got {'; '.join(unknown)}")
+        session = Session(model, device, text)
+        if tasks is None:
+            tasks = ["single", *(name for name in ("text", "prose", "code") if name in session.tasks)]
+        session.check(tasks, lengths)
+        configs = configs_for(proxies, stride, min_budget, session.heads, session.kv_heads)
+        others = [*chosen, *(EXPERIMENTS if trials else ())]
+        methods = methods_of(configs, others, densities, gammas, min_budget, corrections)
+        settings = {"tasks": tasks, "lengths": lengths, "texts": texts, "answers": answers, "densities": densities}
+        settings |= {"gammas": gammas, "proxies": proxies, "strides": stride, "min_budget": min_budget}
+        results = session.results(out, settings | {"baselines": others, "corrections": corrections})
     except ValueError as error:
         sys.exit(str(error))
-    cells = len(args.lengths) * len(tasks) * len(methods)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=cells)
-        for n, cell in enumerate(run(model, haystack, tasks, methods, args.lengths, args.sequences, results)):
-            progress.update(bar, description=cell, completed=n)
-    console = Console()
-    for table in report.tables(results.rows):
-        console.print(table)
-    report.draw(results.data, out.with_suffix(".png"))
-    console.print(f"wrote {out} and {out.with_suffix('.png').name}")
+    cells = [
+        Cell(length, session.tasks[task], method, answers if session.tasks[task].metric == "exact" else texts)
+        for length, task, method in product(lengths, tasks, methods)
+    ]
+    session.measure(cells, len(cells), results)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

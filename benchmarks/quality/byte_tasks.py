@@ -168,4 +168,7 @@ def _text(seed: int, length: int, haystack: Tensor) -> Sample:
     return Sample(_window(seed, length, haystack)[0][0].long(), ())
 
 
-TASKS = {name: Task(name, functools.partial(_make, name)) for name in NAMES} | {"text": Task("text", _text)}
+def tasks(haystack: Tensor) -> dict[str, Task]:
+    """All tasks, made from a text as uint8 ``[bytes]``."""
+    found = {name: Task(name, functools.partial(_make, name, haystack=haystack)) for name in NAMES}
+    return found | {"text": Task("text", functools.partial(_text, haystack=haystack), "bits_per_byte")}

@@ -1,25 +1,36 @@
-"""Ways to choose the blocks of a prefill, each brought to a density, or to a mass of attention."""
+"""Ways to choose the blocks of a prefill, each brought to a density, or with the settings that its authors give it."""
 
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 import flexproxy
-from benchmarks.baselines import METHODS, UNTIMED, density, threshold_for_density
-from benchmarks.baselines import Method as Baseline
-from benchmarks.baselines.oracle import block_mass
+from benchmarks.baselines import LEVELS, at_density, mean_correction
+from benchmarks.baselines.blocks import BLOCK_SIZE, below, causal_blocks, grouped_logits, widen
+from benchmarks.quality.trials import TRIALS
 from flexproxy import ProxyConfig
+from flexproxy.stages.proxy import head_groups
 
-BASELINES = METHODS | UNTIMED
-CORRECTED = "FlashPrefill V2"  # its kernel adds the means of the blocks that it drops
-COMPENSATED = " + means"
-WITHOUT_CORRECTION = f"{CORRECTED}, selection only"
+COMPENSATED, DELTA = " + means", " + delta"
+DELTA_STRIDE = 64
+
+
+class Place(NamedTuple):
+    """A layer: its index in the model, and which one it is of how many that attend to everything."""
+
+    layer: int
+    nth: int
+    total: int
+
+
+Select: TypeAlias = Callable[[Tensor, Tensor, Place], Tensor]
+Correct: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,17 +38,17 @@ class Method:
     """A way to choose blocks.
 
     Attributes:
-        name: of the contender: ``dense``, ``flexproxy`` with its settings, or one of the baselines.
-        setting: what it is brought to: ``density 0.1``, ``gamma 0.95``; empty for dense.
-        select: q ``[1, Hq, S, D]`` and k ``[1, Hkv, S, D]`` to a causal map of blocks, bool ``[1, Hq, N, N]``, for
-            scores with the factor 1 / sqrt(D); None keeps all of them.
-        corrected: dropped blocks count by their mean key and value (``mean_correction``).
+        name: of the contender: ``dense``, ``flexproxy`` with its settings, a peer or a trial.
+        setting: what it is brought to: ``density 0.1``, ``gamma 0.95``, ``defaults``; empty for dense.
+        select: q ``[B, Hq, S, D]``, k ``[B, Hkv, S, D]`` and the place of the layer to a causal map of blocks, bool
+            ``[B, Hq, N, N]``, for scores with the factor 1 / sqrt(D); None keeps all of them.
+        correct: q, k, v, output, log-sum-exp and map to another output, for methods that correct it.
     """
 
     name: str
     setting: str = ""
-    select: Callable[[Tensor, Tensor], Tensor] | None = None
-    corrected: bool = False
+    select: Select | None = None
+    correct: Correct | None = None
 
     @property
     def is_flexproxy(self) -> bool:
@@ -48,6 +59,96 @@ class Method:
 
 
 DENSE = Method("dense")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A selection by levels (NOTE [Levels] in ``benchmarks.baselines.blocks``).
+
+    Attributes:
+        name: what results call it.
+        levels: of q and k.
+        default: the threshold of its authors, None where there is none.
+        at_default: what else they set, beside their threshold; at a given density ``min_budget`` is the run's.
+        dense_layers: first layers that stay dense; a density is the mean over all layers.
+        correct: as in ``Method``.
+    """
+
+    name: str
+    levels: Callable[..., Tensor]
+    default: float | None = None
+    at_default: Mapping[str, Any] | None = None
+    takes_budget: bool = False
+    dense_layers: int = 0
+    correct: Correct | None = None
+
+    def at(self, target: float, min_budget: int) -> Method:
+        """Brought to a density."""
+        levels = functools.partial(self.levels, min_budget=min_budget) if self.takes_budget else self.levels
+
+        def choose(q: Tensor, k: Tensor, place: Place) -> Tensor:
+            share = (target * place.total - self.dense_layers) / max(1, place.total - self.dense_layers)
+            return at_density(levels(q, k), max(share, 0.0))
+
+        return Method(self.name, f"density {target:g}", self._after_dense_layers(choose), self.correct)
+
+    def with_defaults(self) -> Method:
+        """As its authors set it."""
+        threshold = 1.0 if self.default is None else self.default
+        settings = dict(self.at_default or {})
+
+        def choose(q: Tensor, k: Tensor, place: Place) -> Tensor:
+            return below(self.levels(q, k, **settings), threshold)
+
+        return Method(self.name, "defaults", self._after_dense_layers(choose), self.correct)
+
+    def _after_dense_layers(self, choose: Select) -> Select:
+        def select(q: Tensor, k: Tensor, place: Place) -> Tensor:
+            if place.nth >= self.dense_layers:
+                return choose(q, k, place)
+            num_blocks = -(-q.shape[2] // BLOCK_SIZE)
+            return causal_blocks(num_blocks, q.device).expand(*q.shape[:2], num_blocks, num_blocks)
+
+        return select
+
+
+def _means(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block_map: Tensor) -> Tensor:
+    return mean_correction(q, k, v, out, lse, block_map)
+
+
+def delta_correction(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block_map: Tensor) -> Tensor:
+    """Delta attention (arXiv 2505.11254): every 64th query attends densely, and what that changes is added to all
+    queries up to the next. Arguments and result as ``Method.correct``'s."""
+    position = torch.arange(q.shape[2], device=q.device)
+    chosen = position[::DELTA_STRIDE]
+    logits = widen(grouped_logits(q[:, :, chosen], k)) / q.shape[3] ** 0.5
+    weights = logits.masked_fill_(position > chosen[:, None], -torch.inf).softmax(-1).to(v.dtype)
+    exact = (weights.unflatten(1, (k.shape[1], -1)) @ v[:, :, None]).flatten(1, 2)
+    difference = (widen(exact) - widen(out[:, :, chosen])).repeat_interleave(DELTA_STRIDE, 2)[:, :, : q.shape[2]]
+    return (widen(out) + difference).to(out.dtype)
+
+
+_RANKING: dict[str, Any] = {"default": 0.95, "takes_budget": True}
+_V2 = functools.partial(LEVELS["FlashPrefill V2"], sink_blocks=2, local_blocks=4)
+PEERS = (
+    Contender("XAttention", LEVELS["XAttention"], 0.9),
+    Contender("XAttention, stride 16", functools.partial(LEVELS["XAttention"], stride=16), 0.9),
+    Contender("FlexPrefill", LEVELS["FlexPrefill"], 0.95, {"min_budget": 1024}, takes_budget=True),
+    Contender("FlashPrefill", LEVELS["FlashPrefill"], 1 - 0.12),
+    # As its server runs it; and as sparse as it can be, which is what a low density needs.
+    Contender("FlashPrefill V2", functools.partial(_V2, last_rows=8), 1 - 0.12, dense_layers=4, correct=_means),
+    Contender("FlashPrefill V2, 2 last rows, no dense layers", _V2, 1 - 0.12, correct=_means),
+    Contender("Prism", LEVELS["Prism"], 0.95),
+    Contender("oracle", LEVELS["oracle"], **_RANKING),
+    Contender("oracle, per row", LEVELS["oracle, per row"], **_RANKING),
+    Contender("mean-pooled", LEVELS["mean-pooled"], **_RANKING),
+    Contender("sink + recent", LEVELS["sink + recent"], **_RANKING),
+    Contender("random", LEVELS["random"], **_RANKING),
+)
+BASELINES = {peer.name: peer for peer in PEERS}
+EXPERIMENTS = {
+    f"trial: {name}": Contender(f"trial: {name}", levels, takes_budget=True) for name, levels in TRIALS.items()
+}
 
 
 def methods_of(
@@ -62,73 +163,81 @@ def methods_of(
 
     Args:
         configs: flexproxy's variants; their density or gamma is replaced.
-        baselines: names in ``BASELINES``.
+        baselines: names in ``BASELINES`` or ``EXPERIMENTS``.
         min_budget: tokens that every row keeps at least, for the baselines that have such a setting.
-        compensate: every config once more, with dropped blocks as means, as in ``attention(compensate=True)``.
+        compensate: every config once more with dropped blocks as means, as in ``attention(compensate=True)``, and once
+            with delta correction.
     """
     found = [DENSE]
     for target in densities:
         found += _flexproxy([replace(config, density=target) for config in configs], compensate)
-        for name in baselines:
-            method = _baseline(name, target, min_budget)
-            found.append(method)
-            if method.corrected:
-                found.append(replace(method, name=WITHOUT_CORRECTION, corrected=False))
+        found += [(BASELINES | EXPERIMENTS)[name].at(target, min_budget) for name in baselines]
     for gamma in gammas:
         found += _flexproxy([replace(config, gamma=gamma, density=None) for config in configs], compensate)
     return found
 
 
 def _flexproxy(configs: Sequence[ProxyConfig], compensate: bool) -> list[Method]:
-    plain = [_of_config(config) for config in configs]
-    return plain + [replace(m, name=m.name + COMPENSATED, corrected=True) for m in plain if compensate]
+    plain = [of_config(config) for config in configs]
+    return plain + [twin for method in plain for twin in corrected(method) if compensate]
 
 
-def _of_config(config: ProxyConfig) -> Method:
-    setting = f"gamma {config.gamma:g}" if config.density is None else f"density {config.density:g}"
+def corrected(method: Method) -> list[Method]:
+    """A method with each correction of its output."""
+    means = replace(method, name=method.name + COMPENSATED, correct=_means)
+    return [means, replace(method, name=method.name + DELTA, correct=delta_correction)]
 
-    def select(q: Tensor, k: Tensor) -> Tensor:
+
+def of_config(config: ProxyConfig, name: str | None = None, setting: str | None = None) -> Method:
+    """flexproxy with certain settings."""
+    target = f"gamma {config.gamma:g}" if config.density is None else f"density {config.density:g}"
+
+    def select(q: Tensor, k: Tensor, _place: Place) -> Tensor:
         return flexproxy.select(q, k, config=config).block_map()
 
-    stride = ":".join(map(str, dict.fromkeys(config.strides)))  # of queries and keys, where they differ
-    kind = "stride" if config.query_choice == "first" else config.query_choice
-    return Method(f"flexproxy P {config.total_proxies}, {kind} {stride}", setting, select)
+    return Method(name or name_of_config(config), setting or target, select)
 
 
-def _baseline(name: str, target: float, min_budget: int) -> Method:
-    """A baseline with flexproxy's budgets where it takes them, otherwise with the threshold that gives the density."""
-    baseline = BASELINES[name]
-    taken = inspect.signature(baseline.select).parameters
-    select: Callable[..., Tensor] = baseline.select
-    if "min_budget" in taken:
-        select = functools.partial(select, min_budget=min_budget)
-    if "density" in taken:
-        select = functools.partial(select, density=target)
-    else:
-        select = functools.partial(_at_density, baseline._replace(select=select), target)
-    return Method(name, f"density {target:g}", select, corrected=name == CORRECTED)
+def of_layers(name: str, setting: str, configs: Mapping[int, ProxyConfig]) -> Method:
+    """flexproxy with settings of its own for every layer, as ``flexproxy calibrate`` writes them."""
+
+    def select(q: Tensor, k: Tensor, place: Place) -> Tensor:
+        return flexproxy.select(q, k, config=configs[place.layer]).block_map()
+
+    return Method(name, setting, select)
 
 
-def _at_density(baseline: Baseline, target: float, q: Tensor, k: Tensor) -> Tensor:
-    """The map of the threshold in [0, 1] that comes nearest to the density, of this layer of this sequence."""
-    select: Callable[..., Tensor] = baseline.select
-    if "mass" in inspect.signature(select).parameters:
-        select = functools.partial(select, mass=block_mass(q, k))
-    sparsest = select(q, k, 0.0 if baseline.increasing else 1.0)
-    if density(sparsest) >= target:
-        return sparsest
-    threshold, _ = threshold_for_density(lambda t: select(q, k, t), target, baseline.increasing, 0.01, steps=16)
-    return select(q, k, threshold)
+def default_proxies(num_kv_heads: int) -> int:
+    """One proxy for each key/value head, but at most 8: the largest divisor up to 8."""
+    return max(p for p in range(1, 9) if num_kv_heads % p == 0)
 
 
-@torch.no_grad()
-def check(methods: Iterable[Method], num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-    """Find a setting that does not fit the model before minutes are spent.
+def ours(**settings: Any) -> ProxyConfig:
+    """flexproxy's defaults, the forced blocks among them."""
+    forced = {"sink_blocks": 1, "local_blocks": 2, "dense_last_blocks": 1}
+    known = {field.name for field in fields(ProxyConfig)}
+    return ProxyConfig(**({name: value for name, value in forced.items() if name in known} | settings))
 
-    Raises:
-        ValueError: the message of what refuses it.
+
+def name_of_config(config: ProxyConfig) -> str:
+    """``flexproxy P 3, stride 4``: the proxies, and the strides of queries and keys, where they differ both.
+
+    Forced blocks are named where they are not the defaults.
     """
-    q, k = torch.zeros(1, num_heads, 256, head_dim), torch.zeros(1, num_kv_heads, 256, head_dim)
-    for method in methods:
-        if method.is_flexproxy and method.select is not None:
-            method.select(q, k)
+    stride = ":".join(map(str, dict.fromkeys(config.strides)))
+    kind = "stride" if config.query_choice == "first" else config.query_choice
+    names = {"sink_blocks": "sink", "local_blocks": "local", "dense_last_blocks": "last"}
+    usual = ours()
+    changed = {short: getattr(config, name) for name, short in names.items() if hasattr(config, name)}
+    usually = {short: getattr(usual, name) for name, short in names.items() if hasattr(usual, name)}
+    forced = "" if changed == usually else ", ".join(["", *(f"{name} {n}" for name, n in changed.items())])
+    return f"flexproxy P {config.total_proxies}, {kind} {stride}{forced}"
+
+
+def fits(config: ProxyConfig, num_heads: int, num_kv_heads: int) -> str | None:
+    """None, or why a config does not fit a model's heads."""
+    try:
+        head_groups(config.num_proxies, config.groups, num_heads, num_kv_heads)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -9,32 +9,41 @@ from typing import Any
 import torch
 
 from benchmarks.quality import byte_tasks, prompt_tasks
+from benchmarks.quality.corpus import DOMAINS, corpus
 from benchmarks.quality.samples import Task
-from benchmarks.quality.texts import Text
+from benchmarks.quality.texts import Text, default_folder, read_text
 from flexproxy.cli.inputs import load_tokenizer, reads_bytes
 
+DEFAULT_MODEL = "smollm2"
 NEEDLE = Path(__file__).with_name("needle13m")  # of train.py, seed 1; its weights are not in the repository
 
 
-def default_model() -> str:
-    """The folder of the needle model that quality is measured on where no other is named.
+def tasks_for(model: Any, folder: str, path: Path | None) -> tuple[dict[str, Task], dict[str, Text]]:
+    """The tasks that a model can read, by name, and the texts that they are made from, by what they are for.
+
+    Args:
+        folder: the model's, or its name on the hub.
+        path: a text of the user's; None is the fixed prose and code, and Python packages for a model of bytes.
 
     Raises:
-        ValueError: it is not here.
+        ValueError: there is no text.
     """
-    if not (NEEDLE / "model.safetensors").is_file():
-        raise ValueError(
-            f"--model: expected a folder or name, got none, and no model.safetensors is in {NEEDLE}; make one with "
-            "python -m benchmarks.quality.train --out needle-models, and use --model needle-models/seed0"
-        )
-    return str(NEEDLE)
-
-
-def tasks_for(model: Any, name: str, text: Text) -> tuple[dict[str, Task], Any]:
-    """The tasks that a model can read, by name, and the haystack that they are made from."""
     if reads_bytes(model):
-        return byte_tasks.TASKS, torch.frombuffer(bytearray(text.content), dtype=torch.uint8)
-    return prompt_tasks.TASKS, prompt_tasks.PromptHaystack(text.content.decode(errors="replace"), load_tokenizer(name))
+        text = read_text(path or default_folder(), "evaluation", trained_on=path is None or path.is_dir())
+        return byte_tasks.tasks(torch.frombuffer(bytearray(text.content), dtype=torch.uint8)), {"text": text}
+    tokenizer = load_tokenizer(folder)
+
+    def haystack(text: Text) -> prompt_tasks.PromptHaystack:
+        return prompt_tasks.PromptHaystack(text.content.decode(errors="replace"), tokenizer)
+
+    if path is not None:
+        text = read_text(path, "evaluation")
+        return prompt_tasks.tasks(haystack(text)), {"text": text}
+    texts = {domain: corpus(domain, "evaluation") for domain in DOMAINS}
+    haystacks = {domain: haystack(text) for domain, text in texts.items()}
+    found = prompt_tasks.tasks(haystacks[DOMAINS[0]], haystacks)
+    del found["text"]  # which is prose
+    return found, texts
 
 
 def fingerprint(model: Any) -> str:

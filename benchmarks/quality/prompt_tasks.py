@@ -18,7 +18,8 @@ import functools
 import itertools
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -219,12 +220,16 @@ def _make(
     return assemble(prompt_of(length, rng), length, haystack, rng)
 
 
+def spread(seed: int) -> float:
+    """Places in [0, 1) that fill it evenly, whatever their number: the bits of the seed behind the point, reversed."""
+    return int(f"{seed:064b}"[::-1], 2) / 2**64
+
+
 def _text(seed: int, length: int, haystack: PromptHaystack) -> Sample:
-    """A piece of the text, tokenized anew from a character that the seed chooses."""
-    rng = random.Random(seed)
+    """A piece of the text, tokenized anew. The pieces of the seeds lie evenly over the text, apart if it is long."""
     characters = 8 * length  # more than any common tokenizer needs
     while True:
-        start = rng.randrange(max(1, len(haystack.text) - characters + 1))
+        start = int(spread(seed) * max(1, len(haystack.text) - characters + 1))
         tokens = [*haystack.start, *haystack._encode(haystack.text[start : start + characters])][:length]
         if len(tokens) == length:
             break
@@ -243,6 +248,12 @@ PROMPTS = {
     "variables": variables,
     "words": words,
 }
-TASKS = {name: Task(name, functools.partial(_make, prompt_of)) for name, prompt_of in PROMPTS.items()} | {
-    "text": Task("text", _text)
-}
+
+
+def tasks(haystack: PromptHaystack, others: Mapping[str, PromptHaystack] = MappingProxyType({})) -> dict[str, Task]:
+    """All tasks, made from a text; its own modelling is ``text``, that of others has their names."""
+    found = {
+        name: Task(name, functools.partial(_make, prompt_of, haystack=haystack)) for name, prompt_of in PROMPTS.items()
+    }
+    texts = {"text": haystack, **others}
+    return found | {n: Task(n, functools.partial(_text, haystack=text), "bits_per_byte") for n, text in texts.items()}

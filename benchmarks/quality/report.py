@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from benchmarks.harness import Row
 from benchmarks.plots import plain, save, tokens
 from benchmarks.quality.intervals import bootstrap
-from benchmarks.quality.methods import COMPENSATED
+from benchmarks.quality.methods import COMPENSATED, DELTA
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ AXES = {"exact": "exact answers, %", "bits_per_byte": "bits per byte, more than 
 DECIMALS = {"exact": 1, "bits_per_byte": 4}
 
 # Mostly Okabe and Ito's colours: flexproxy in blues and solid lines, what it is compared with in others and dashed.
-OURS = ("#08306b", "#2171b5", "#6baed6", "#7b3fa0")
+OURS = ("#08306b", "#2171b5", "#6baed6", "#7b3fa0", "#4a1486", "#9e9ac8")
 OTHERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#882255", "#44AA99", "#999933", "#661100", "#BBBBBB", "#DDBB55")
 MARKERS = "os^DvPXhd<>p"
 ORACLES = {"oracle": "#000000", "oracle, per row": "#777777"}
@@ -93,12 +93,12 @@ def shown(row: Row, dense: Row | None) -> Estimate | None:
 
 
 def series(rows: Sequence[Row]) -> dict[str, list[tuple[float, Estimate]]]:
-    """One line for each method but dense: density and what is shown, by density."""
+    """One line for each method but dense and trials: density and what is shown, by density."""
     dense = dense_of(rows)
     lines: dict[str, list[tuple[float, Estimate]]] = {}
     for row in rows:
         drawn = shown(row, dense)
-        if drawn is not None and row is not dense:
+        if drawn is not None and row is not dense and not row["method"].startswith("trial"):
             lines.setdefault(row["method"], []).append((row["density"], drawn))
     return {name: sorted(points) for name, points in lines.items()}
 
@@ -153,11 +153,35 @@ def markdown(rows: Sequence[Row], length: int, task: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def lengths_markdown(rows: Sequence[Row], task: str, setting: str = "defaults") -> str:
+    """What every method keeps with its own settings, and what it loses, by length: a line for each method."""
+    found = {length: members for (length, name), members in sorted(panels(rows).items()) if name == task}
+    own = {
+        length: {row["method"]: row for row in members if row["setting"] == setting}
+        for length, members in found.items()
+    }
+    lengths = [length for length, members in own.items() if members]
+    lines = [["method", *map(tokens, lengths)], ["---"] * (1 + len(lengths))]
+    for method in dict.fromkeys(name for length in lengths for name in own[length]):
+        cells = [method]
+        for length in lengths:
+            row = own[length].get(method)
+            drawn = None if row is None else shown(row, dense_of(found[length]))
+            sign = "+" if row is not None and row["metric"] != "exact" else ""
+            cells.append("" if row is None or drawn is None else _kept_and_lost(row, drawn, sign))
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _kept_and_lost(row: Row, drawn: Estimate, sign: str) -> str:
+    return f"{row['density']:.3f}, {drawn.mean:{sign}.{DECIMALS[row['metric']]}f}"
+
+
 def _short(row: Row, dense: Row | None) -> str:
     drawn = shown(row, dense)
     text = "" if drawn is None else drawn.text(DECIMALS[row["metric"]], "" if row["metric"] == "exact" else "+")
-    kind, target = row["setting"].split()
-    met = kind != "density" or abs(row["density"] - float(target)) <= 0.01
+    target = row["setting"].removeprefix("density ")
+    met = not target.replace(".", "", 1).isdecimal() or abs(row["density"] - float(target)) <= 0.01
     return text if met else f"{text}, density {row['density']:.3f}"
 
 
@@ -197,24 +221,28 @@ def figure(data: Row, found: dict[tuple[int, str], list[Row]]) -> Figure:
 
 
 def styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """How each is drawn. Of flexproxy the colour is the stride, the marker the proxies, a broken line compensation."""
+    """How each is drawn: flexproxy in blues and solid lines, a broken one with a correction; others dashed."""
     names = list(dict.fromkeys(methods))
     ours = [name for name in names if name.startswith("flexproxy")]
-    plain = [name.removesuffix(COMPENSATED) for name in ours]
+    plain = list(dict.fromkeys(_plain(name) for name in ours))
     others = [name for name in names if name not in (*ours, *ORACLES, "dense")]
-    proxies, strides = (list(dict.fromkeys(name.rpartition(", ")[part] for name in plain)) for part in (0, 2))
     found: dict[str, dict[str, Any]] = {}
-    for name, settings in zip(ours, plain, strict=True):
-        first, _, last = settings.rpartition(", ")
-        colour, marker = OURS[strides.index(last) % len(OURS)], MARKERS[proxies.index(first) % len(MARKERS)]
-        found[name] = {"color": colour, "marker": marker, "linewidth": 2.0, "zorder": 4}
-        found[name]["linestyle"] = "-" if name == settings else "-."
+    for name in ours:
+        place = plain.index(_plain(name))
+        found[name] = {"color": OURS[place % len(OURS)], "marker": MARKERS[place % len(MARKERS)], "linewidth": 2.0}
+        correction = name.removeprefix(_plain(name))
+        found[name] |= {"zorder": 4, "linestyle": {"": "-", COMPENSATED: "-.", DELTA: ":"}[correction]}
     for name, colour in ORACLES.items():
         found[name] = {"color": colour, "marker": "*", "linestyle": "-", "linewidth": 1.2, "zorder": 5}
     for n, name in enumerate(others):
         marker = MARKERS[(n + 2) % len(MARKERS)]
         found[name] = {"color": OTHERS[n % len(OTHERS)], "marker": marker, "linestyle": "--", "linewidth": 1.2}
     return found
+
+
+def _plain(name: str) -> str:
+    """Without the correction of the output."""
+    return name.removesuffix(COMPENSATED).removesuffix(DELTA)
 
 
 def draw_panel(axes: Axes, rows: Sequence[Row], style: dict[str, dict[str, Any]]) -> None:

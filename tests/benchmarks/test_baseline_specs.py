@@ -14,13 +14,12 @@ from benchmarks.baselines import (
     flashprefill_v2,
     flexprefill,
     mean_correction,
-    mean_pooled,
-    oracle,
-    oracle_per_row,
     prism,
-    sink_recent,
     xattention,
 )
+from benchmarks.baselines.blocks import below
+from benchmarks.baselines.oracle import oracle_levels, oracle_per_row_levels
+from benchmarks.baselines.rankings import mean_pooled_levels, sink_recent_levels
 from tests.baseline_specs import (
     DIM,
     LENGTHS,
@@ -43,10 +42,11 @@ from tests.baseline_specs import (
 
 Spec = Callable[[Tensor, Tensor, bool], Tensor]
 RANKINGS: dict[Callable[..., Tensor], Spec] = {
-    oracle: block_mass_spec,
-    mean_pooled: mean_pooled_spec,
-    sink_recent: lambda q, k, mistake: sink_recent_spec(q, mistake),
+    oracle_levels: block_mass_spec,
+    mean_pooled_levels: mean_pooled_spec,
+    sink_recent_levels: lambda q, k, mistake: sink_recent_spec(q, mistake),
 }
+DIAGONAL = 0, 1, 0  # what is forced
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -126,7 +126,7 @@ def test_rankings_with_budgets_equal_their_specifications(
     ranking: Callable[..., Tensor], length: int, gamma: float, min_blocks: int
 ) -> None:
     q, k = inputs(length)
-    kept = ranking(q, k, gamma, min_budget=min_blocks * SIZE, block_size=SIZE)
+    kept = below(ranking(q, k, min_blocks * SIZE, DIAGONAL, SIZE), gamma)
     for b, h, q_head, k_head in heads_of(q, k):
         score, count = RANKINGS[ranking](q_head, k_head, False), budget_spec(q_head, k_head, gamma, min_blocks)
         assert torch.equal(kept[b, h], ranked_spec(score, count))
@@ -136,7 +136,7 @@ def test_rankings_with_budgets_equal_their_specifications(
 @pytest.mark.parametrize(("coverage", "min_blocks"), [(0.3, 0), (0.8, 0), (0.3, 3), (1.0, 0)])
 def test_the_oracle_per_row_equals_its_specification(length: int, coverage: float, min_blocks: int) -> None:
     q, k = inputs(length)
-    kept = oracle_per_row(q, k, coverage, min_blocks * SIZE, SIZE)
+    kept = below(oracle_per_row_levels(q, k, min_blocks * SIZE, DIAGONAL, SIZE), coverage)
     for b, h, q_head, k_head in heads_of(q, k):
         assert torch.equal(kept[b, h], per_row_spec(q_head, k_head, coverage, min_blocks, mistake=False))
 
@@ -181,7 +181,8 @@ def test_the_specifications_of_rankings_see_mistakes() -> None:
     b, h, q_head, k_head = next(heads_of(q, k))
     count = budget_spec(q_head, k_head, 0.4, 0)
     for ranking, spec in RANKINGS.items():
-        kept = ranking(q, k, 0.4, min_budget=0, block_size=SIZE)[b, h]
+        kept = below(ranking(q, k, 0, DIAGONAL, SIZE), 0.4)[b, h]
         assert not torch.equal(kept, ranked_spec(spec(q_head, k_head, True), count))
         assert not torch.equal(kept, ranked_spec(spec(q_head, k_head, False), count + 1))
-    assert not torch.equal(oracle_per_row(q, k, 0.5, 0, SIZE)[b, h], per_row_spec(q_head, k_head, 0.5, 0, mistake=True))
+    kept = below(oracle_per_row_levels(q, k, 0, DIAGONAL, SIZE), 0.5)[b, h]
+    assert not torch.equal(kept, per_row_spec(q_head, k_head, 0.5, 0, mistake=True))

@@ -14,8 +14,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import flexproxy
 from benchmarks import baselines
 from benchmarks.baselines import (
+    LEVELS,
     METHODS,
-    UNTIMED,
     blocks,
     flashprefill,
     flashprefill_v2,
@@ -24,6 +24,7 @@ from benchmarks.baselines import (
     xattention,
 )
 from benchmarks.baselines.flashprefill import pooled_scores
+from benchmarks.baselines.oracle import block_mass
 from benchmarks.baselines.xattention import antidiagonal_scores
 from benchmarks.contenders import causal_block_mask
 from flexproxy import ProxyConfig, masks
@@ -31,12 +32,11 @@ from tests.accuracy import assert_accurate
 from tests.baseline_specs import DIM, LENGTHS, SIZE, inputs
 from tests.lists import full_blocks, partial_blocks
 
-EVERY = METHODS | UNTIMED
-PEERS, NAMES = sorted(METHODS), sorted(EVERY)
+PEERS, NAMES = sorted(METHODS), sorted(LEVELS)
 SEEING = [name for name in NAMES if name not in ("random", "sink + recent")]  # which look at queries and keys
 
 
-def select(name: str, q: Tensor, k: Tensor, threshold: float, min_budget: int = 0) -> Tensor:
+def levels_of(name: str, q: Tensor, k: Tensor, min_budget: int = 0) -> Tensor:
     """A method with small blocks, and without what its paper keeps regardless of scores where that can be left away.
 
     min_budget: tokens, of methods with flexproxy's budgets only.
@@ -49,15 +49,15 @@ def select(name: str, q: Tensor, k: Tensor, threshold: float, min_budget: int = 
         "FlashPrefill V2": scores_alone,
         "Prism": {},
     }
-    method: Any = EVERY[name].select
-    kept: Tensor = method(q, k, threshold, block_size=SIZE, **settings.get(name, {"min_budget": min_budget}))
-    return kept
+    return LEVELS[name](q, k, block_size=SIZE, **settings.get(name, {"min_budget": min_budget, "forced": (0, 1, 0)}))
 
 
-def looser(name: str) -> list[float]:
-    """Thresholds, each of which keeps at least what the one before keeps; the last keeps everything."""
-    thresholds = [0.05, 0.3, 0.6, 0.9, 0.99, 1.0]
-    return thresholds if EVERY[name].increasing else [1 - x for x in thresholds]
+def select(name: str, q: Tensor, k: Tensor, threshold: float, min_budget: int = 0) -> Tensor:
+    return blocks.below(levels_of(name, q, k, min_budget), threshold)
+
+
+LOOSER = [0.05, 0.3, 0.6, 0.9, 0.99, 1.0]
+"""Thresholds, each of which keeps at least what the one before keeps; the last keeps everything."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,7 +65,7 @@ def looser(name: str) -> list[float]:
 def test_causal_with_its_diagonal(name: str, length: int) -> None:
     q, k = inputs(length)
     num_blocks = -(-length // SIZE)
-    for threshold in looser(name):
+    for threshold in LOOSER:
         kept = select(name, q, k, threshold)
         assert kept.shape == (2, 4, num_blocks, num_blocks)
         assert kept.dtype == torch.bool
@@ -77,7 +77,7 @@ def test_causal_with_its_diagonal(name: str, length: int) -> None:
 def test_monotone_in_its_threshold(name: str) -> None:
     """A looser threshold keeps what a tighter one keeps, and more; the loosest keeps everything."""
     q, k = inputs(160)
-    maps = [select(name, q, k, threshold) for threshold in looser(name)]
+    maps = [select(name, q, k, threshold) for threshold in LOOSER]
     for tight, loose in itertools.pairwise(maps):
         assert not bool((tight & ~loose).any())
     assert torch.equal(maps[-1], torch.ones_like(maps[-1]).tril())
@@ -88,7 +88,7 @@ def test_monotone_in_its_threshold(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "FlashPrefill V2"])
 def test_grouped_heads_are_repeated_heads(name: str) -> None:
     q, k = inputs(127)
-    threshold = looser(name)[2]
+    threshold = LOOSER[2]
     assert torch.equal(select(name, q, k, threshold), select(name, q, k.repeat_interleave(2, 1), threshold))
     assert not torch.equal(select(name, q, k, threshold), select(name, q, k.repeat(1, 2, 1, 1), threshold))
 
@@ -96,7 +96,7 @@ def test_grouped_heads_are_repeated_heads(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "random"])
 def test_sequences_and_heads_are_independent(name: str) -> None:
     q, k = inputs(127, batch=3)
-    threshold = looser(name)[2]
+    threshold = LOOSER[2]
     kept = select(name, q, k, threshold)
     assert torch.equal(select(name, q.flip(0), k.flip(0), threshold), kept.flip(0))
     assert torch.equal(select(name, q[1:2, 2:], k[1:2, 1:], threshold), kept[1:2, 2:])
@@ -105,10 +105,10 @@ def test_sequences_and_heads_are_independent(name: str) -> None:
 @pytest.mark.parametrize("name", ["XAttention", "FlashPrefill", "FlashPrefill V2", "oracle", "oracle, per row"])
 def test_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = inputs(160)
-    threshold = looser(name)[2]
+    threshold = LOOSER[2]
     whole = select(name, q, k, threshold)
     for elements in (1, 5000, 20000):  # a row of blocks at a time, some, and a last chunk that is smaller
-        for function in (EVERY[name].select, pooled_scores):
+        for function in (LEVELS[name], block_mass, pooled_scores, antidiagonal_scores):
             monkeypatch.setitem(function.__globals__, "CHUNK_ELEMENTS", elements)
         assert torch.equal(select(name, q, k, threshold), whole)
 
@@ -200,13 +200,14 @@ def test_prism_without_energy_in_a_band_keeps_equals_in_order() -> None:
     assert kept[9].tolist() == [True] * 5 + [False] * 4 + [True]
 
 
-def test_smallest_cover() -> None:
+def test_the_smallest_cover() -> None:
     mass = torch.tensor([0.1, 0.4, 0.2, 0.2, 0.1])
     none = torch.zeros(5, dtype=torch.bool)
     first = torch.tensor([True, False, False, False, False])
 
-    def kept(*args: Any) -> list[int]:
-        return blocks.smallest_cover(mass, *args).nonzero().flatten().tolist()
+    def kept(fraction: float, forced: Tensor, at_least: int = 0) -> list[int]:
+        levels = blocks.cover_levels(mass, forced, at_least)
+        return blocks.below(levels, fraction).nonzero().flatten().tolist()
 
     assert kept(0.4, none) == [1]
     assert kept(0.55, none) == [1, 2]  # of equals the lower index
@@ -221,10 +222,22 @@ def test_smallest_cover() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_threshold_for_density(name: str) -> None:
     q, k = inputs(640, batch=1)
-    increasing = EVERY[name].increasing
-    threshold, reached = baselines.threshold_for_density(lambda x: select(name, q, k, x), 0.5, increasing)
+    """By search as by the quantile of its levels, which is the nearest there is."""
+    threshold, reached = baselines.threshold_for_density(lambda x: select(name, q, k, x), 0.5, True)
     assert reached == baselines.density(select(name, q, k, threshold))
     assert reached == pytest.approx(0.5, abs=0.03)
+    nearest = baselines.density(baselines.at_density(levels_of(name, q, k), 0.5))
+    assert abs(nearest - 0.5) <= abs(reached - 0.5)
+
+
+def test_a_density_is_that_of_each_sequence() -> None:
+    q, k = inputs(640)
+    q[1] *= 4
+    levels = levels_of("XAttention", q, k)
+    together, alone = baselines.at_density(levels, 0.3), baselines.at_density(levels[1:], 0.3)
+    assert torch.equal(together[1:], alone)
+    for kept in together:
+        assert baselines.density(kept[None]) == pytest.approx(0.3, abs=0.002)
 
 
 def test_flashprefill_v2_selects_per_key_head() -> None:
@@ -271,6 +284,8 @@ def test_an_unreachable_density_gives_the_nearest() -> None:
     q, k = inputs(160)
     _, reached = baselines.threshold_for_density(lambda x: flashprefill(q, k, x, block_size=SIZE), 0.01, False)
     assert reached == baselines.density(flashprefill(q, k, 1.0, block_size=SIZE))
+    kept = baselines.at_density(LEVELS["FlashPrefill"](q, k, block_size=SIZE), 0.01)
+    assert torch.equal(kept, flashprefill(q, k, 1.0, block_size=SIZE))
 
 
 # The BlockMask
@@ -310,10 +325,9 @@ def test_causal_block_mask_is_that_of_torch() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_errors(name: str) -> None:
     q, k = inputs(64)
-    method = EVERY[name].select
     for wrong in (k[:, :, :32], k[:1], k[..., :16], k[0], k.repeat(1, 2, 1, 1)[:, :3]):
         with pytest.raises(ValueError, match="k: expected"):
-            method(q, wrong, 0.5)
+            LEVELS[name](q, wrong)
     with pytest.raises(ValueError, match="stride: expected"):
         xattention(q, k, 0.5, stride=7)
     for high, low in ((15, 24), (16, 0), (16, 34)):

@@ -75,7 +75,7 @@ def check_answers(sample: Sample) -> tuple[int, set[Word]]:
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**31), length=st.sampled_from(LENGTHS))
 def test_answers_follow_from_the_text(name: str, seed: int, length: int) -> None:
-    sample = byte_tasks.TASKS[name].make(seed, length, TEXT)
+    sample = byte_tasks.tasks(TEXT)[name].make(seed, length)
     assert sample.tokens.shape == (length,)
     assert sample.tokens.dtype == torch.int64
     queries, keys = check_answers(sample)
@@ -89,14 +89,14 @@ def test_answers_follow_from_the_text(name: str, seed: int, length: int) -> None
 
 @pytest.mark.parametrize("name", byte_tasks.NAMES)
 def test_the_check_sees_a_wrong_answer(name: str) -> None:
-    sample = byte_tasks.TASKS[name].make(0, 2048, TEXT)
+    sample = byte_tasks.tasks(TEXT)[name].make(0, 2048)
     sample.tokens[sample.answers[-1][0]] ^= 1
     with pytest.raises(AssertionError):
         check_answers(sample)
 
 
 def test_a_multikey_query_has_near_keys_before_it() -> None:
-    tokens = byte_tasks.TASKS["multikey"].make(1, 2048, TEXT).tokens.tolist()
+    tokens = byte_tasks.tasks(TEXT)["multikey"].make(1, 2048).tokens.tolist()
     earlier: list[Word] = []
     for _, kind, key, _ in parse(tokens):
         if kind == "query":
@@ -115,10 +115,10 @@ def test_the_text_is_untouched_elsewhere(name: str) -> None:
     assert not torch.equal(batch.tokens[0], batch.tokens[1])
 
 
-@pytest.mark.parametrize("name", byte_tasks.TASKS)
+@pytest.mark.parametrize("name", [*byte_tasks.NAMES, "text"])
 def test_a_seed_is_a_sample(name: str) -> None:
-    make = byte_tasks.TASKS[name].make
-    first, again, other = make(3, 1024, TEXT), make(3, 1024, TEXT), make(4, 1024, TEXT)
+    make = byte_tasks.tasks(TEXT)[name].make
+    first, again, other = make(3, 1024), make(3, 1024), make(4, 1024)
     assert torch.equal(first.tokens, again.tokens)
     assert first.answers == again.answers
     assert not torch.equal(first.tokens, other.tokens)
@@ -126,9 +126,9 @@ def test_a_seed_is_a_sample(name: str) -> None:
 
 def test_what_is_too_short() -> None:
     with pytest.raises(ValueError, match="length: expected at least 320 tokens for multiquery, got 256; use a longer"):
-        byte_tasks.TASKS["multiquery"].make(0, 256, TEXT)
+        byte_tasks.tasks(TEXT)["multiquery"].make(0, 256)
     with pytest.raises(ValueError, match="text: expected at least 512 bytes, got 100; use a longer text"):
-        byte_tasks.TASKS["text"].make(0, 512, TEXT[:100])
+        byte_tasks.tasks(TEXT[:100])["text"].make(0, 512)
 
 
 # Prompts
@@ -167,7 +167,7 @@ def spelled(sample: Sample, haystack: prompt_tasks.PromptHaystack) -> tuple[str,
 @pytest.mark.parametrize("name", ["single", "multikey", "multivalue", "multiquery"])
 @pytest.mark.parametrize("seed", range(3))
 def test_secret_numbers(name: str, seed: int, haystack: prompt_tasks.PromptHaystack) -> None:
-    sample = prompt_tasks.TASKS[name].make(seed, 3000, haystack)
+    sample = prompt_tasks.tasks(haystack)[name].make(seed, 3000)
     assert sample.tokens.shape == (3000,)
     assert int(sample.tokens[0]) == haystack.tokenizer.bos_token_id
     prompt, answers = spelled(sample, haystack)
@@ -189,7 +189,7 @@ def test_secret_numbers(name: str, seed: int, haystack: prompt_tasks.PromptHayst
 
 
 def test_variables_follow_their_chain(haystack: prompt_tasks.PromptHaystack) -> None:
-    prompt, answers = spelled(prompt_tasks.TASKS["variables"].make(0, 2000, haystack), haystack)
+    prompt, answers = spelled(prompt_tasks.tasks(haystack)["variables"].make(0, 2000), haystack)
     value: dict[str, str] = {}
     for name, other, number in re.findall(r"VAR ([A-Z]{5}) = (?:VAR ([A-Z]{5})|(\d{5}))\.", prompt):
         assert name not in value
@@ -200,7 +200,7 @@ def test_variables_follow_their_chain(haystack: prompt_tasks.PromptHaystack) -> 
 
 
 def test_common_words_are_the_most_frequent(haystack: prompt_tasks.PromptHaystack) -> None:
-    prompt, answers = spelled(prompt_tasks.TASKS["words"].make(0, 2000, haystack), haystack)
+    prompt, answers = spelled(prompt_tasks.tasks(haystack)["words"].make(0, 2000), haystack)
     body = prompt.rpartition("\n\n")[0].removeprefix("<s>").split()
     counts = {word: body.count(word) for word in dict.fromkeys(body)}
     assert answers == sorted(answers)
@@ -209,17 +209,17 @@ def test_common_words_are_the_most_frequent(haystack: prompt_tasks.PromptHaystac
     assert max(counts.values()) <= prompt_tasks.RARE_TIMES
 
 
-@pytest.mark.parametrize("name", prompt_tasks.TASKS)
+@pytest.mark.parametrize("name", [*prompt_tasks.PROMPTS, "text"])
 def test_a_seed_is_a_prompt(name: str, haystack: prompt_tasks.PromptHaystack) -> None:
-    make = prompt_tasks.TASKS[name].make
-    first, again, other = make(3, 1500, haystack), make(3, 1500, haystack), make(4, 1500, haystack)
+    make = prompt_tasks.tasks(haystack)[name].make
+    first, again, other = make(3, 1500), make(3, 1500), make(4, 1500)
     assert torch.equal(first.tokens, again.tokens)
     assert first.answers == again.answers
     assert not torch.equal(first.tokens, other.tokens)
 
 
 def test_bytes_of_a_token(haystack: prompt_tasks.PromptHaystack) -> None:
-    sample = prompt_tasks.TASKS["text"].make(0, 500, haystack)
+    sample = prompt_tasks.tasks(haystack)["text"].make(0, 500)
     text = haystack.tokenizer.decode(sample.tokens[1:])
     assert text in PROSE
     assert sample.bytes_per_token == pytest.approx(len(text) / 499)
@@ -228,9 +228,9 @@ def test_bytes_of_a_token(haystack: prompt_tasks.PromptHaystack) -> None:
 
 def test_prompts_that_do_not_fit(haystack: prompt_tasks.PromptHaystack) -> None:
     with pytest.raises(ValueError, match=r"length: expected at least \d+ tokens for this task, got 60; use a longer"):
-        prompt_tasks.TASKS["single"].make(0, 60, haystack)
+        prompt_tasks.tasks(haystack)["single"].make(0, 60)
     with pytest.raises(ValueError, match=r"text: expected at least 90000 tokens, got \d+; use a longer text"):
-        prompt_tasks.TASKS["text"].make(0, 90000, haystack)
+        prompt_tasks.tasks(haystack)["text"].make(0, 90000)
     with pytest.raises(ValueError, match="model: expected one with a fast tokenizer, got object; convert it"):
         prompt_tasks.PromptHaystack(PROSE, object())
 
@@ -301,6 +301,6 @@ def test_a_sample_is_what_models_are_trained_on() -> None:
     generator = torch.Generator().manual_seed(11)
     start = int(torch.randint(len(TEXT) - 1024 + 1, (1,), generator=generator))
     batch = byte_tasks.plant_task("variables", TEXT[None, start : start + 1024], generator)
-    sample = byte_tasks.TASKS["variables"].make(11, 1024, TEXT)
+    sample = byte_tasks.tasks(TEXT)["variables"].make(11, 1024)
     assert isinstance(batch.tokens, Tensor)
     assert torch.equal(batch.tokens[0], sample.tokens)

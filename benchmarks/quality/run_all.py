@@ -1,0 +1,242 @@
+"""Everything that the documentation quotes of a real model, in one run on one GPU, the most important first.
+
+    python -m benchmarks.quality.run_all --minutes 9 --out benchmarks/results/quality_smollm2.json
+
+The file is written after every cell. When the minutes are over, the rest is left out; the same command goes on there.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.harness import RESULTS, Row
+from benchmarks.quality.__main__ import Session, listed, names
+from benchmarks.quality.corpus import DOMAINS, corpus
+from benchmarks.quality.evaluate import Cell, ResultFile, run_batch
+from benchmarks.quality.methods import (
+    BASELINES,
+    DENSE,
+    EXPERIMENTS,
+    Method,
+    Place,
+    corrected,
+    default_proxies,
+    of_config,
+    of_layers,
+    ours,
+)
+from benchmarks.quality.models import DEFAULT_MODEL
+from flexproxy import ProxyConfig
+from flexproxy.calibration import calibrate
+from flexproxy.cli.common import Device
+
+TEXTS, ANSWERS = 16, 64
+MIN_BUDGET = 256
+LENGTH = 8192
+FULL_PEERS = (
+    "XAttention",
+    "XAttention, stride 16",
+    "FlexPrefill",
+    "FlashPrefill",
+    "FlashPrefill V2",
+    "FlashPrefill V2, 2 last rows, no dense layers",
+    "Prism",
+)
+SPARSE_PEERS = tuple(name for name in FULL_PEERS if name != "FlashPrefill V2")  # whose dense layers take it all
+RANKINGS = "sink + recent", "mean-pooled", "oracle"
+USUAL = (*DOMAINS, "single")
+
+
+class Plan:
+    """The cells, stage by stage. A stage may read what was measured before."""
+
+    def __init__(self, session: Session, results: ResultFile) -> None:
+        self.session, self.results = session, results
+        self.proxies = default_proxies(session.kv_heads)
+        self.stages: dict[str, Callable[[], Iterator[Cell]]] = {
+            "equal": self.equal,
+            "defaults": self.defaults,
+            "long": self.long,
+            "trials": self.trials,
+            "curve": self.curve,
+            "matched": self.matched,
+            "needles": self.needles,
+            "corrections": self.corrections,
+            "calibrated": self.calibrated,
+            "short": self.short,
+        }
+
+    def cells(self, stages: Sequence[str]) -> Iterator[Cell]:
+        for stage in stages:
+            yield from self.stages[stage]()
+
+    def equal(self) -> Iterator[Cell]:
+        """Everybody at 0.25 and at 0.12."""
+        yield from self._over([LENGTH], USUAL, [DENSE])
+        for target in (0.25, 0.12):
+            methods = [*self._ours(target), *self._peers((*SPARSE_PEERS, *RANKINGS), target)]
+            yield from self._over([LENGTH], USUAL, methods)
+
+    def defaults(self) -> Iterator[Cell]:
+        """Everybody as its authors set it; what is kept, by length."""
+        methods = [DENSE, self._default(), *(BASELINES[name].with_defaults() for name in FULL_PEERS)]
+        yield from self._over([LENGTH], USUAL, methods)
+        yield from self._over([4096, 16384, 32768], ("prose",), methods)
+
+    def long(self) -> Iterator[Cell]:
+        """32K tokens, at 0.05 and 0.10."""
+        yield from self._over([32768], ("prose",), [DENSE])
+        for target in (0.05, 0.1):
+            methods = [*self._ours(target), *self._peers(SPARSE_PEERS, target)]
+            yield from self._over([32768], ("prose",), methods)
+
+    def trials(self) -> Iterator[Cell]:
+        """Other choices, and flexproxy's own variants."""
+        for target in (0.12, 0.25):
+            variants = [
+                ours(num_proxies=self.proxies, stride=1, query_stride=8, query_choice="outlier", **self._at(target)),
+                ours(num_proxies=self.proxies, stride=2, query_stride=8, **self._at(target)),
+                ours(num_proxies=self.session.heads, **self._at(target)),
+                ours(num_proxies=self.session.heads, stride=4, query_stride=16, **self._at(target)),
+            ]
+            methods = [of_config(config) for config in variants]
+            methods += [trial.at(target, MIN_BUDGET) for trial in EXPERIMENTS.values()]
+            yield from self._over([LENGTH], USUAL, methods)
+
+    def curve(self) -> Iterator[Cell]:
+        """More densities, for the plot."""
+        for target in (0.08, 0.18, 0.35, 0.5):
+            peers = FULL_PEERS if target >= 0.5 else SPARSE_PEERS
+            yield from self._over([LENGTH], USUAL, [self._ours(target)[0], *self._peers(peers, target)])
+
+    def matched(self) -> Iterator[Cell]:
+        """flexproxy at the density that each peer reaches as its authors set it."""
+        for name, task in product(FULL_PEERS, USUAL):
+            density = self._density(name, task)
+            if density is not None:
+                config = ours(num_proxies=self.proxies, **self._at(min(density, 1.0)))
+                yield from self._over([LENGTH], (task,), [of_config(config, setting=f"density of {name}")])
+
+    def needles(self) -> Iterator[Cell]:
+        """What is harder to find than one needle."""
+        tasks = "multikey", "multivalue", "multiquery"
+        yield from self._over([LENGTH], tasks, [DENSE])
+        for target in (0.25, 0.12):
+            yield from self._over(
+                [LENGTH], tasks, [*self._ours(target), *self._peers((*SPARSE_PEERS, "oracle"), target)]
+            )
+
+    def corrections(self) -> Iterator[Cell]:
+        """Means of dropped blocks, and dense rows, where little is kept."""
+        for target in (0.05, 0.1, 0.25):
+            plain = self._ours(target)[0]
+            yield from self._over([LENGTH], USUAL, [plain, *corrected(plain)])
+
+    def calibrated(self) -> Iterator[Cell]:
+        """Groups and densities of each layer, from other texts."""
+        for target in (0.25, 0.12):
+            name = "flexproxy, calibrated"
+            cells = list(self._over([LENGTH], USUAL, [Method(name, f"density {target:g}")]))
+            if all(self.results.has(cell.identity) for cell in cells):
+                yield from cells
+                continue
+            configs = self._calibrate(target)
+            yield from self._over([LENGTH], USUAL, [of_layers(name, f"density {target:g}", configs)])
+
+    def short(self) -> Iterator[Cell]:
+        """Shorter texts, and 16K tokens."""
+        yield from self._over([2048, 4096, 16384], USUAL, [DENSE])
+        for length, target in ((4096, 0.25), (2048, 0.4), (16384, 0.1)):
+            methods = [self._ours(target)[0], *self._peers((*SPARSE_PEERS, "sink + recent"), target)]
+            yield from self._over([length], USUAL, methods)
+
+    # What stages are made of
+
+    def _over(self, lengths: Sequence[int], tasks: Sequence[str], methods: Sequence[Method]) -> Iterator[Cell]:
+        for length, method, name in product(lengths, methods, tasks):
+            task = self.session.tasks[name]
+            yield Cell(length, task, method, ANSWERS if task.metric == "exact" else TEXTS)
+
+    def _at(self, target: float) -> Row:
+        return {"density": target, "min_budget": MIN_BUDGET}
+
+    def _ours(self, target: float) -> list[Method]:
+        """The defaults, one proxy, and the paper's method."""
+        own = of_config(ours(num_proxies=self.proxies, **self._at(target)))
+        one = of_config(ours(num_proxies=1, **self._at(target)))
+        paper = of_config(ProxyConfig.paper(**self._at(target)), "flexproxy, as the paper")
+        return [own, one, paper] if self.proxies > 1 else [own, paper]
+
+    def _default(self) -> Method:
+        return of_config(ours(num_proxies=self.proxies), setting="defaults")
+
+    def _peers(self, chosen: Sequence[str], target: float) -> list[Method]:
+        return [BASELINES[name].at(target, MIN_BUDGET) for name in chosen]
+
+    def _density(self, name: str, task: str) -> float | None:
+        wanted = {"length": LENGTH, "task": task, "method": name, "setting": "defaults", "error": None}
+        rows = [row for row in self.results.rows if all(row[key] == value for key, value in wanted.items())]
+        return rows[0]["density"] if rows else None
+
+    def _calibrate(self, target: float) -> dict[int, ProxyConfig]:
+        """From prose and code of the calibration texts."""
+        tokenizer: Any = self.session.tokenizer
+        texts = [
+            torch.tensor([tokenizer.encode(corpus(domain, "calibration").content.decode()[: 16 * LENGTH])])
+            for domain in DOMAINS
+        ]
+        config = ours(min_budget=MIN_BUDGET)
+        found = calibrate(self.session.model, texts, density=target, config=config, length=LENGTH, sequences=4)
+        return dict(found.layers)
+
+
+def gate(session: Session) -> None:
+    """Every block kept is dense attention: nothing is measured otherwise."""
+    task = session.tasks["prose"]
+    samples = [task.make(seed, 2000) for seed in range(2)]
+
+    def every(q: torch.Tensor, _k: torch.Tensor, _place: Place) -> torch.Tensor:
+        num_blocks = -(-q.shape[2] // 128)
+        return torch.ones(*q.shape[:2], num_blocks, num_blocks, dtype=torch.bool, device=q.device).tril()
+
+    found = [run_batch(session.model, method, task, samples) for method in (DENSE, Method("every block", "", every))]
+    for dense, own in zip(*found, strict=True):
+        if not abs(dense["bits_per_byte"] - own["bits_per_byte"]) < 0.003:
+            sys.exit(
+                f"correctness gate failed: every block kept takes {own['bits_per_byte']} bits per byte, dense "
+                f"{dense['bits_per_byte']}; nothing was measured"
+            )
+
+
+def main(
+    model: Annotated[str, typer.Option(help="smollm2 or gemma3.")] = DEFAULT_MODEL,
+    minutes: Annotated[float, typer.Option(min=0.0, help="After so many, no cell is begun.")] = 600.0,
+    stages: Annotated[Any, listed(names, "STAGE,...", "In this order; by default all.")] = None,
+    device: Annotated[Device, typer.Option(help="Where to run; auto takes a GPU if there is one.")] = Device.auto,
+    out: Annotated[Path | None, typer.Option(help="Result file; by default in benchmarks/results.")] = None,
+) -> None:
+    """Measure everything that the documentation quotes of a real model."""
+    until = time.monotonic() + 60 * minutes
+    try:
+        session = Session(model, device, None)
+        results = session.results(out or RESULTS / f"quality_{model}.json", {"texts": TEXTS, "answers": ANSWERS})
+        plan = Plan(session, results)
+        unknown = sorted(set(stages or ()) - set(plan.stages))
+        if unknown:
+            raise ValueError(f"--stages: expected some of {', '.join(plan.stages)}, got {', '.join(unknown)}")
+    except ValueError as error:
+        sys.exit(str(error))
+    gate(session)
+    session.measure(plan.cells(stages or list(plan.stages)), 0, results, until)
+
+
+if __name__ == "__main__":
+    typer.run(main)
