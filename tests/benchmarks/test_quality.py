@@ -487,7 +487,7 @@ def test_cells_are_measured_until_the_time_is_over(model: Any, tmp_path: Path) -
 
 def test_a_batch_is_its_sequences(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_unless_flex_compiles("cpu")
-    tasks, _ = tasks_for(model, "", Path(__file__))
+    tasks, _ = tasks_for(model, "", Path(__file__).parents[1])
     method = methods_of([], ["XAttention"], [0.6], [], 128)[1]
     for name in ("single", "text"):
         samples = [tasks[name].make(seed, LENGTH) for seed in range(3)]
