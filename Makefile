@@ -101,7 +101,7 @@ toolchain:
 
 .venv-oldest/.stamp: $(PROJECT)
 	$(PYTHON) -m venv --clear .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e . "torch==2.5.1" pytest pytest-xdist hypothesis numpy
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[cli]" "torch==2.5.1" pytest pytest-xdist hypothesis numpy
 	touch $@
 
 .venv-newest/.stamp: $(PROJECT)

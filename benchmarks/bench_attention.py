@@ -1,6 +1,6 @@
 """Time of build and of sparse attention beside dense attention and the peers' selections, causal, on one GPU.
 
-    python -m benchmarks.bench_attention --lengths 8192 32768 131072
+    python -m benchmarks.bench_attention --lengths 8192,32768,131072
 
 bf16, B 1, Hq 32, Hkv 8, D 128, random inputs, every contender with the same causal mask. First the gate: the output of
 every kernel, and with every selection, against dense attention in double precision; if it fails, nothing is timed.
@@ -25,8 +25,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import typer
 from torch import Tensor
 
 import flexproxy
@@ -42,13 +43,17 @@ from benchmarks.contenders import (
     kernel_variants,
 )
 from benchmarks.harness import (
+    Budget,
+    Density,
+    Lengths,
+    Out,
+    Quick,
     Row,
     attempt,
-    fraction,
-    parse,
-    parser,
-    positive_float,
-    positive_int,
+    command,
+    fractions,
+    integers,
+    listed,
     release,
     require_gpu,
     result_path,
@@ -58,8 +63,8 @@ from benchmarks.harness import (
 )
 from flexproxy import ProxyConfig
 
-LENGTHS = [2**i for i in range(12, 20)]
-DENSITIES = [0.02, 0.05, 0.1, 0.2, 0.4]
+LENGTHS = "4096,8192,16384,32768,65536,131072,262144,524288"
+DENSITIES = "0.02,0.05,0.1,0.2,0.4"
 EXTRA_CASES = [(262144, 0.03)]  # the density at which a peer reports its figure for this length
 MAX_PAIRS = 0.4 * 262144**2  # density x length^2: what is denser takes seconds a call and is left out
 SHORT = 8192  # tokens up to which the default configuration should stay dense
@@ -181,21 +186,28 @@ def cases_of(
     return cases
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__)
-    options.add_argument("--lengths", type=positive_int, nargs="+", default=LENGTHS, help="tokens")
-    options.add_argument("--densities", type=fraction, nargs="+", default=DENSITIES, help="kept / admissible blocks")
-    options.add_argument("--dense-up-to", type=positive_int, default=2**18, help="longest prompt for dense attention")
-    options.add_argument("--peers-at", type=positive_int, nargs="*", default=[131072], help="lengths for the peers")
-    options.add_argument("--peer-density", type=fraction, default=0.1, help="density for the peers")
-    options.add_argument("--budget-ms", type=positive_float, default=300.0, help="time for the repeats of one thing")
-    quick = {"lengths": [8192], "densities": [0.2], "peers_at": [8192], "peer_density": 0.2, "budget_ms": 50.0}
-    args = parse(options, argv, **quick)
+def bench(
+    *,
+    lengths: Lengths = LENGTHS,
+    densities: Annotated[Any, listed(fractions, "Kept / admissible blocks.")] = DENSITIES,
+    dense_up_to: Annotated[int, typer.Option(min=1, help="Longest prompt for dense attention.")] = 2**18,
+    peers_at: Annotated[Any, listed(integers, "Lengths for the peers.")] = "131072",
+    peer_density: Density = 0.1,
+    budget_ms: Budget = 300.0,
+    out: Out = None,
+    quick: Quick = False,
+) -> None:
+    settings = settings_of(locals())
     require_gpu()
     gate.check_attention(every=True)
     release()
-    cases = cases_of(args.lengths, args.densities, args.dense_up_to, args.peers_at, args.peer_density)
-    run_cases(cases, lambda case: measure(case, args.budget_ms), result_path(args, "attention"), settings_of(args))
+    cases = cases_of(lengths, densities, dense_up_to, peers_at, peer_density)
+    run_cases(cases, lambda case: measure(case, budget_ms), result_path("attention", out, quick), settings)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    quick = {"lengths": "8192", "densities": "0.2", "peers_at": "8192", "peer_density": 0.2, "budget_ms": 50.0}
+    command(bench, argv, **quick)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time of flexproxy.build, in total and stage by stage, beside dense attention, on one GPU.
 
-    python -m benchmarks.bench_build --lengths 8192 131072 --num-proxies 1 4 8
+    python -m benchmarks.bench_build --lengths 8192,131072 --num-proxies 1,4,8
 
 bf16, B 1, Hq 32, Hkv 8, D 128, random inputs, causal, blocks of 128, a density of 0.1; stride 4, as in the paper, and
 ``ProxyConfig.outliers``. First the gate: ranks and counts are those of the specification; if not, nothing is timed.
@@ -20,21 +20,25 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import typer
 
 import flexproxy
 from benchmarks import gate
 from benchmarks.contenders import config_for, cudnn, inputs
 from benchmarks.harness import (
+    Budget,
+    Density,
+    Lengths,
+    Out,
+    Quick,
     Row,
     attempt,
-    fraction,
-    parse,
-    parser,
-    positive_float,
-    positive_int,
+    command,
+    integers,
+    listed,
     release,
     require_gpu,
     result_path,
@@ -45,7 +49,7 @@ from benchmarks.harness import (
 from benchmarks.stages import profile_stages
 from flexproxy import ProxyConfig
 
-LENGTHS = [2**i for i in range(13, 21)]
+LENGTHS = "8192,16384,32768,65536,131072,262144,524288,1048576"
 
 
 class Case(NamedTuple):
@@ -103,29 +107,30 @@ def measure(case: Case, density: float, dense_up_to: int, budget_ms: float) -> l
     return [row]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__)
-    options.add_argument("--lengths", type=positive_int, nargs="+", default=LENGTHS, help="tokens")
-    options.add_argument("--num-proxies", type=positive_int, nargs="+", default=[1, 4, 8], help="proxy heads")
-    options.add_argument(
-        "--outliers", type=positive_int, nargs="*", default=[8, 16], help="query strides of ProxyConfig.outliers"
-    )
-    options.add_argument("--density", type=fraction, default=0.1, help="kept / admissible blocks")
-    options.add_argument("--dense-up-to", type=positive_int, default=2**18, help="longest prompt for dense attention")
-    options.add_argument("--budget-ms", type=positive_float, default=300.0, help="time for the repeats of one thing")
-    args = parse(options, argv, lengths=[8192, 32768], num_proxies=[1], outliers=[8], budget_ms=50.0)
+def bench(
+    *,
+    lengths: Lengths = LENGTHS,
+    num_proxies: Annotated[Any, listed(integers, "Proxy heads.")] = "1,4,8",
+    outliers: Annotated[Any, listed(integers, "Query strides of ProxyConfig.outliers.")] = "8,16",
+    density: Density = 0.1,
+    dense_up_to: Annotated[int, typer.Option(min=1, help="Longest prompt for dense attention.")] = 2**18,
+    budget_ms: Budget = 300.0,
+    out: Out = None,
+    quick: Quick = False,
+) -> None:
+    settings = settings_of(locals())
     require_gpu()
     for config in (ProxyConfig(), ProxyConfig(num_proxies=4), ProxyConfig.outliers()):
         gate.check_selection(config)
-    kinds = [(p, None) for p in args.num_proxies]
-    kinds += [(ProxyConfig.outliers().num_proxies, stride) for stride in args.outliers]
-    cases = [Case(length, *kind) for length in args.lengths for kind in kinds]
-    run_cases(
-        cases,
-        lambda case: measure(case, args.density, args.dense_up_to, args.budget_ms),
-        result_path(args, "build"),
-        settings_of(args),
-    )
+    kinds = [(p, None) for p in num_proxies]
+    kinds += [(ProxyConfig.outliers().num_proxies, stride) for stride in outliers]
+    cases = [Case(length, *kind) for length in lengths for kind in kinds]
+    path = result_path("build", out, quick)
+    run_cases(cases, lambda case: measure(case, density, dense_up_to, budget_ms), path, settings)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(bench, argv, lengths="8192,32768", num_proxies="1", outliers="8", budget_ms=50.0)
 
 
 if __name__ == "__main__":

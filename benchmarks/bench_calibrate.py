@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import typer
 
 import flexproxy
 from benchmarks.bench_prefill import make_model, model_config
 from benchmarks.harness import (
+    Lengths,
+    Out,
+    Quick,
     Row,
     attempt,
-    parse,
-    parser,
-    positive_int,
+    command,
     require_gpu,
     result_path,
     run_cases,
@@ -61,19 +63,26 @@ def measure(model: Any, case: Case) -> Row:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__)
-    options.add_argument("--lengths", type=positive_int, nargs="+", default=[32768], help="tokens of a sequence")
-    options.add_argument("--sequences", type=positive_int, default=4, help="sequences in all")
-    args = parse(options, argv, lengths=[8192], sequences=2)
+def bench(
+    *,
+    lengths: Lengths = "32768",
+    sequences: Annotated[int, typer.Option(min=2, help="Sequences in all.")] = 4,
+    out: Out = None,
+    quick: Quick = False,
+) -> None:
+    settings = settings_of(locals())
     require_gpu()
-    model = make_model(model_config(max(args.lengths)))
-    cases = [Case(length, args.sequences, target) for length in args.lengths for target in TARGETS]
+    model = make_model(model_config(max(lengths)))
+    cases = [Case(length, sequences, target) for length in lengths for target in TARGETS]
 
     def rows_of(case: Case) -> list[Row]:
         return [case._asdict() | attempt(lambda: measure(model, case))]
 
-    run_cases(cases, rows_of, result_path(args, "calibrate"), settings_of(args))
+    run_cases(cases, rows_of, result_path("calibrate", out, quick), settings)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(bench, argv, lengths="8192", sequences=2)
 
 
 if __name__ == "__main__":

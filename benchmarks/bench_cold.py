@@ -16,8 +16,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from typing import Annotated
 
-from benchmarks.harness import Row, parse, parser, positive_int, require_gpu, result_path, run_cases, settings_of
+import typer
+
+from benchmarks.harness import (
+    Out,
+    Quick,
+    Row,
+    command,
+    require_gpu,
+    result_path,
+    run_cases,
+    settings_of,
+)
 
 PROGRAM = """
 import json, sys, time
@@ -45,22 +57,29 @@ print(json.dumps({{
 """
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__)
-    options.add_argument("--length", type=positive_int, default=32768, help="tokens")
-    args = parse(options, argv, length=32768)
+def bench(
+    *,
+    length: Annotated[int, typer.Option(min=1, help="Tokens.")] = 32768,
+    out: Out = None,
+    quick: Quick = False,
+) -> None:
+    settings = settings_of(locals())
     require_gpu()
     with tempfile.TemporaryDirectory() as folder:
         caches = {name: f"{folder}/{name}" for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
 
         def measure(state: str) -> list[Row]:
-            program = [sys.executable, "-c", PROGRAM.format(length=args.length)]
+            program = [sys.executable, "-c", PROGRAM.format(length=length)]
             done = subprocess.run(program, env=os.environ | caches, capture_output=True, text=True, check=False)
             if done.returncode:
                 return [{"caches": state, "error": done.stderr.strip().splitlines()[-1][:300]}]
             return [{"caches": state, "error": None} | json.loads(done.stdout)]
 
-        run_cases(["empty", "warm"], measure, result_path(args, "cold"), settings_of(args))
+        run_cases(["empty", "warm"], measure, result_path("cold", out, quick), settings)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(bench, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Device memory that build and attention take at their peak, on one GPU.
 
-    python -m benchmarks.bench_memory --lengths 8192 131072 1048576
+    python -m benchmarks.bench_memory --lengths 8192,131072,1048576
 
 bf16, B 1, Hq 32, Hkv 8, D 128, random inputs, causal. First the gate: sparse output against dense attention in double
 precision; if it fails, nothing is measured.
@@ -17,7 +17,7 @@ Columns of a row, one for each length, number of proxy heads and part:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,13 +26,16 @@ import flexproxy
 from benchmarks import gate
 from benchmarks.contenders import config_for, flex, inputs
 from benchmarks.harness import (
+    Density,
+    Lengths,
+    Out,
+    Quick,
     Row,
     attempt,
-    fraction,
-    parse,
-    parser,
+    command,
+    integers,
+    listed,
     peak_memory,
-    positive_int,
     release,
     require_gpu,
     result_path,
@@ -40,7 +43,7 @@ from benchmarks.harness import (
     settings_of,
 )
 
-LENGTHS = [8192, 32768, 131072, 262144, 524288, 1048576]
+LENGTHS = "8192,32768,131072,262144,524288,1048576"
 PARTS = ("build", "sparse", "total")
 
 
@@ -83,17 +86,24 @@ def measure(case: Case, density: float) -> list[Row]:
     return [common | {"part": part} | attempt(lambda: part_of(part, q, k, v, case, density)) for part in parts]  # noqa: B023
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__)
-    options.add_argument("--lengths", type=positive_int, nargs="+", default=LENGTHS, help="tokens")
-    options.add_argument("--num-proxies", type=positive_int, nargs="+", default=[1, 4, 8], help="proxy heads")
-    options.add_argument("--density", type=fraction, default=0.02, help="kept / admissible blocks")
-    args = parse(options, argv, lengths=[8192], num_proxies=[1])
+def bench(
+    *,
+    lengths: Lengths = LENGTHS,
+    num_proxies: Annotated[Any, listed(integers, "Proxy heads.")] = "1,4,8",
+    density: Density = 0.02,
+    out: Out = None,
+    quick: Quick = False,
+) -> None:
+    settings = settings_of(locals())
     require_gpu()
     gate.check_attention(every=False)
     release()
-    cases = [Case(length, p) for length in args.lengths for p in args.num_proxies]
-    run_cases(cases, lambda case: measure(case, args.density), result_path(args, "memory"), settings_of(args))
+    cases = [Case(length, p) for length in lengths for p in num_proxies]
+    run_cases(cases, lambda case: measure(case, density), result_path("memory", out, quick), settings)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(bench, argv, lengths="8192", num_proxies="1")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import typer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_mask
@@ -30,12 +31,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 import flexproxy
 from benchmarks.contenders import config_for, flex
 from benchmarks.harness import (
+    Lengths,
+    Out,
+    Quick,
     Row,
     attempt,
-    fraction,
-    parse,
-    parser,
-    positive_int,
+    command,
+    fractions,
+    listed,
     quantiles,
     require_gpu,
     result_path,
@@ -48,7 +51,7 @@ from flexproxy.integrations.transformers import configure
 from flexproxy.integrations.transformers.attention import attention_forward
 from flexproxy.integrations.transformers.masks import forward_mask
 
-LENGTHS, DENSITIES = [32768, 65536, 131072, 262144], [0.31, 0.20, 0.16, 0.10]
+LENGTHS, DENSITIES = "32768,65536,131072,262144", "0.31,0.20,0.16,0.10"
 SDPA = {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA FlashAttention-2": SDPBackend.FLASH_ATTENTION}
 SLOW, ONCE = 65536, 131072  # longer prompts are not warmed up dense, and still longer ones run once
 LONGEST_OF_FLASH = 131072  # longer ones take it long
@@ -236,20 +239,25 @@ def cases_of(lengths: Sequence[int], densities: Sequence[float], at: int) -> lis
     return cases
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__)
-    options.add_argument("--lengths", type=positive_int, nargs="+", default=LENGTHS, help="tokens")
-    options.add_argument("--densities", type=fraction, nargs="+", default=DENSITIES, help="kept / admissible blocks")
-    options.add_argument("--repeats", type=positive_int, default=2, help="timed prefills, up to 128K; above, one")
-    options.add_argument("--at", type=positive_int, default=131072, help="length for the layer and for decoding")
-    args = parse(options, argv, lengths=[32768], densities=[0.16], at=32768)
+def bench(
+    *,
+    lengths: Lengths = LENGTHS,
+    densities: Annotated[Any, listed(fractions, "Kept / admissible blocks.")] = DENSITIES,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed prefills, up to 128K; of longer prompts, one.")] = 2,
+    at: Annotated[int, typer.Option(min=1, help="Length for the layer and for decoding.")] = 131072,
+    out: Out = None,
+    quick: Quick = False,
+) -> None:
+    settings = settings_of(locals()) | {"transformers": metadata.version("transformers")}
     require_gpu()
-    model = make_model(model_config(max(*args.lengths, args.at) + 1024))
+    model = make_model(model_config(max(*lengths, at) + 1024))
     check_correctness(model)
-    bench = Bench(model, args.repeats)
-    settings = settings_of(args) | {"transformers": metadata.version("transformers")}
-    cases = cases_of(args.lengths, args.densities, args.at)
-    run_cases(cases, bench.measure, result_path(args, "prefill"), settings)
+    cases = cases_of(lengths, densities, at)
+    run_cases(cases, Bench(model, repeats).measure, result_path("prefill", out, quick), settings)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(bench, argv, lengths="32768", densities="0.16", at=32768)
 
 
 if __name__ == "__main__":

@@ -13,21 +13,23 @@ bf16, B 1, Hq 32, Hkv 8, D 128, causal, stride 4, P 1, random inputs, one GPU. C
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 from unittest import mock
 
+import typer
 from torch import Tensor
 
 import flexproxy
 from benchmarks import gate
 from benchmarks.contenders import config_for, flex, inputs
 from benchmarks.harness import (
+    Budget,
+    Density,
+    Out,
+    Quick,
     Row,
     attempt,
-    parse,
-    parser,
-    positive_float,
-    positive_int,
+    command,
     release,
     require_gpu,
     result_path,
@@ -101,23 +103,28 @@ def option_rows(q: Tensor, k: Tensor, v: Tensor, density: float, budget_ms: floa
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__)
-    options.add_argument("--length", type=positive_int, default=131072, help="tokens")
-    options.add_argument("--density", type=float, default=0.1, help="kept / admissible blocks")
-    options.add_argument("--budget-ms", type=positive_float, default=100.0, help="time for the repeats of one thing")
-    args = parse(options, argv, length=8192, budget_ms=20.0)
+def bench(
+    *,
+    length: Annotated[int, typer.Option(min=1, help="Tokens.")] = 131072,
+    density: Density = 0.1,
+    budget_ms: Budget = 100.0,
+    out: Out = None,
+    quick: Quick = False,
+) -> None:
+    settings = settings_of(locals())
     require_gpu()
     gate.check_attention(every=False)
     release()
 
     def measure(part: str) -> list[Row]:
-        q, k, v = inputs(args.length)
-        if part == "sparse":
-            return option_rows(q, k, v, args.density, args.budget_ms)
-        return tile_rows(part, q, k, args.budget_ms)
+        q, k, v = inputs(length)
+        return option_rows(q, k, v, density, budget_ms) if part == "sparse" else tile_rows(part, q, k, budget_ms)
 
-    run_cases(["scores", "masses", "sparse"], measure, result_path(args, "tiles"), settings_of(args))
+    run_cases(["scores", "masses", "sparse"], measure, result_path("tiles", out, quick), settings)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(bench, argv, length=8192, budget_ms=20.0)
 
 
 if __name__ == "__main__":

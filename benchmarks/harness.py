@@ -7,7 +7,6 @@ Times are milliseconds by CUDA events: ``median_ms``, ``p10_ms``, ``p90_ms`` ove
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import math
@@ -18,9 +17,10 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+import typer
 from torch import Tensor
 
 import flexproxy
@@ -30,6 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 MIN_REPEATS, MAX_REPEATS = 3, 30
 Row = dict[str, Any]
 Case = TypeVar("Case")
+Number = TypeVar("Number", int, float)
 
 
 def require_gpu() -> None:
@@ -60,6 +61,7 @@ def time_ms(run: Callable[[], Any], budget_ms: float = 300.0, cold_l2: bool = Tr
     """Times of one call by CUDA events, as ``quantiles``. The first call compiles, the second decides the repeats.
 
     Repeats are queued without waiting in between, as layers are in a prefill, where the CPU runs ahead of the GPU.
+    (``triton.testing.do_bench`` runs a call at least eight times and may time it once; some calls take seconds.)
 
     Args:
         budget_ms: time to spend on the repeats, roughly.
@@ -171,58 +173,70 @@ def write_json(path: Path, data: Any) -> None:
         unfinished.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+def integers(text: str) -> list[int]:
+    """``8192,131072`` as numbers, each at least 1; nothing of an empty text."""
+    return [_within(int(part), 1, math.inf) for part in text.split(",") if part]
+
+
+def fractions(text: str) -> list[float]:
+    """``0.1,0.25`` as numbers in (0, 1]."""
+    return [_within(float(part), 1e-9, 1.0) for part in text.split(",") if part]
+
+
+def _within(value: Number, low: float, high: float) -> Number:
+    if not low <= value <= high:
+        raise ValueError(f"expected a number from {low:g} to {high:g}, got {value}")
     return value
 
 
-def positive_float(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
+def listed(parse: Callable[[str], list[Any]], text: str) -> Any:
+    """An option that is a list, with commas."""
+    return typer.Option(parser=parse, metavar="A,B,...", help=text)
 
 
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value <= 1.0:
-        raise argparse.ArgumentTypeError(f"expected a number in (0, 1], got {text}")
-    return value
+Lengths = Annotated[Any, listed(integers, "Tokens.")]
+Density = Annotated[float, typer.Option(min=1e-9, max=1.0, help="Kept / admissible blocks.")]
+Budget = Annotated[float, typer.Option(min=1.0, max=1e6, help="Milliseconds for the repeats of one measurement.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Result file; by default in benchmarks/results, of a quick run in quick/.")
+]
+Quick = Annotated[bool, typer.Option("--quick", help="Few, short cases, to see that everything runs.")]
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description, and says the defaults."""
+def command(run: Callable[..., None], argv: Sequence[str] | None = None, **quick: Any) -> None:
+    """Run a function as a command: its keyword-only parameters are the options, the doc of its module the help.
+
+    With ``--quick``, options that were not given have the values of ``quick``.
+
+    Raises:
+        SystemExit: 2, an option is wrong; stderr says which.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    about = (sys.modules[run.__module__].__doc__ or "").split("\n\n")[0]
+    defaults = run.__kwdefaults__
+    if "--quick" in words:
+        run.__kwdefaults__ = (defaults or {}) | quick
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    try:
+        app.command(help=about)(run)
+        app(words, standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer calls a usage error
+            raise
+        print(error.format_message(), file=sys.stderr)
+        raise SystemExit(2) from error
+    finally:
+        run.__kwdefaults__ = defaults
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmarks have; each adds its own, and reads them with ``parse``."""
-    options = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    options.add_argument("--out", type=Path, help="result file; if none, in benchmarks/results, quick ones in quick/")
-    options.add_argument("--quick", action="store_true", help="few, short cases, to see that everything runs")
-    return options
-
-
-def parse(options: argparse.ArgumentParser, argv: Sequence[str] | None, **quick: Any) -> argparse.Namespace:
-    """The options; with ``--quick``, those that were not given have the values of ``quick``."""
-    args = options.parse_args(argv)
-    if args.quick:
-        options.set_defaults(**quick)
-        args = options.parse_args(argv)
-    return args
-
-
-def result_path(args: argparse.Namespace, name: str) -> Path:
+def result_path(name: str, out: Path | None, quick: bool) -> Path:
     """Where the result goes: a quick run must not replace the result of a full one."""
-    if args.out is not None:
-        return Path(args.out)
-    return (RESULTS / "quick" if args.quick else RESULTS) / f"{name}.json"
+    return out or (RESULTS / "quick" if quick else RESULTS) / f"{name}.json"
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The options as data, without the place of the result."""
-    return {name: value for name, value in vars(args).items() if name != "out"}
+def settings_of(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run as data, without the place of the result."""
+    return {name: value for name, value in options.items() if name != "out"}
 
 
 def run_cases(cases: Sequence[Case], measure: Callable[[Case], list[Row]], out: Path, settings: dict[str, Any]) -> None:

@@ -9,17 +9,23 @@ prefill from prefill.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
 
 from benchmarks.baselines import METHODS
 from benchmarks.bench_attention import SHORT
 from benchmarks.contenders import SHAPE
-from benchmarks.harness import RESULTS, Row, fraction, positive_int
+from benchmarks.harness import (
+    RESULTS,
+    Density,
+    Row,
+    command,
+)
 from benchmarks.stages import STAGES
 from flexproxy.files import replacing
 
@@ -28,6 +34,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Series = dict[str, list[tuple[float, float]]]
+
+
+class Wanted(NamedTuple):
+    """What plots of one density or one length are drawn for."""
+
+    density: float = 0.1
+    length: int = 131072
+
 
 # Mostly Okabe and Ito's colours, told apart by colour-blind readers; on white, so they look the same on a dark page.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255", "#F0E442", "#BDBDBD")
@@ -214,14 +228,14 @@ def draw_bars(figure: Figure, axes: Axes, bars: dict[str, Any], parts: dict[str,
     figure.legend(fontsize=10, frameon=False, loc="outside lower center", ncols=min(5, len(parts)))
 
 
-def plot_time(data: Row, options: argparse.Namespace) -> Figure:
+def plot_time(data: Row, options: Wanted) -> Figure:
     figure, (axes,) = axes_of(f"Causal attention, density {options.density:g}", data["environment"])
     draw_lines(axes, times(data["rows"], options.density), "tokens", "milliseconds")
     logarithmic(axes)
     return figure
 
 
-def plot_speedup(data: Row, options: argparse.Namespace) -> Figure:
+def plot_speedup(data: Row, options: Wanted) -> Figure:
     figure, panes = axes_of("Build + attention against dense attention", data["environment"], len(DENSE))
     for axes, (name, label) in zip(panes, DENSE.items(), strict=True):
         series = speedups(data["rows"], name)
@@ -231,7 +245,7 @@ def plot_speedup(data: Row, options: argparse.Namespace) -> Figure:
     return figure
 
 
-def plot_share(data: Row, options: argparse.Namespace) -> Figure:
+def plot_share(data: Row, options: Wanted) -> Figure:
     figure, (axes,) = axes_of("Share of build in build + attention", data["environment"])
     percent = {label: [(x, 100 * y) for x, y in line] for label, line in shares(data["rows"]).items()}
     draw_lines(axes, percent, "tokens", "build / (build + attention), %")
@@ -239,7 +253,7 @@ def plot_share(data: Row, options: argparse.Namespace) -> Figure:
     return figure
 
 
-def plot_peers(data: Row, options: argparse.Namespace) -> Figure:
+def plot_peers(data: Row, options: Wanted) -> Figure:
     title = f"{tokens(options.length)} tokens, density {options.density:g}: ways to choose blocks, one sparse kernel"
     figure, (axes,) = axes_of(title, data["environment"])
     bars = peers(data["rows"], options.length, options.density)
@@ -253,7 +267,7 @@ def plot_peers(data: Row, options: argparse.Namespace) -> Figure:
     return figure
 
 
-def plot_stages(data: Row, options: argparse.Namespace) -> Figure:
+def plot_stages(data: Row, options: Wanted) -> Figure:
     figure, (axes,) = axes_of(f"Stages of build, {tokens(options.length)} tokens", data["environment"])
     bars = stages(data["rows"], options.length)
     shown = {part: part for part in (*STAGES, "other", "gaps") if any(bar[part] > 0 for bar in bars.values())}
@@ -261,14 +275,14 @@ def plot_stages(data: Row, options: argparse.Namespace) -> Figure:
     return figure
 
 
-def plot_build(data: Row, options: argparse.Namespace) -> Figure:
+def plot_build(data: Row, options: Wanted) -> Figure:
     figure, (axes,) = axes_of("Build beside dense attention", data["environment"])
     draw_lines(axes, builds(data["rows"]), "tokens", "milliseconds")
     logarithmic(axes)
     return figure
 
 
-def plot_memory(data: Row, options: argparse.Namespace) -> Figure:
+def plot_memory(data: Row, options: Wanted) -> Figure:
     figure, (axes,) = axes_of("Peak device memory beyond inputs and result", data["environment"])
     draw_lines(axes, memory(data["rows"]), "tokens", "MiB")
     axes.set_yscale("symlog", linthresh=1)  # there may be a 0
@@ -277,7 +291,7 @@ def plot_memory(data: Row, options: argparse.Namespace) -> Figure:
     return figure
 
 
-def plot_prefill(data: Row, options: argparse.Namespace) -> Figure:
+def plot_prefill(data: Row, options: Wanted) -> Figure:
     figure, (seconds, memory_) = axes_of("Prefill of the Llama-3.1-8B shape in transformers", data["environment"], 2)
     draw_lines(seconds, prefills(data["rows"], "median_ms", 1000), "tokens", "time to first token, s")
     draw_lines(memory_, prefills(data["rows"], "peak_mib", 1024), "tokens", "peak memory beyond the weights, GiB")
@@ -286,7 +300,7 @@ def plot_prefill(data: Row, options: argparse.Namespace) -> Figure:
     return figure
 
 
-PLOTS: dict[str, tuple[str, Callable[[Row, argparse.Namespace], Figure]]] = {
+PLOTS: dict[str, tuple[str, Callable[[Row, Wanted], Figure]]] = {
     "time": ("attention", plot_time),
     "speedup": ("attention", plot_speedup),
     "share": ("attention", plot_share),
@@ -304,36 +318,40 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(unfinished, format="png", dpi=150)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("names", nargs="*", metavar="NAME", help=f"plots, all if none is named: {', '.join(PLOTS)}")
-    options.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
-    options.add_argument("--out", type=Path, help="folder of the plots; by default that of the result files")
-    options.add_argument("--unfinished", action="store_true", help="draw from a run that was stopped too, and say so")
-    options.add_argument("--density", type=fraction, default=0.1, help="target density of time and peers")
-    options.add_argument("--length", type=positive_int, default=131072, help="tokens of peers and stages")
-    args = options.parse_args(argv)
-    unknown = sorted(set(args.names) - set(PLOTS))
+def draw(
+    names: Annotated[list[str] | None, typer.Argument(help=f"By default all: {', '.join(PLOTS)}.")] = None,
+    *,
+    results: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
+    out: Annotated[Path | None, typer.Option(help="Folder of the plots; by default that of the result files.")] = None,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="Also draw runs that were stopped.")] = False,
+    density: Density = 0.1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of peers and stages.")] = 131072,
+) -> None:
+    unknown = sorted(set(names or ()) - set(PLOTS))
     if unknown:
-        options.error(f"NAME: expected {', '.join(PLOTS)}, got {', '.join(unknown)}")
+        raise typer.BadParameter(f"NAMES: expected {', '.join(PLOTS)}, got {', '.join(unknown)}")
     missing = []
-    for name in args.names or PLOTS:
+    for name in names or PLOTS:
         source, plot = PLOTS[name]
-        path = args.results / f"{source}.json"
+        path = results / f"{source}.json"
         if not path.exists():
             missing.append(f"{name}: {path} does not exist; make it with python -m benchmarks.bench_{source}")
             continue
         data = json.loads(path.read_text())
         if not data.get("complete"):
-            if not args.unfinished:
+            if not unfinished:
                 missing.append(f"{name}: {path} is not from a finished run; repeat python -m benchmarks.bench_{source}")
                 continue
             data["environment"]["gpu"] += ", a run that was stopped"  # part of every title
-        picture = (args.out or args.results) / f"{name}.png"
-        save(plot(data, args), picture)
+        picture = (out or results) / f"{name}.png"
+        save(plot(data, Wanted(density, length)), picture)
         print(f"wrote {picture}")
     if missing:
         sys.exit("\n".join(missing))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(draw, argv)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -31,41 +32,39 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import flexproxy
 from flexproxy import ProxyConfig
 from flexproxy.cli.needle import VOCAB_SIZE
-from flexproxy.files import replacing
 from flexproxy.integrations.transformers import configure
 
 NEEDLE_MODEL = Path(__file__).resolve().parent / "needle"
 REPEATS = 3
 
 
-def load_model(args: argparse.Namespace) -> Any:
+def load_model(name: str, tensor_parallel: bool) -> Any:
     """The model, on one device, or with its heads on all of torchrun's; in float32 on a CPU, 16 bits on a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    placement: dict[str, Any] = {"tp_plan": "auto"} if args.tensor_parallel else {}
+    placement: dict[str, Any] = {"tp_plan": "auto"} if tensor_parallel else {}
     model: Any = AutoModelForCausalLM.from_pretrained(
-        args.model, attn_implementation="sdpa", use_safetensors=True, **placement
+        name, attn_implementation="sdpa", use_safetensors=True, **placement
     ).eval()
     if device == "cpu" or model.dtype == torch.float32:
         model = model.to(torch.float32 if device == "cpu" else torch.bfloat16)
-    return model if args.tensor_parallel else model.to(device)
+    return model if tensor_parallel else model.to(device)
 
 
-def read_tokens(args: argparse.Namespace, vocab_size: int) -> Tensor:
-    """The first ``args.length`` tokens of the text, ``[1, S]``. The needle model reads bytes."""
+def read_tokens(path: Path, length: int, model: str, vocab_size: int) -> Tensor:
+    """The first tokens of a text, ``[1, length]``. The needle model reads bytes."""
     try:
-        text = args.text.read_bytes()
+        text = path.read_bytes()
     except OSError as error:
-        raise SystemExit(f"--text: expected a file to read, got {args.text}: {error.strerror}; name a text") from error
+        raise SystemExit(f"--text: expected a file to read, got {path}: {error.strerror}; name a text") from error
     if vocab_size == VOCAB_SIZE:
         tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()[None]
     else:
-        tokens = AutoTokenizer.from_pretrained(args.model)(text.decode(errors="replace"), return_tensors="pt").input_ids
-    if tokens.shape[1] < args.length:
+        tokens = AutoTokenizer.from_pretrained(model)(text.decode(errors="replace"), return_tensors="pt").input_ids
+    if tokens.shape[1] < length:
         raise SystemExit(
-            f"--length: expected at most {tokens.shape[1]}, the tokens of {args.text}, got {args.length}; use a longer "
-            "text"
+            f"--length: expected at most {tokens.shape[1]}, the tokens of {path}, got {length}; use a longer text"
         )
-    return tokens[:, : args.length]
+    return tokens[:, :length]
 
 
 class Prefills:
@@ -141,47 +140,43 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(NEEDLE_MODEL), help="name or folder of a model; the needle model")
-    parser.add_argument("--text", type=Path, default=Path(argparse.__file__), help="text file; the source of argparse")
-    parser.add_argument("--length", type=int, default=8192, help="tokens of the text to prefill (8192)")
-    parser.add_argument("--compare", type=int, default=1024, help="last tokens whose predictions are compared (1024)")
-    parser.add_argument("--gamma", type=float, default=0.95, help="attention mass that every budget must reach (0.95)")
-    parser.add_argument("--density", type=float, default=None, help="mean density to reach, instead of --gamma")
-    parser.add_argument("--min-budget", type=int, default=512, help="tokens that a row keeps at least (512)")
-    parser.add_argument("--num-proxies", type=int, default=None, help="proxy heads; one, or one for each process")
-    parser.add_argument("--stride", type=int, default=None, help="every how many tokens one is sampled (4)")
-    parser.add_argument("--outliers", action="store_true", help="every key, and the outlier of every 8 queries")
-    parser.add_argument("--tensor-parallel", action="store_true", help="under torchrun: divide the heads of each layer")
-    parser.add_argument("--json", type=Path, default=None, help="also write the result to this file")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    args = parse(arguments)
-    model = load_model(args)
+def main(
+    *,
+    model: Annotated[str, typer.Option(help="Name or folder of a model.")] = str(NEEDLE_MODEL),
+    text: Annotated[Path, typer.Option(help="Text file; by default the source of argparse.")] = Path(argparse.__file__),
+    length: Annotated[int, typer.Option(min=1, help="Tokens of the text to prefill.")] = 8192,
+    last: Annotated[int, typer.Option("--compare", min=1, help="Last tokens whose predictions are compared.")] = 1024,
+    gamma: Annotated[float, typer.Option(help="Attention mass that every budget must reach.")] = 0.95,
+    density: Annotated[float | None, typer.Option(help="Mean density to reach, instead of --gamma.")] = None,
+    min_budget: Annotated[int, typer.Option(help="Tokens that a row keeps at least.")] = 512,
+    num_proxies: Annotated[int | None, typer.Option(help="Proxy heads; by default one, or one a process.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Every how many tokens one is sampled; by default 4.")] = None,
+    outliers: Annotated[bool, typer.Option("--outliers", help="Every key, the outlier of every 8 queries.")] = False,
+    tensor_parallel: Annotated[
+        bool, typer.Option("--tensor-parallel", help="Under torchrun: divide the heads of each layer.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+) -> None:
+    """Prefill a long text with any decoder of transformers, by sdpa and by flexproxy, and compare."""
+    loaded = load_model(model, tensor_parallel)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     first = not distributed or torch.distributed.get_rank() == 0
     processes = torch.distributed.get_world_size() if distributed else 1
-    settings = {"gamma": args.gamma, "density": args.density, "min_budget": args.min_budget}
-    settings |= {"num_proxies": args.num_proxies or max(processes, 2 if args.outliers else 1)}
-    settings |= {} if args.stride is None else {"stride": args.stride}
-    config = ProxyConfig.outliers(**settings) if args.outliers else ProxyConfig(**settings)
-    configure(model, config)
-    tokens = read_tokens(args, model.config.get_text_config().vocab_size)
-    console = Console(highlight=False)
+    settings: dict[str, Any] = {"gamma": gamma, "density": density, "min_budget": min_budget}
+    settings |= {"num_proxies": num_proxies or max(processes, 2 if outliers else 1)}
+    settings |= {} if stride is None else {"stride": stride}
+    configure(loaded, ProxyConfig.outliers(**settings) if outliers else ProxyConfig(**settings))
+    tokens = read_tokens(text, length, model, loaded.config.get_text_config().vocab_size)
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not first) as progress:
-        result = compare(model, tokens, min(args.compare, args.length), progress)
+        result = compare(loaded, tokens, min(last, length), progress)
     if first:
-        show(result, console)
-        if args.json is not None:
-            with replacing(args.json) as unfinished:
-                unfinished.write_text(json.dumps(result, indent=1) + "\n")
+        show(result, Console(highlight=False))
+        if json_file is not None:
+            json_file.write_text(json.dumps(result, indent=1) + "\n")
     if distributed:
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -8,15 +8,16 @@ means and intervals are formed anew; the interval by bootstrap is over the seque
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from benchmarks.harness import Row, write_json
+import typer
+
+from benchmarks.harness import Row, command, write_json
 from benchmarks.quality import report
 from benchmarks.quality.evaluate import IDENTITY, summarize
 
@@ -55,21 +56,25 @@ def _join(rows: Sequence[Row]) -> Row:
     return joined | {"cases": cases}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def join(
+    files: Annotated[list[Path], typer.Argument(help="Results of python -m benchmarks.quality.")],
+    *,
+    out: Annotated[Path, typer.Option(help="The joined result; the plot goes beside it.")],
+) -> None:
     from rich.console import Console
 
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("files", nargs="+", type=Path, metavar="FILE", help="results of python -m benchmarks.quality")
-    options.add_argument("--out", type=Path, required=True, help="the joined result; the plot goes beside it")
-    args = options.parse_args(argv)
     try:
-        data = pool([json.loads(path.read_text()) for path in args.files])
+        data = pool([json.loads(path.read_text()) for path in files])
     except (OSError, ValueError, KeyError) as error:
         sys.exit(str(error))
-    write_json(args.out, data)
-    report.draw(data, args.out.with_suffix(".png"))
+    write_json(out, data)
+    report.draw(data, out.with_suffix(".png"))
     for table in report.tables(data["rows"]):
         Console().print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(join, argv)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,21 @@ for each seed. A limit that ends a training early is in the log, and the learnin
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, Any
 
-import torch
+import typer
 
-from benchmarks.harness import HelpFormatter, positive_float, positive_int
+from benchmarks.harness import command, listed
 from benchmarks.quality.byte_tasks import NAMES
 from benchmarks.quality.texts import default_folder
 from benchmarks.quality.training import Limits, Recipe, read_corpus, run, save
+from flexproxy.cli.common import Device
+from flexproxy.cli.inputs import pick_device
 
 RECIPES = {
     "large": Recipe(  # 13.5 M parameters
@@ -57,34 +59,40 @@ RECIPES = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    options.add_argument("--out", type=Path, required=True, help="folder, of a folder for each seed: seed0, seed1, ...")
-    options.add_argument("--recipe", choices=RECIPES, default="large", help="size, lengths and tasks")
-    options.add_argument(
-        "--tasks", nargs="+", choices=NAMES, metavar="TASK", help=f"of {', '.join(NAMES)}; if none, the recipe's"
-    )
-    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="one model each")
-    options.add_argument("--minutes", type=positive_float, default=8.0, help="of training, for each seed")
-    options.add_argument("--steps", type=positive_int, help="end after so many, if the minutes are not over before")
-    options.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what to train on")
-    options.add_argument("--text", type=Path, default=default_folder(), help="folder of Python files")
-    options.add_argument("--sequences", type=positive_int, default=8, help="evaluated batches of a task and length")
-    args = options.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        options.error("--device: expected a GPU, found none; --device cpu is for --recipe toy")
-    recipe = RECIPES[args.recipe]
-    if args.tasks:
-        recipe = replace(recipe, tasks=tuple(args.tasks))
-    limits = Limits(seconds=60 * args.minutes, steps=args.steps or math.inf)
+def _seeds(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def train(
+    *,
+    out: Annotated[Path, typer.Option(help="Folder, of a folder for each seed: seed0, seed1, ...")],
+    recipe: Annotated[str, typer.Option(help=f"Size, lengths and tasks: {', '.join(RECIPES)}.")] = "large",
+    tasks: Annotated[list[str] | None, typer.Option(help=f"Repeat it for several: {', '.join(NAMES)}.")] = None,
+    seeds: Annotated[Any, listed(_seeds, "One model each.")] = "0,1",
+    minutes: Annotated[float, typer.Option(min=1e-3, max=1e4, help="Of training, for each seed.")] = 8.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="End after so many, if the time is not over.")] = None,
+    device: Annotated[Device, typer.Option(help="What to train on; auto takes a GPU if there is one.")] = Device.cuda,
+    text: Annotated[Path | None, typer.Option(help="Folder of Python files; by default site-packages.")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Evaluated batches of a task and length.")] = 8,
+) -> None:
     try:
-        corpus = read_corpus(args.text, torch.device(args.device))
+        chosen = RECIPES.get(recipe)
+        if chosen is None or set(tasks or ()) - set(NAMES):
+            raise ValueError(f"expected a recipe of {', '.join(RECIPES)} and tasks of {', '.join(NAMES)}")
+        if tasks:
+            chosen = replace(chosen, tasks=tuple(tasks))
+        corpus = read_corpus(text or default_folder(), pick_device(device.value))
         print("corpus", corpus.counts, flush=True)
-        for seed in args.seeds:
-            save(run(corpus, recipe, limits, seed, args.sequences), args.out / f"seed{seed}")
-            print(f"wrote {args.out / f'seed{seed}'}", flush=True)
+        for seed in seeds:
+            limits = Limits(seconds=60 * minutes, steps=steps or math.inf)
+            save(run(corpus, chosen, limits, seed, sequences), out / f"seed{seed}")
+            print(f"wrote {out / f'seed{seed}'}", flush=True)
     except ValueError as error:
         sys.exit(str(error))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(train, argv)
 
 
 if __name__ == "__main__":

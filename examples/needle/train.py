@@ -10,10 +10,11 @@ those is for this script's own evaluation. Writes model.safetensors (bfloat16), 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 
 from benchmarks.quality.texts import default_folder
 from benchmarks.quality.training import Limits, Recipe, read_corpus, run, save
@@ -31,17 +32,17 @@ RECIPE = Recipe(
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=7.5, help="training time, compilation and evaluation left out")
-    parser.add_argument("--text", type=Path, default=default_folder(), help="folder of Python files")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the checkpoint and the log")
-    parser.add_argument("--sequences", type=int, default=16, help="evaluated batches of held-out text for each length")
-    args = parser.parse_args()
+def main(
+    *,
+    minutes: Annotated[float, typer.Option(help="Training time, compilation and evaluation left out.")] = 7.5,
+    text: Annotated[Path | None, typer.Option(help="Folder of Python files; by default site-packages.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the log.")] = Path("examples/needle"),
+    sequences: Annotated[int, typer.Option(help="Evaluated batches of held-out text for each length.")] = 16,
+) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    corpus = read_corpus(args.text, device)
-    save(run(corpus, RECIPE, Limits(seconds=60 * args.minutes), 0, args.sequences), args.out)
+    corpus = read_corpus(text or default_folder(), device)
+    save(run(corpus, RECIPE, Limits(seconds=60 * minutes), 0, sequences), out)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

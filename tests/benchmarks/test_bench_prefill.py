@@ -78,7 +78,7 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_prefill, "ONCE", 300)
     monkeypatch.setattr(bench_prefill, "LONGEST_OF_FLASH", 300)
     monkeypatch.setattr(bench_prefill, "check_correctness", lambda model: None)
-    arguments = ["--lengths", "600", "256", "--densities", "0.5", "0.3", "--at", "512", "--repeats", "3"]
+    arguments = ["--lengths", "600,256", "--densities", "0.5,0.3", "--at", "512", "--repeats", "3"]
     with interpreted("cpu"):
         bench_prefill.main(["--out", str(tmp_path / "prefill.json"), *arguments])
     data = json.loads((tmp_path / "prefill.json").read_text())

@@ -34,7 +34,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, options: dict[
 
 
 def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, config: Any = None, kernel_options: Any = None, compensate: bool = False
+    q: Tensor, k: Tensor, v: Tensor, *, config: Any = None, compensate: bool = False, when: str = "auto"
 ) -> Tensor:
     if compensate:
         blocks = flexproxy.select(q, k, config=config).block_map()
@@ -162,6 +162,7 @@ def test_stage_times() -> None:
         ["--densities", "1.5"],
         ["--num-proxies", "-1"],
         ["--budget-ms", "inf"],
+        ["--lengths", "8192,0"],
         ["--unknown"],
     ],
 )
@@ -181,25 +182,23 @@ def test_without_a_gpu(name: str, tmp_path: Path) -> None:
 
 
 def test_a_quick_run_replaces_no_full_result(tmp_path: Path) -> None:
-    def path_of(*arguments: str) -> Path:
-        return harness.result_path(harness.parser(None).parse_args(arguments), "build")
-
-    assert path_of() == harness.RESULTS / "build.json"
-    assert path_of("--quick") == harness.RESULTS / "quick" / "build.json"
-    assert path_of("--quick", "--out", str(tmp_path / "x.json")) == tmp_path / "x.json"
+    assert harness.result_path("build", None, quick=False) == harness.RESULTS / "build.json"
+    assert harness.result_path("build", None, quick=True) == harness.RESULTS / "quick" / "build.json"
+    assert harness.result_path("build", tmp_path / "x.json", quick=True) == tmp_path / "x.json"
 
 
 def test_quick_leaves_given_options_alone() -> None:
-    options = harness.parser(None)
-    options.add_argument("--lengths", type=harness.positive_int, nargs="+", default=[1, 2])
-    options.add_argument("--budget-ms", type=float, default=300.0)
+    seen: list[Any] = []
 
-    def parse(*arguments: str) -> tuple[list[int], float]:
-        args = harness.parse(options, arguments, lengths=[7], budget_ms=5.0)
-        return args.lengths, args.budget_ms
+    def run(
+        *, lengths: harness.Lengths = "1,2", budget_ms: harness.Budget = 300.0, quick: harness.Quick = False
+    ) -> None:
+        seen.append((lengths, budget_ms, quick))
 
-    assert parse("--budget-ms", "1") == ([1, 2], 1.0)
-    assert parse("--quick", "--lengths", "3") == ([3], 5.0)
+    run.__annotations__ = {"lengths": harness.Lengths, "budget_ms": harness.Budget, "quick": harness.Quick}
+    for words in (["--budget-ms", "1"], ["--quick", "--lengths", "3"], []):
+        harness.command(run, words, lengths="7", budget_ms=5.0)
+    assert seen == [([1, 2], 1.0, False), ([3], 5.0, True), ([1, 2], 300.0, False)]
 
 
 def test_cases_cover_what_is_asked() -> None:
@@ -222,7 +221,7 @@ def test_cases_cover_what_is_asked() -> None:
 
 
 @pytest.mark.parametrize("length", [4096, 8192, 131072, 1048576])
-@pytest.mark.parametrize("density", bench_attention.DENSITIES)
+@pytest.mark.parametrize("density", harness.fractions(bench_attention.DENSITIES))
 def test_min_budget_leaves_room_for_the_density(length: int, density: float) -> None:
     budget = contenders.budget_for(density, length)
     blocks, rows = budget // 128, length // 128
@@ -344,7 +343,7 @@ def test_bench_attention_records_every_contender(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(bench_attention, "cudnn", missing)
     monkeypatch.setattr(bench_attention, "flash_attention_2", lambda q, k, v: q)
-    arguments = ["--lengths", "512", "1000", "--densities", "0.3", "--peers-at", "1000", "--peer-density", "0.5"]
+    arguments = ["--lengths", "512,1000", "--densities", "0.3", "--peers-at", "1000", "--peer-density", "0.5"]
     rows = result_of(bench_attention, tmp_path / "attention.json", *arguments)
     seen = [(r["length"], r["contender"], r["part"]) for r in rows]
     each = [("SDPA cuDNN", "dense"), ("SDPA FlashAttention-2", "dense"), ("flex dense", "dense")]
@@ -379,7 +378,7 @@ def test_a_case_that_breaks_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.usefixtures("on_cpu")
 def test_bench_build_has_stages_and_the_share_of_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_build, "cudnn", lambda q, k, v: q)
-    arguments = ["--lengths", "512", "1000", "--num-proxies", "1", "3", "--outliers", "8", "--dense-up-to", "512"]
+    arguments = ["--lengths", "512,1000", "--num-proxies", "1,3", "--outliers", "8", "--dense-up-to", "512"]
     rows = result_of(bench_build, tmp_path / "build.json", *arguments)
     kinds = [(1, "first", 4), (3, "first", 4), (2, "outlier", 8)]
     wanted = [(length, *kind) for length in (512, 1000) for kind in kinds]
@@ -398,7 +397,7 @@ def test_bench_build_has_stages_and_the_share_of_dense(tmp_path: Path, monkeypat
 def test_bench_memory_has_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     properties = type("Properties", (), {"total_memory": 2**30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    rows = result_of(bench_memory, tmp_path / "memory.json", "--lengths", "512", "--num-proxies", "1", "2")
+    rows = result_of(bench_memory, tmp_path / "memory.json", "--lengths", "512", "--num-proxies", "1,2")
     assert [(r["num_proxies"], r["part"]) for r in rows] == [(1, "build"), (1, "sparse"), (1, "total"), (2, "build")]
     assert all(r["error"] is None and r["kept_mib"] == 1.0 and r["extra_mib"] == 0.5 for r in rows)
     assert rows[0]["inputs_mib"] == 0.4  # 12 heads x 512 x 16 x 4 bytes

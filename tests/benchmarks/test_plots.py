@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -78,8 +77,7 @@ def drawn(tmp_path: Path, name: str) -> tuple[Any, list[Row]]:
     synthetic(tmp_path)
     source, plot = plots.PLOTS[name]
     data = json.loads((tmp_path / f"{source}.json").read_text())
-    options = argparse.Namespace(density=0.1, length=131072)
-    return plot(data, options), data["rows"]
+    return plot(data, plots.Wanted()), data["rows"]
 
 
 def rows_where(rows: list[Row], **wanted: Any) -> list[Row]:

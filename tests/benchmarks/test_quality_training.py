@@ -50,7 +50,7 @@ def arguments(text: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.slow
 def test_two_seeds(text: Path, tmp_path: Path) -> None:
-    command.main(arguments(text, tmp_path, "--steps", "3", "--seeds", "0", "1"))
+    command.main(arguments(text, tmp_path, "--steps", "3", "--seeds", "0,1"))
     records = [json.loads((tmp_path / f"seed{seed}" / "training_log.json").read_text()) for seed in (0, 1)]
     for seed, record in enumerate(records):
         assert record["seed"] == seed
@@ -131,7 +131,7 @@ def test_what_is_refused(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     ):
         command.main([*arguments(text, tmp_path), "--recipe", "large"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="--device cuda: torch finds no CUDA device"):
         command.main([*arguments(text, tmp_path), "--device", "cuda"])
     assert list(tmp_path.iterdir()) == []
 

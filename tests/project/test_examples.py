@@ -47,6 +47,7 @@ def test_every_example_is_run() -> None:
 def test_prefill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("rich")
+    typer = pytest.importorskip("typer")
     from examples import prefill
 
     skip_unless_flex_compiles("cpu")
@@ -55,7 +56,9 @@ def test_prefill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     arguments = ["--model", str(save_tiny_model(tmp_path)), "--length", "512", "--min-budget", "128"]
     settings = ["--num-proxies", "2", "--compare", "64", "--json", str(tmp_path / "result.json")]
-    prefill.main([*arguments, *settings, "--gamma", "0.5"])
+    app = typer.Typer()
+    app.command()(prefill.main)
+    app([*arguments, *settings, "--gamma", "0.5"], standalone_mode=False)
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["tokens"], result["compared"], result["device"]) == (512, 64, "CPU")
     assert [len(heads) for heads in result["density"].values()] == [HEADS] * LAYERS
@@ -68,4 +71,4 @@ def test_prefill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "same next token" in printed
 
     with pytest.raises(SystemExit, match=r"--length: expected at most .*, got 9999999; use a longer"):
-        prefill.main([*arguments, "--length", "9999999"])
+        app([*arguments, "--length", "9999999"], standalone_mode=False)
