@@ -25,7 +25,8 @@ import transformers
 import flexproxy.environment as environment
 from flexproxy import calibration, cli, files
 from flexproxy.cli import demo as demo_module
-from flexproxy.cli import inputs, inspection
+from flexproxy.cli import inputs
+from flexproxy.cli.commands import inspect
 from flexproxy.cli.needle import VOCAB_SIZE
 from tests.tiny_model import save_tiny_model
 from tests.transformers_models import interpreted
@@ -208,7 +209,7 @@ def test_out_of_memory(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more")
 
     monkeypatch.setattr(demo_module, "run", full)
-    monkeypatch.setattr(inspection, "prefill", full)
+    monkeypatch.setattr(inspect, "prefill", full)
     monkeypatch.setattr(calibration, "calibrate", full)
     assert cli.main(commands["demo"] if command == "demo" else words_for(any_model[command], model_folder)) == 1
     assert_one_line(capsys, "out of memory; use a lower --length, or another --device")
@@ -403,7 +404,7 @@ def test_interrupted(
 
     monkeypatch.setattr(environment, "collect", interrupted)
     monkeypatch.setattr(demo_module, "run", interrupted)
-    monkeypatch.setattr(inspection, "prefill", interrupted)
+    monkeypatch.setattr(inspect, "prefill", interrupted)
     extra = ["--pictures", str(tmp_path / "pictures"), "--output", str(tmp_path / "record.json")]
     assert cli.main([*commands[command], *(extra if command == "inspect" else [])]) == 130
     assert_one_line(capsys, "interrupted")

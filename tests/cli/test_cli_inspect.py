@@ -17,8 +17,8 @@ pytest.importorskip("safetensors")
 pytest.importorskip("matplotlib")
 
 from flexproxy import ProxyConfig, cli
-from flexproxy.cli import inputs, inspection
-from flexproxy.cli.commands import inspect as _inspect
+from flexproxy.cli import inputs
+from flexproxy.cli.commands import inspect
 from flexproxy.integrations.transformers import configure, save_configuration
 from tests.tiny_model import HEADS, LAYERS, save_tiny_model
 from tests.transformers_models import interpreted
@@ -43,13 +43,13 @@ def small(model_folder: Path) -> list[str]:
 
 def test_a_table_and_the_pictures(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "new"
-    assert cli.main([*small, "--pictures", str(folder), "--ranking", "1", "--mass"]) == 0
+    assert cli.main([*small, "--pictures", str(folder), "--mass"]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0] == "LlamaForCausalLM, CPU: 1 pass with 512 queries and up to 512 keys"
     assert "mass" in lines[1]
     assert [line.split()[:2] for line in lines[2 : 2 + LAYERS]] == [[str(i), "1"] for i in range(LAYERS)]
-    assert lines[-3:] == [str(folder / name) for name in ("record.png", "blocks.png", "ranking.png")]
+    assert lines[-2:] == [str(folder / name) for name in ("record.png", "blocks.png")]
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("record.png", "blocks.png"))
     assert "The first 512 tokens of " in err
     assert "compiling kernels" in err
@@ -87,11 +87,11 @@ def test_the_default_length_is_bounded(
     """All of a short text; of a long one as much as the model is made for."""
     taken = []
 
-    def prefill(model: Any, tokens: Any, **_: Any) -> Any:
+    def prefill(model: Any, tokens: Any, *_: Any) -> Any:
         taken.append(tokens.shape[1])
         raise inputs.InputError("enough")
 
-    monkeypatch.setattr(inspection, "prefill", prefill)
+    monkeypatch.setattr(inspect, "prefill", prefill)
     text, command = (
         tmp_path / "text",
         ["inspect", str(model_folder), "--device", "cpu", "--text", str(tmp_path / "text")],
@@ -111,11 +111,9 @@ def test_the_layer_whose_heads_differ_most_is_looked_at(model_folder: Path) -> N
     for dense in range(LAYERS):
         configure(model, config)
         configure(model, {dense: ProxyConfig(gamma=1.0)})
-        result = inspection.prefill(model, tokens, progress=lambda *stage: stages.append(stage))
-        assert result.layer == 1 - dense
-        assert result.call.layer == 1 - dense
-        assert result.call.selection is not None
-    assert inspection.prefill(model, tokens, layer=0, progress=lambda *_: None).layer == 0
+        record = inspect.prefill(model, tokens, False, lambda *stage: stages.append(stage))
+        assert inspect._most_varied(record) == 1 - dense
+        assert [len(passes) for passes in record.layers.values()] == [1] * LAYERS
     want = [(stage, i, LAYERS) for stage in ("compiling kernels", "recording") for i in range(LAYERS + 1)]
     assert stages == want * LAYERS
     assert not any("flexproxy_observers" in vars(module) for module in model.modules())
@@ -130,7 +128,6 @@ def test_the_layer_whose_heads_differ_most_is_looked_at(model_folder: Path) -> N
         ("--length 0", "--length"),
         ("--layer 1", "--pictures: expected a folder for the pictures"),
         ("--layer 2 --pictures pictures", "--layer: expected one of 0 to 1, got 2"),
-        ("--ranking 4 --pictures pictures", "--ranking: expected a query head from 0 to 3, got 4"),
         ("--density 0.3", "gamma, density: expected one of the two, got gamma=0.5, density=0.3; leave one of them out"),
         ("--pictures nowhere/deep", "the folder nowhere does not exist"),
         ("--output .", "--output .: is not a regular file; name a file"),
@@ -160,7 +157,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     [
         ([], 0, "no layer was sparse, so no blocks are drawn (min_budget covers all keys); use a longer text"),
         (["--layer", "1"], 2, "--layer: expected a layer that is sparse, got layer 1, which was dense (min_budget"),
-        (["--ranking", "1"], 2, "--ranking: expected a layer that is sparse, got layer 0, which was dense (min_budget"),
     ],
 )
 @pytest.mark.parametrize("as_json", [False, True])
@@ -192,7 +188,7 @@ def test_where_all_is_dense_the_record_is_kept(
 
 
 def test_outliers_are_a_setting(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = _inspect._settings({"outliers": True, "gamma": 0.9, "stride": 2}, None)
+    found = inspect._settings({"outliers": True, "gamma": 0.9, "stride": 2}, None)
     assert found == ProxyConfig.outliers(gamma=0.9, stride=2)
     assert cli.main([*small, "--outliers", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"]
@@ -206,10 +202,6 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert re.search(rf"flexproxy {command} \[OPTIONS\] \{{?MODEL", words)  # some releases of typer have braces
     assert "default: (" not in words
-    config = ProxyConfig()
-    if command == "inspect":
-        values = [config.gamma, config.num_proxies, config.stride, config.min_budget]
-        assert re.findall(r"; by default ([\d.]+)\.", words) == [f"{value:g}" for value in values]
 
 
 def test_a_file_for_another_model(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

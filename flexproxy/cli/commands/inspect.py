@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 
 from flexproxy.cli.common import (
+    Advance,
     Device,
     Outliers,
     check_output,
@@ -29,14 +31,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from flexproxy import ProxyConfig
-    from flexproxy.cli.inspection import Inspection
+    from flexproxy.inspect.record import Record
 
 # Tokens that are taken of a longer text unless --length says more: seconds on a CPU, a long prompt on a GPU.
 _DEFAULT_LENGTH = {"cpu": 8192, "cuda": 131072}
-_PICTURES = {
-    True: ("record.png", "blocks.png"),
-    False: ("record.png", "blocks.png", "ranking.png"),
-}  # no ranking, or one
 
 
 def inspect(
@@ -59,16 +57,12 @@ def inspect(
             "is made for.",
         ),
     ] = None,
-    gamma: Annotated[
-        float | None, typer.Option(help="Attention mass of every budget, in (0, 1]; by default 0.95.")
-    ] = None,
+    gamma: Annotated[float | None, typer.Option(help="Attention mass of every budget, in (0, 1].")] = None,
     density: Annotated[float | None, typer.Option(help="Mean density to reach, instead of --gamma.")] = None,
-    num_proxies: Annotated[int | None, typer.Option(help="Proxy heads; by default 1. With --outliers, 2.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Every how many tokens one is sampled; by default 4.")] = None,
+    num_proxies: Annotated[int | None, typer.Option(help="Proxy heads.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Every how many tokens one is sampled.")] = None,
     outliers: Outliers = False,
-    min_budget: Annotated[
-        int | None, typer.Option(help="Tokens that every row keeps at least; by default 2048.")
-    ] = None,
+    min_budget: Annotated[int | None, typer.Option(help="Tokens that every row keeps at least.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="Settings of the layers, as save_configuration writes them, instead of options.")
     ] = None,
@@ -82,10 +76,6 @@ def inspect(
         int | None,
         typer.Option(min=0, help="Layer whose blocks are drawn; by default the one whose heads differ most."),
     ] = None,
-    ranking: Annotated[
-        int | None,
-        typer.Option(min=0, help="Also draw the ranking of this head of --layer beside the true mass (slow)."),
-    ] = None,
     output: Annotated[Path | None, typer.Option(help="File to write the JSON to.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     device: Annotated[Device, typer.Option(help="Where to run; auto takes a GPU if there is one.")] = Device.auto,
@@ -94,31 +84,31 @@ def inspect(
     require("transformers", "transformers", "safetensors")
     if pictures is not None:
         require("plot", "matplotlib")
-    elif ranking is not None or layer is not None:
-        raise fail("--pictures: expected a folder for the pictures of --layer and --ranking, got none; name one")
+    elif layer is not None:
+        raise fail("--pictures: expected a folder for the pictures, got none beside --layer; name one")
     if output is not None:
         check_output("--output", output, force)
-    paths = [] if pictures is None else check_outputs("--pictures", pictures, _PICTURES[ranking is None], force)
+    paths = [] if pictures is None else check_outputs("--pictures", pictures, ("record.png", "blocks.png"), force)
     options = {"gamma": gamma, "density": density, "num_proxies": num_proxies}
     options |= {"stride": stride, "min_budget": min_budget, "outliers": outliers or None}
     settings = _settings({name: value for name, value in options.items() if value is not None}, config)
-    result, tokens = _run(model, text, length, settings, layer, ranking, mass, device)
-    paths = paths if result.call.selection is not None else paths[:1]  # a dense layer has no blocks to draw
-    data = {"text": tokens, "pictures": list(map(str, paths))} | result.record.to_json()
+    record, taken = _run(model, text, length, settings, layer, mass, device)
+    shown = _most_varied(record) if layer is None else layer
+    problem = None if shown in record.selections else _why_no_blocks(record, layer)
+    paths = paths if problem is None else paths[:1]
+    data = {"text": taken, "pictures": list(map(str, paths))} | record.to_json()
     if output is not None:
         write_json("--output", output, data)
-    if as_json:
-        print(json.dumps(data, indent=1))
-    else:
-        print(result.record)
+    print(json.dumps(data, indent=1) if as_json else record)
     if pictures is not None:
-        with input_errors():
-            _draw(result, pictures, paths, ranking)
+        _draw(record, shown, pictures, paths)
     if not as_json:
         for path in paths if output is None else [*paths, output]:
             print(path)
-    if pictures is not None and result.call.selection is None:
-        _say_dense(result, "--layer" if layer is not None else "--ranking" if ranking is not None else None)
+    if pictures is not None and problem is not None:
+        if layer is not None:
+            raise fail(problem)
+        print(f"flexproxy: {problem}", file=sys.stderr)
 
 
 def _settings(options: dict[str, Any], file: Path | None) -> ProxyConfig | Path:
@@ -145,13 +135,12 @@ def _run(
     length: int | None,
     settings: ProxyConfig | Path,
     layer: int | None,
-    head: int | None,
     mass: bool,
     device: Device,
-) -> tuple[Inspection, dict[str, Any]]:
-    """The prefill, and which text it was of."""
-    from flexproxy.cli import inputs, inspection
-    from flexproxy.integrations.transformers import configure
+) -> tuple[Record, dict[str, Any]]:
+    """The record of a prefill, and which text it was of."""
+    from flexproxy.cli import inputs
+    from flexproxy.integrations.transformers import configuration, configure
 
     notes = Console(stderr=True, highlight=False)
     with input_errors():
@@ -165,12 +154,33 @@ def _run(
             configure(model, settings)
         except ValueError as error:
             raise fail(error) from error
-        inspection.check_layer(model, layer, head)
+        layers = configuration(model)
+        if layer is not None and layer not in layers:
+            raise fail(f"--layer: expected one of {min(layers)} to {max(layers)}, got {layer}; counted from 0")
         taken = {"path": str(path), "tokens": tokens.shape[1]}
         notes.print(f"The first {taken['tokens']} tokens of {path}, on the {where.type.upper()}", soft_wrap=True)
         with progress_bar(notes) as progress:
-            result = inspection.prefill(model, tokens.to(where), layer=layer, mass=mass, progress=progress)
-    return result, taken
+            return prefill(model, tokens.to(where), mass, progress), taken
+
+
+def prefill(model: PreTrainedModel, tokens: Tensor, mass: bool, progress: Advance) -> Record:
+    """The record of a second prefill of tokens ``[1, S]``; the first one compiles kernels."""
+    import torch
+
+    from flexproxy.integrations.transformers import configuration, record
+    from flexproxy.integrations.transformers.observing import observe
+
+    number = len(configuration(model))
+    for stage in ("compiling kernels", "recording"):
+        done = itertools.count(1)
+        progress(stage, 0, number)
+        with (
+            torch.no_grad(),
+            record(model, mass=mass and stage == "recording", selections=True) as found,
+            observe(model, lambda _: progress(stage, next(done), number)),  # noqa: B023
+        ):
+            model.base_model(input_ids=tokens, use_cache=False)  # logits of a long text can be larger than the model
+    return found
 
 
 def _read(path: Path, model: PreTrainedModel, name: str, length: int | None, device: str) -> Tensor:
@@ -183,27 +193,33 @@ def _read(path: Path, model: PreTrainedModel, name: str, length: int | None, dev
     return inputs.read_tokens(path, model, name, None)[:, : min(_DEFAULT_LENGTH[device], made_for)]
 
 
-def _draw(result: Inspection, folder: Path, paths: Sequence[Path], head: int | None) -> None:
+def _most_varied(record: Record) -> int:
+    """The layer whose heads differ most in density; the first if none was sparse."""
+
+    def spread(layer: int) -> float:
+        selection = record.selections.get(layer)
+        return -1.0 if selection is None else float(selection.density().max() - selection.density().min())
+
+    return max(record.layers, key=spread)
+
+
+def _why_no_blocks(record: Record, layer: int | None) -> str:
+    if layer is None:
+        begin, reason = "no layer was sparse, so no blocks are drawn", next(iter(record.layers.values()))[0].dense
+    else:
+        reason = record.layers[layer][0].dense
+        begin = f"--layer: expected a layer that is sparse, got layer {layer}, which was dense"
+    return f"{begin} ({reason}); use a longer text, or a lower --min-budget"
+
+
+def _draw(record: Record, layer: int, folder: Path, paths: Sequence[Path]) -> None:
     from flexproxy import plot
 
-    call, layer = result.call, result.layer
-    figures = [plot.record(result.record)]
-    if call.selection is not None:
-        figures.append(plot.block_map(call.selection, title=f"Blocks that the heads of layer {layer} keep"))
-        if head is not None:
-            title = f"Ranking and true mass of layer {layer}, head {head}"
-            figures.append(plot.ranking(call.selection, call.query, call.key, head=head, scale=call.scale, title=title))
+    figures = [plot.record(record)]
+    if layer in record.selections:
+        figures.append(plot.block_map(record.selections[layer], title=f"Blocks that the heads of layer {layer} keep"))
     with writing("--pictures", folder):
         folder.mkdir(exist_ok=True)
     for figure, path in zip(figures, paths, strict=True):
         with writing("--pictures", path):
             plot.save(figure, path, force=True)
-
-
-def _say_dense(result: Inspection, asked_by: str | None) -> None:
-    """Why there is no picture of blocks; a mistake only if it was asked for."""
-    got = f"{result.layer}, which was dense ({result.call.dense})"
-    remedy = "use a longer text, or a lower --min-budget"
-    if asked_by is not None:
-        raise fail(f"{asked_by}: expected a layer that is sparse, got layer {got}; {remedy}, or another --layer")
-    print(f"flexproxy: no layer was sparse, so no blocks are drawn ({result.call.dense}); {remedy}", file=sys.stderr)
