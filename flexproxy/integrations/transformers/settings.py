@@ -16,7 +16,7 @@ from flexproxy import ProxyConfig
 from flexproxy.checks import check_when
 from flexproxy.config import changed_fields, read_settings
 from flexproxy.files import replacing
-from flexproxy.integrations.parallel import share_of_rank
+from flexproxy.integrations.common import ranges, share_of_rank
 from flexproxy.sparse.attention import When
 from flexproxy.stages.proxy import head_groups
 
@@ -69,7 +69,7 @@ def configure(model: PreTrainedModel, settings: Settings, *, when: When = "auto"
             )
         if index not in layers:
             raise ValueError(
-                f"settings: expected layers among {_ranges(layers)}, got {index!r}; the others have no causal "
+                f"settings: expected layers among {ranges(layers)}, got {index!r}; the others have no causal "
                 "self-attention"
             )
         if not isinstance(config, ProxyConfig):
@@ -204,11 +204,3 @@ def _share(module: nn.Module, config: ProxyConfig, num_heads: int) -> ProxyConfi
         return config
     mesh = sharded.device_mesh
     return share_of_rank(config, mesh.get_local_rank(mesh.ndim - 1), total // num_heads, total)
-
-
-def _ranges(layers: Mapping[int, Any]) -> str:
-    """Layer indices in a few characters: ``0-3, 6``."""
-    indices = sorted(layers)
-    starts = [i for i in indices if i - 1 not in layers]
-    ends = [i for i in indices if i + 1 not in layers]
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

@@ -1,7 +1,8 @@
-"""Tensor parallelism: the part of a model's settings that belongs to one rank's heads."""
+"""What integrations have in common: the settings of a tensor-parallel rank, and layers in words."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from flexproxy.config import ProxyConfig
@@ -46,3 +47,11 @@ def share_of_rank(config: ProxyConfig, rank: int, ranks: int, num_q_heads: int) 
         )
     place = {proxy: index for index, proxy in enumerate(sorted(set(own)))}
     return replace(config, groups=tuple(place[proxy] for proxy in own))
+
+
+def ranges(indices: Iterable[int]) -> str:
+    """Indices in a few characters: ``0-3, 6``."""
+    there = sorted(set(indices))
+    starts = [i for i in there if i - 1 not in there]
+    ends = [i for i in there if i + 1 not in there]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

@@ -1,11 +1,11 @@
-"""What a tensor-parallel rank takes of a model's settings."""
+"""What integrations have in common: the settings of a tensor-parallel rank, and layers in words."""
 
 from __future__ import annotations
 
 import pytest
 
 from flexproxy import ProxyConfig
-from flexproxy.integrations.parallel import share_of_rank
+from flexproxy.integrations.common import ranges, share_of_rank
 
 
 def test_one_rank_has_all() -> None:
@@ -35,3 +35,8 @@ def test_nothing_is_ranked_where_every_block_is_kept() -> None:
         share = share_of_rank(config, 1, 2, 4)
         assert share.keeps_all
         assert share.groups is None
+
+
+def test_ranges() -> None:
+    assert ranges([6, 0, 1, 2, 3, 9, 8]) == "0-3, 6, 8-9"
+    assert ranges({}) == ""
