@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from flexproxy.config import ProxyConfig
-from flexproxy.sparse.attention import attention
+from flexproxy.sparse.attention import When, attention
 
 
 class Request(NamedTuple):
@@ -78,6 +78,7 @@ def attend_requests(
     *,
     config: ProxyConfig,
     scale: float | None = None,
+    when: When = "auto",
 ) -> Tensor:
     """``flexproxy.attention`` of each request, causal: its last query sees all of its keys.
 
@@ -85,7 +86,7 @@ def attend_requests(
         q: queries ``[tokens, Hq, D]``; tokens of no request are not read.
         keys: where the keys and values are.
         out: ``[tokens, Hq, D]``; the rows of the requests are written, others stay.
-        config, scale: as in ``flexproxy.attention``.
+        config, scale, when: as in ``flexproxy.attention``.
 
     Returns:
         ``out``.
@@ -96,6 +97,6 @@ def attend_requests(
     for request in requests:
         rows = slice(request.start, request.start + request.num_queries)
         k, v = keys.of(request)
-        result = attention(q[rows].transpose(0, 1)[None], k, v, config=config, scale=scale)
+        result = attention(q[rows].transpose(0, 1)[None], k, v, config=config, scale=scale, when=when)
         out[rows] = result[0].transpose(0, 1)
     return out

@@ -55,7 +55,7 @@ def alone(made: Made, request: Request, config: ProxyConfig) -> Tensor:
     """The output of one request, by itself, ``[tokens, Hq, D]``."""
     q = made.q[request.start : request.start + request.num_queries].transpose(0, 1)[None]
     k, v = made.keys[request.row].transpose(0, 1)[None].chunk(2, -1)
-    return flexproxy.attention(q, k, v, config=config)[0].transpose(0, 1)
+    return flexproxy.attention(q, k, v, config=config, when="always")[0].transpose(0, 1)
 
 
 @pytest.mark.parametrize("kind", ["packed", "paged"])
@@ -65,7 +65,7 @@ def test_each_request_is_as_it_is_alone(kind: str, config: ProxyConfig) -> None:
     keys: Keys = made.packed() if kind == "packed" else made.paged()
     out = torch.full_like(made.q, 7.0)
     with torch.compiler.set_stance("force_eager"):
-        assert attend_requests(made.q, keys, REQUESTS, out, config=config) is out
+        assert attend_requests(made.q, keys, REQUESTS, out, config=config, when="always") is out
         written = torch.zeros(TOKENS, dtype=torch.bool)
         for request in REQUESTS:
             rows = slice(request.start, request.start + request.num_queries)
@@ -100,10 +100,10 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
     expected = {request: dense(made, request) for request in REQUESTS}
     keys = made.paged()
     out = torch.zeros_like(made.q)
-    attend_requests(made.q, keys, REQUESTS, out, config=config)
+    attend_requests(made.q, keys, REQUESTS, out, config=config, when="always")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        attend_requests(made.q, keys, REQUESTS, out, config=config)
+        attend_requests(made.q, keys, REQUESTS, out, config=config, when="always")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for request, wanted in expected.items():
