@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,7 +43,27 @@ def test_script(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def test_every_example_is_run() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*PRINTED, "prefill"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*PRINTED, "prefill", "context_parallel"}
+
+
+@pytest.mark.slow
+def test_context_parallel() -> None:
+    """Two ranks, gloo."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent), "CUDA_VISIBLE_DEVICES": ""}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, str(EXAMPLES / "context_parallel.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = r"2 ranks, 2048 tokens, density 0\.\d{3}\nblocks of each rank:( \d+){2}\n.* one process: \d\.\de-\d\d\n"
+    assert re.search(printed, done.stdout)
 
 
 @pytest.mark.slow
