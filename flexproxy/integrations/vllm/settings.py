@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from flexproxy.config import ProxyConfig, read_settings
+from flexproxy.sparse.attention import When
 
 KEY = "flexproxy"
 """The key of the settings in vLLM's additional config."""
 _PLACE = f'additional_config["{KEY}"]'
+_EXAMPLE = '{"gamma": 0.9}'
 
-When = Literal["auto", "always"]
 _FIELDS = tuple(field.name for field in fields(ProxyConfig))
 _NAMES = (*_FIELDS, "calibration", "layers", "when")
 # Where a layer sets the former, it does not inherit the latter, which would take its place.
@@ -50,11 +51,11 @@ class Settings:
             ValueError: there is no such layer, or the calibration was made for another model.
         """
         if beyond := [layer for layer in self.layers if layer >= num_layers]:
-            raise _mistake('["layers"]', f"layers from 0 to {num_layers - 1}", beyond[0], "layers count from 0")
+            raise ValueError(f'{_PLACE}["layers"]: expected layers from 0 to {num_layers - 1}, got {beyond[0]}')
         wanted = {name: value for name, value in (self.model or {}).items() if name != "weights"}
         found = {name: getattr(shape, name, None) for name in wanted}
         if found != wanted:
-            raise _mistake('["calibration"]', f"a file for {found}", wanted, "calibrate this model")
+            raise ValueError(f'{_PLACE}["calibration"]: expected a file for {found}, got {wanted}; calibrate anew')
 
 
 def parse(additional_config: object) -> Settings:
@@ -71,23 +72,25 @@ def parse(additional_config: object) -> Settings:
     if given is None:
         return Settings()
     if not isinstance(given, Mapping):
-        raise _mistake("", "an object", given, 'use for example {"gamma": 0.9}')
+        raise ValueError(f"{_PLACE}: expected settings by name, got {given!r}; use for example {_EXAMPLE}")
     _check_names(given, _NAMES, "")
     when = given.get("when", "auto")
     if when not in get_args(When):
-        raise _mistake('["when"]', f"one of {list(get_args(When))}", when, "leave it out for 'auto'")
+        raise ValueError(f'{_PLACE}["when"]: expected "auto" or "always", got {when!r}; leave it out for "auto"')
     common = {name: given[name] for name in _FIELDS if name in given}
     default = _config(common, "")
     data, layers = _read_calibration(given.get("calibration"))
     own = given.get("layers", {})
     if not isinstance(own, Mapping):
-        raise _mistake('["layers"]', "settings by layer", own, 'use for example {"0": {"gamma": 0.99}}')
+        raise ValueError(
+            f'{_PLACE}["layers"]: expected settings by layer, got {own!r}; use for example {{"0": {_EXAMPLE}}}'
+        )
     for index, values in own.items():
         if not str(index).isdecimal():
-            raise _mistake('["layers"]', "layers by number", index, 'write "0", "1" and so on')
+            raise ValueError(f'{_PLACE}["layers"]: expected layers by number, got {index!r}; write "0", "1" and so on')
         where = f'["layers"]["{index}"]'
         if not isinstance(values, Mapping):
-            raise _mistake(where, "an object", values, 'use for example {"gamma": 0.99}')
+            raise ValueError(f"{_PLACE}{where}: expected settings by name, got {values!r}; use for example {_EXAMPLE}")
         _check_names(values, _FIELDS, where)
         base = layers.get(int(index))
         inherited = common if base is None else {name: getattr(base, name) for name in _FIELDS}
@@ -101,7 +104,7 @@ def _read_calibration(path: object) -> tuple[Mapping[str, Any] | None, dict[int,
     if path is None:
         return None, {}
     if not isinstance(path, str):
-        raise _mistake('["calibration"]', "the path of a file", path, "pass a string")
+        raise ValueError(f'{_PLACE}["calibration"]: expected the path of a file, got {path!r}; pass a string')
     data, layers = read_settings(path, _PLACE + '["calibration"]')
     model = data.get("model")
     return (model if isinstance(model, Mapping) else None), layers
@@ -111,7 +114,7 @@ def _config(values: Mapping[str, Any], where: str) -> ProxyConfig:
     try:
         return ProxyConfig(**values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{_PLACE}{where}: {error}") from error
+        raise ValueError(f"{_PLACE}{where}: expected settings of ProxyConfig; {error}") from error
 
 
 def _check_names(given: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
@@ -119,8 +122,4 @@ def _check_names(given: Mapping[str, Any], allowed: tuple[str, ...], where: str)
         if name not in allowed:
             close = difflib.get_close_matches(str(name), allowed, 1)
             remedy = f"did you mean {close[0]!r}?" if close else f"use some of {', '.join(allowed)}"
-            raise _mistake(where, "names of settings", name, remedy)
-
-
-def _mistake(where: str, expected: str, got: object, remedy: str) -> ValueError:
-    return ValueError(f"{_PLACE}{where}: expected {expected}, got {got!r}; {remedy}")
+            raise ValueError(f"{_PLACE}{where}: expected names of settings, got {name!r}; {remedy}")
