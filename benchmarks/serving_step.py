@@ -19,7 +19,7 @@ from flexproxy.sparse.ragged import Paged, Request, attend_requests
 
 DTYPE, PAGE = torch.bfloat16, 16
 LAYOUTS = ("tokens first", "heads first")  # NHD and HND, as vLLM calls them
-Lengths = tuple[tuple[int, int], ...]  # new tokens, and all tokens, of each request
+Requests = tuple[tuple[int, int], ...]  # new tokens, and all tokens, of each request
 
 
 class Step(NamedTuple):
@@ -45,7 +45,7 @@ class Step(NamedTuple):
         return self.q[rows].transpose(0, 1)[None].contiguous(), k, v
 
 
-def make_step(requests: Lengths, heads: tuple[int, int], head_dim: int, layout: str) -> Step:
+def make_step(requests: Requests, heads: tuple[int, int], head_dim: int, layout: str) -> Step:
     """requests: new tokens and all tokens of each; one new token is decoding. heads: of queries, and of keys."""
     torch.manual_seed(0)
     starts = [0]
@@ -95,7 +95,7 @@ def _require(holds: bool, message: str) -> None:
         raise SystemExit(f"correctness gate failed: {message}; nothing was timed")
 
 
-def measure_step(requests: Lengths, density: float, layout: str) -> Row:
+def measure_step(requests: Requests, density: float, layout: str) -> Row:
     """One layer's share of a step, heads as Llama-3.1-8B.
 
     ``added``: what the step takes beyond build and attention, as a share of these. ``index_ms``: the gather by an
