@@ -17,11 +17,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib import metadata
 from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
 import typer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -248,7 +248,7 @@ def bench(
     out: Out = None,
     quick: Quick = False,
 ) -> None:
-    settings = settings_of(locals()) | {"transformers": metadata.version("transformers")}
+    settings = settings_of(locals()) | {"transformers": transformers.__version__}
     require_gpu()
     model = make_model(model_config(max(*lengths, at) + 1024))
     check_correctness(model)

@@ -15,7 +15,6 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -24,6 +23,7 @@ import typer
 from torch import Tensor
 
 import flexproxy
+from flexproxy.environment import version_of
 from flexproxy.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
@@ -142,21 +142,12 @@ def environment() -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """Of what results depend on, and the day."""
-
-    def version(package: str) -> str:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return "absent"
-
+    """Versions that results depend on, and the day."""
     return {
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
-        "triton": version("triton"),
-        "flash-attn-4": version("flash-attn-4"),
-        "transformers": version("transformers"),
+        **{name: version_of(name) or "absent" for name in ("triton", "flash-attn-4", "transformers")},
         "python": platform.python_version(),
         "flexproxy": flexproxy.__version__,
         "date": datetime.now(timezone.utc).date().isoformat(),

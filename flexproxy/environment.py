@@ -1,8 +1,9 @@
-"""What is installed, on which devices, and what flexproxy makes of it."""
+"""Installed versions, devices, and what flexproxy picks on each."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -15,7 +16,7 @@ import flexproxy
 from flexproxy.ops import implementations
 from flexproxy.sparse.kernel_options import fastest
 
-# Distribution: what is not to be had without it, and what pip installs it with.
+# Package: what needs it, and what pip installs it with.
 _PACKAGES = {
     "torch": ("everything", "flexproxy"),
     "einops": ("everything", "flexproxy"),
@@ -44,21 +45,24 @@ def cpp_compiler() -> tuple[str, str | None]:
     return name, shutil.which(name)
 
 
-def version_of(distribution: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version; None if it is missing."""
+    if package == "triton":  # several distributions bring this module
+        return str(importlib.import_module("triton").__version__) if importlib.util.find_spec("triton") else None
     try:
-        return importlib.metadata.version(distribution)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
 def versions() -> dict[str, str]:
-    """Of what a result about a model was made with, transformers among it."""
+    """Versions that a result of a model depends on."""
     installed = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return {"flexproxy": flexproxy.__version__, "python": platform.python_version(), **installed}
 
 
 def processor(device: torch.device) -> str:
-    """What a device is called in results."""
+    """The name of a device in results."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 

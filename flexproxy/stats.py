@@ -1,4 +1,4 @@
-"""What a mask keeps of dense attention: numbers to look at, of a Selection or of any BlockMask.
+"""Density and recovered attention mass of a Selection or of any BlockMask.
 
 Not for the way to a mask: these functions read all keys for every query that they look at, and wait for the device.
 """
@@ -58,7 +58,7 @@ def recovered_mass(
 ) -> Tensor:
     """Share of dense attention's probability that the kept token pairs hold, the mean over queries: fp32 ``[B, Hq]``.
 
-    Exact in fp32 for the queries that it looks at. Memory is that of the keys in fp32 and some rows of scores. A pair
+    Exact in fp32 for these queries. Memory is that of the keys in fp32 and some rows of scores. A pair
     counts as kept where a compiled kernel reads it: its block is listed, and is full or the BlockMask's own function
     allows the pair.
 
@@ -73,7 +73,7 @@ def recovered_mass(
             their indices, an int tensor ``[m]``. Queries without an admissible key are left out.
 
     Returns:
-        1 where everything is kept; not-a-number where none of the queries looked at has an admissible key.
+        1 where everything is kept; NaN where none of the queries has an admissible key.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
@@ -211,7 +211,7 @@ class _Pairs(NamedTuple):
 
 
 def _pairs(q: Tensor, k: Tensor, mask: Selection | BlockMask, mask_mod: MaskMod | None) -> tuple[_Pairs, _Pairs]:
-    """What dense attention reads, and what the mask lists (of which dense attention need not read all)."""
+    """The pairs that dense attention reads, and the pairs in listed blocks."""
 
     def pairs(function: MaskMod, blocks: tuple[Tensor, Tensor] | None) -> _Pairs:
         on_batch, on_head = depends_on(function, q.device)
@@ -230,7 +230,7 @@ def _probabilities(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Some rows at a time: their indices, the allowed pairs, and the probabilities ``[B, Hq, rows, Skv]``.
 
-    Rows without an allowed pair hold not-a-number. only: q and k are of this sequence and head alone.
+    Rows without an allowed pair hold NaN. only: q and k are of this sequence and head alone.
     """
     num_kv_heads, num_keys = k.shape[1], k.shape[2]
     keys = k.float().transpose(-1, -2)

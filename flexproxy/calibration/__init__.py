@@ -204,7 +204,7 @@ def _levels_with_best_rankings(measured: dict[int, list[Grouping]], target: Targ
 def _choose(
     measured: dict[int, list[Grouping]], at: dict[int, int], target: Target, tolerance: float
 ) -> dict[int, ProxyConfig]:
-    """The settings: the fewest proxies that rank well enough at a level of each layer, and what then is its level."""
+    """The fewest proxies that rank well enough in each layer, and the levels of the layers with these."""
     groupings = []
     for index, layer in measured.items():
         kept = [grouping.peaks[:, at[index]].tolist() for grouping in layer]
@@ -217,7 +217,7 @@ def _choose(
 
 
 def _raise(layer: Layer, config: ProxyConfig, quality: float, target: Target, rows: int) -> ProxyConfig:
-    """The settings at the lowest level, from theirs on, that recovers the quality."""
+    """The settings with the lowest ``gamma``, not below theirs, that recovers the quality."""
     for level in target.levels():
         if level >= config.gamma:
             config = replace(config, gamma=level)

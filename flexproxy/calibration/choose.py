@@ -1,4 +1,4 @@
-"""From what was measured to settings: a target, how densities are shared out between layers, how many proxies do."""
+"""From measurements to settings: targets, the density of each layer, and the number of proxies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Point(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What is asked for: one of the two.
+    """The target of a calibration: one of the two.
 
     A layer is measured at levels, from sparse to dense: values of ``density``, or of ``gamma`` for a quality.
     """
@@ -61,7 +61,7 @@ class Target(NamedTuple):
         return {"density": None, "gamma": level} if self.density is None else {"density": level}
 
     def reference(self) -> int:
-        """Index of the level that is as the target says."""
+        """Index of the level that is nearest to the target."""
         wanted = self.density if self.quality is None else self.quality
         distance = [abs(level - (wanted or 0.0)) for level in self.levels()]
         return distance.index(min(distance))

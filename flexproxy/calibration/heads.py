@@ -1,4 +1,4 @@
-"""Which heads of a layer go together, and what each way of grouping them recovers."""
+"""Groupings of the heads of a layer, and the attention mass that each recovers."""
 
 from __future__ import annotations
 

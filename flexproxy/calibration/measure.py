@@ -1,4 +1,4 @@
-"""What blocks hold of one layer's attention: by the ranking of any heads, at any count.
+"""Attention mass that blocks of one layer hold, by the ranking of any heads and at any count.
 
 Rankings, counts and densities are those of ``flexproxy.select``: nothing of the estimate is done again here.
 """
@@ -27,7 +27,7 @@ Heads = tuple[int, ...]
 
 
 class Levels(NamedTuple):
-    """What a layer keeps under each of some settings, from sparse to dense.
+    """Counts and densities of a layer under several settings, from sparse to dense.
 
     counts: int64 ``[B, Hq, L]``, blocks that every row keeps.
     density: fp64 ``[L]``, kept / admissible blocks, the mean over sequences and heads.
@@ -49,7 +49,7 @@ def levels_of(layer: Layer, config: ProxyConfig, settings: Sequence[Mapping[str,
 
 
 class Rows:
-    """Some rows of dense attention of a layer, to hold rankings against.
+    """Some rows of dense attention of a layer, to compare rankings with.
 
     NOTE [Peaks]
     How good a ranking is shows where attention is concentrated, and the mean of the mass hardly sees it: of a head that
@@ -127,7 +127,7 @@ class Rows:
 
 
 def _without_scores(config: ProxyConfig) -> ProxyConfig:
-    """The settings, with scores as cheap as they can be: budgets and the mask do not depend on them."""
+    """The settings with the cheapest scores: budgets and the mask do not depend on scores."""
     return replace(
         config, num_proxies=1, groups=None, stride=config.block_size, query_stride=None, query_choice="first"
     )

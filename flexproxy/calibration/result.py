@@ -1,4 +1,4 @@
-"""What a calibration found, and the file of it."""
+"""The result of a calibration, and its file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands share: their options, their errors, a progress bar."""
+"""Shared by the commands: options, errors, files, a progress bar."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ class Device(str, Enum):
 
 
 def fail(message: object) -> typer.BadParameter:
-    """A user's mistake, as one line."""
+    """An error for wrong options or files, in one line; the exit code is 2."""
     return typer.BadParameter(" ".join(str(message).split()))
 
 
 def impossible(message: object) -> typer.Exit:
-    """What cannot be done here, said in one line; the exit code is 1."""
+    """An error for what cannot be done here, in one line; the exit code is 1."""
     print(f"flexproxy: {' '.join(str(message).split())}", file=sys.stderr)
     return typer.Exit(1)
 
 
 @contextmanager
 def input_errors() -> Iterator[None]:
-    """What goes wrong with a model, a text or a device inside, said in one line."""
+    """Turn errors about a model, a text or a device into one line."""
     import torch
 
     from flexproxy.calibration import CalibrationError
@@ -71,7 +71,7 @@ def require(extra: str, *modules: str) -> None:
 
 
 def check_output(option: str, path: Path, force: bool) -> None:
-    """Find out before the work is done that its result cannot be written."""
+    """End the command before the work is done if its result cannot be written."""
     problem = write_problem(path, force)
     if problem is not None:
         raise fail(f"{option} {path}: {problem}")
@@ -89,7 +89,7 @@ def check_outputs(option: str, folder: Path, names: Sequence[str], force: bool) 
 
 @contextmanager
 def writing(option: str, path: Path) -> Iterator[None]:
-    """What goes wrong with a file in spite of that: a full disk."""
+    """Turn errors of writing, such as a full disk, into one line."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -105,7 +105,7 @@ def write_json(option: str, path: Path, data: Any) -> None:
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Advance]:
-    """A bar where there is a terminal; elsewhere a line for every stage."""
+    """A progress bar on a terminal; elsewhere a line for every stage."""
     if not console.is_terminal:
         begin, last = time.perf_counter(), ""
 

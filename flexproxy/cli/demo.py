@@ -24,7 +24,7 @@ from flexproxy.environment import processor, versions
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-_NAME = "flexproxy_demo"  # what the attention is called inside transformers
+_NAME = "flexproxy_demo"  # of the attention, in transformers
 _REPEATS = 3
 
 Progress = Callable[[str, int, int], None]
@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Prefill:
-    """What one way of attention gave.
+    """Results of a prefill with one attention.
 
     Attributes:
         exact_answers: queries whose four bytes were all predicted.
@@ -48,7 +48,7 @@ class Prefill:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found.
+    """Results of the demo.
 
     Attributes:
         tokens: length of the sequence; one byte of text is one token.
@@ -83,7 +83,7 @@ class DemoResult:
 
 
 class _Attention:
-    """The attention function that transformers calls; it can be told to look at every selection as well."""
+    """The attention function that transformers calls; ``observe``, if set, gets every selection."""
 
     def __init__(self, config: flexproxy.ProxyConfig) -> None:
         self.config = config
@@ -100,7 +100,7 @@ class _Attention:
 
 
 def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
-    """The mask function: flexproxy is causal by itself, and padding must not be lost in silence."""
+    """The mask function: attention is causal by default; padding is an error."""
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError("the demo's attention is for sequences without padding")
 
@@ -152,7 +152,7 @@ def _measure(batch: NeedleBatch, logits: Tensor, seconds: float) -> Prefill:
 
 
 def _check(model: LlamaForCausalLM, config: flexproxy.ProxyConfig, layer: int | None) -> None:
-    """Find what cannot work before a minute is spent on it."""
+    """Validate the arguments before the prefills."""
     shape: Any = model.config
     head_dim = shape.head_dim or shape.hidden_size // shape.num_attention_heads
     if layer is not None and not 0 <= layer < shape.num_hidden_layers:

@@ -1,7 +1,4 @@
-"""What the command line runs on: a device, a compiler, a model of transformers, and a text.
-
-Whatever cannot be used is said in one line, as an ``InputError``.
-"""
+"""Inputs of the commands: a device, a compiler, a model of transformers, and a text; errors are ``InputError``."""
 
 from __future__ import annotations
 
@@ -64,7 +61,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def check_compiler(device: torch.device) -> None:
-    """A CPU's attention kernel is built by the C++ compiler that torch.compile looks for."""
+    """Raise unless there is the C++ compiler with which torch.compile builds the CPU kernel."""
     name, path = cpp_compiler()
     if device.type == "cpu" and path is None:
         raise ImpossibleError(
@@ -132,7 +129,7 @@ def load_decoder(name: str, device: torch.device, attention: str) -> PreTrainedM
 
 
 def check_decoder(model: PreTrainedModel, length: int | None) -> None:
-    """Find what flexproxy cannot do with a model before a minute is spent on it.
+    """Validate a model before it runs.
 
     Raises:
         InputError: it has no causal attention, heads that are too narrow or too wide, or fewer positions than
@@ -195,13 +192,13 @@ def load_tokenizer(name: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of a message, which may have a page."""
+    """The first line of a message."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No bars and no warnings of transformers and of what it downloads with: the command says what there is to say."""
+    """Switch off progress bars and warnings of transformers and of the libraries that it downloads with."""
     from transformers.utils import logging as transformers_logging
 
     logging: Any = transformers_logging

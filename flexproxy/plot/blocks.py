@@ -81,7 +81,7 @@ def ranking(
     scale: float | None = None,
     title: str | None = None,
 ) -> Figure:
-    """The ranking of blocks beside the attention mass that they truly hold, for one head.
+    """The ranking of blocks beside their true attention mass, for one head.
 
     From left to right: the rank that the head's proxy gives every block; the probability that dense attention of this
     head gives it, the mean over the row's queries (``flexproxy.stats.block_mass``, which reads all pairs of tokens);

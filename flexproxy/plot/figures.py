@@ -1,4 +1,4 @@
-"""How pictures look, and how they are written."""
+"""Style of the figures, and writing them to files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexproxy.files import replacing, write_problem
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Told apart by their lightness alone, so also in print and by colour-blind readers.
+# They differ in lightness, so they can be told apart in print and by colour-blind readers.
 LIGHT, MIDDLE, DARK = "#e8e8e8", "#f0b44c", "#1f3b73"
 _TITLE_POINTS = 12
 
@@ -26,7 +26,7 @@ def save(figure: Figure, path: str | Path, force: bool = False) -> None:
 
     Raises:
         ValueError: nothing can be written there; the message says why.
-        OSError: writing failed; what was there before still is.
+        OSError: writing failed; the old file, if any, is unchanged.
     """
     path = Path(path)
     problem = save_problem(path, force)
@@ -47,10 +47,10 @@ def save_problem(path: Path, force: bool) -> str | None:
 
 
 def add_title(figure: Figure, title: str) -> None:
-    """Above the figure, which grows by what does not fit on one line; long words, such as paths, are broken as well."""
+    """Add a title; the figure grows by its lines. Long words, such as paths, are broken as well."""
     lines = [part for line in title.splitlines() for part in _wrapped(line, 0.97 * 72 * figure.get_figwidth())]
     figure.set_figheight(figure.get_figheight() + 1.2 * _TITLE_POINTS / 72 * (len(lines) - 1))
-    figure.suptitle("\n".join(lines), fontsize=_TITLE_POINTS, wrap=True)  # more lines where letters are unevenly wide
+    figure.suptitle("\n".join(lines), fontsize=_TITLE_POINTS, wrap=True)
 
 
 def _wrapped(line: str, points: float) -> list[str]:
@@ -64,7 +64,7 @@ def _wrapped(line: str, points: float) -> list[str]:
 
 @contextmanager
 def plain_style() -> Iterator[None]:
-    """matplotlib's own style inside, whatever the user's is: dark on white, so it reads on any page."""
+    """Use matplotlib's default style inside, whatever the user's is: dark on white."""
     try:
         from matplotlib import style
     except ModuleNotFoundError as error:

@@ -47,7 +47,7 @@ def recovered_mass(masses: Tensor, *, title: str | None = None) -> Figure:
     """A heat map of the attention mass that is kept, a row for every layer and a column for every head.
 
     Args:
-        masses: ``[layers, Hq]``, of ``flexproxy.stats.recovered_mass``; not-a-number where it is not known.
+        masses: ``[layers, Hq]``, of ``flexproxy.stats.recovered_mass``; NaN where it is not known.
         title: line above the map; None describes it.
 
     Raises:
@@ -125,7 +125,7 @@ def _size(num_layers: int, num_heads: int) -> tuple[float, float]:
 
 
 def _heat_map(figure: Figure, axis: Axes, values: Tensor, label: str | None, lowest: float) -> None:
-    """Layers by heads ``[layers, Hq]`` in colours from ``lowest`` to 1; what is not a number is grey."""
+    """Layers by heads ``[layers, Hq]`` in colours from ``lowest`` to 1; NaN is grey."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_facecolor(LIGHT)
@@ -166,7 +166,7 @@ def _lowest(masses: Tensor) -> float:
 
 
 def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
-    """fp32 ``[layers, Hq]``, not-a-number where a layer has fewer heads than others, or none."""
+    """fp32 ``[layers, Hq]``, NaN where a layer has fewer heads than others, or none."""
     width = max(1, *map(len, rows))
     return torch.tensor([[*row, *[math.nan] * (width - len(row))] for row in rows], dtype=torch.float32)
 
@@ -185,7 +185,7 @@ def _checked(name: str, values: Tensor) -> Tensor:
 
 
 def _layers(densities: Any, batch: int) -> tuple[list[int], Tensor]:
-    """Indices of the layers, and fp32 ``[layers, Hq]``, not-a-number where a layer has fewer heads than others."""
+    """Indices of the layers, and fp32 ``[layers, Hq]``, NaN where a layer has fewer heads than others."""
     if isinstance(densities, Tensor):
         values = _checked("densities", densities)
         return list(range(len(values))), values
