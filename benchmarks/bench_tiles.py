@@ -67,10 +67,10 @@ def tile_rows(part: str, q: Tensor, k: Tensor, budget_ms: float) -> list[Row]:
     """The operator alone, on what ``select`` gives it, with each tile: in a whole build, noise would hide a tile."""
     from flexproxy import pipeline
     from flexproxy.ops import kernels
-    from flexproxy.ops.kernels import masses, scores, tiles
+    from flexproxy.ops.kernels import budget, scores, tiles
     from flexproxy.ops.kernels.block_logits import Tile
 
-    module: Any = scores if part == "scores" else masses
+    module: Any = scores if part == "scores" else budget
     operator: Callable[..., Tensor] = getattr(kernels, f"block_{part}")
     calls: list[tuple[Any, ...]] = []
 

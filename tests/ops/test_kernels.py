@@ -34,7 +34,7 @@ pytest.importorskip("triton")
 kernels: Any = importlib.import_module("flexproxy.ops.kernels")
 LAUNCHERS = [
     importlib.import_module(f"flexproxy.ops.kernels.{name}")
-    for name in ("block_logits", "blocks", "counts", "lists", "masses", "outlying", "pool", "ranking", "scores")
+    for name in ("block_logits", "blocks", "budget", "lists", "proxy", "ranking", "scores")
 ]
 
 
@@ -145,17 +145,17 @@ def unwritten(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plant a mistake: the last element of a launcher's last tensor is not written."""
     launch = module.launch
 
-    def forgetful(kernel: Any, grid: Any, pointers: tuple[Any, ...], *rest: Any, **options: Any) -> None:
-        out = pointers[-1].view(-1)
+    def forgetful(*place: Any, **arguments: Any) -> None:
+        out = [value for value in arguments.values() if isinstance(value, Tensor)][-1].view(-1)
         before = out[-1].clone()
-        launch(kernel, grid, pointers, *rest, **options)
+        launch(*place, **arguments)
         if out.dtype != torch.int64:  # a garbage place in q would be read, and end the process
             out[-1] = before
 
     monkeypatch.setattr(module, "launch", forgetful)
 
 
-@pytest.mark.parametrize("name", ["blocks", "counts", "lists", "masses", "pool", "ranking", "scores"])
+@pytest.mark.parametrize("name", ["blocks", "budget", "lists", "proxy", "ranking", "scores"])
 def test_an_unwritten_element_is_seen(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above finds one element that a launcher leaves unwritten, whichever launcher it is."""
     module = importlib.import_module(f"flexproxy.ops.kernels.{name}")
@@ -302,9 +302,9 @@ def test_ranks_of_rows_too_long_for_one_program(device: str, monkeypatch: pytest
     launched: list[Any] = []
     launch = kernels.ranking.launch
 
-    def noted(kernel: Any, *rest: Any, **options: Any) -> None:
+    def noted(kernel: Any, *place: Any, **arguments: Any) -> None:
         launched.append(kernel)
-        launch(kernel, *rest, **options)
+        launch(kernel, *place, **arguments)
 
     monkeypatch.setattr(kernels.ranking, "launch", noted)
     assert torch.equal(kernels.rank_blocks(*arguments), want)

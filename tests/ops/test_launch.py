@@ -27,11 +27,15 @@ class Compiled:
         self.log.append(("direct", self, arguments))
 
 
+OPTIONS = {"warps", "stages", "registers"}
+NAMES = ("x", "y", "z", "x_stride_b", "x_stride_h", "y_stride_b", "number", "other", "SIZE", "FLAG")
+
+
 class Kernel(JITFunction):  # type: ignore[misc]
     """A kernel that is not compiled; notes the ordinary launches."""
 
-    def __init__(self, log: list[Any]) -> None:
-        self.fn, self.log = object(), log
+    def __init__(self, log: list[Any], names: tuple[str, ...] = NAMES) -> None:
+        self.fn, self.log, self.arg_names, self.__name__ = object(), log, names, "kernel"
 
     def __getitem__(self, grid: Any) -> Any:
         def ordinary(*arguments: Any, **options: Any) -> Compiled:
@@ -56,14 +60,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(launching, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver)))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: gpu.device)
     monkeypatch.setattr(launching, "_kept", {})
+    monkeypatch.setattr(launching, "_layouts", {})
     monkeypatch.setattr(launching, "_DIRECT", True)
     return gpu
 
 
-def aligned(number: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def aligned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    number = torch.Size(shape).numel()
     x = torch.zeros(number + 16, dtype=dtype)
     start = (-x.data_ptr() % 16) // x.element_size()
-    return x[start : start + number]
+    return x[start : start + number].view(shape)
 
 
 def descriptor(dtype: torch.dtype = torch.float16, block: tuple[int, ...] = (1, 64)) -> Any:
@@ -71,28 +77,26 @@ def descriptor(dtype: torch.dtype = torch.float16, block: tuple[int, ...] = (1, 
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
-    return {
-        "grid": (7, 2, 1),
-        "pointers": (aligned(8), None, descriptor()),
-        "numbers": (5, 0.5),
-        "constants": (64, True),
-        "warps": 8,
-        "stages": 2,
-    } | changes
+    given = {"x": aligned(3, 4), "y": None, "z": descriptor(), "number": 5, "other": 0.5, "SIZE": 64, "FLAG": True}
+    return {**given, **changes}
+
+
+def start(kernel: Any, grid: tuple[int, int, int] = (7, 2, 1), launch: Any = launching.launch, **given: Any) -> None:
+    options = launching.Options(**{"warps": 8, "stages": 2} | {n: given.pop(n) for n in OPTIONS & given.keys()})
+    launch(kernel, grid, options, **given)
 
 
 def test_the_second_launch_is_direct(gpu: Gpu) -> None:
-    """With other tensors and another grid too, and all arguments in their order."""
+    """With other tensors and another grid too, and all arguments in their order, strides among them."""
     log: list[Any] = []
     kernel = Kernel(log)
     first = arguments()
-    launching.launch(kernel, **first)
-    numbers_and_constants = (5, 0.5, 64, True)
-    assert log == [
-        ("ordinary", (7, 2, 1), (*first["pointers"], *numbers_and_constants), {"num_warps": 8, "num_stages": 2})
-    ]
-    second = arguments(grid=(3, 1, 4))
-    launching.launch(kernel, **second)
+    start(kernel, **first)
+    numbers = (4, 1, 0, 5, 0.5, 64, True)
+    pointers = (first["x"], first["y"], first["z"])
+    assert log == [("ordinary", (7, 2, 1), (*pointers, *numbers), {"num_warps": 8, "num_stages": 2})]
+    second = dict(reversed(arguments().items()))  # the order of names says nothing
+    start(kernel, (3, 1, 4), **second)
     kind, compiled, given = log[1]
     assert kind == "direct"
     assert given[:3] == (3, 1, 4)
@@ -100,22 +104,55 @@ def test_the_second_launch_is_direct(gpu: Gpu) -> None:
     assert given[4] is compiled.function
     assert given[5] is compiled.packed_metadata
     assert given[6:9] == (None, None, None)
-    assert all(x is y for x, y in zip(given[9:12], second["pointers"], strict=True))
-    assert given[12:] == numbers_and_constants
+    assert all(x is y for x, y in zip(given[9:12], (second[name] for name in "xyz"), strict=True))
+    assert given[12:] == numbers
+
+
+def test_strides_are_those_of_the_tensors(gpu: Gpu) -> None:
+    """The first dimensions of each; 0 where the size is 1, of a tensor that is not there, and of a descriptor's."""
+    log: list[Any] = []
+    kernel = Kernel(log)
+    x = torch.zeros(3, 1, 4, 5)
+    y = SimpleNamespace(base=torch.zeros(6, 7), block_shape=[1, 7])
+    for _ in range(2):
+        start(kernel, **arguments(x=x, y=y))
+        start(kernel, **arguments(x=x.expand(3, 6, 4, 5), y=y))
+        start(kernel, **arguments(x=x.transpose(0, 2), y=None))
+    strides = [entry[2][-7:-4] for entry in log]
+    assert strides == [(20, 0, 7), (20, 0, 7), (5, 0, 0)] * 2
+    assert [entry[0] for entry in log] == ["ordinary"] * 3 + ["direct"] * 3
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (NAMES[1:], r"kernel: expected the arguments \['y', 'z', 'number', .*\], got \['x', 'y'"),
+        ((*NAMES, "more"), r"kernel: expected the arguments .*'more'\], got"),
+        (("number", *(name for name in NAMES if name != "number")), "kernel: expected pointers, their strides, then"),
+        (("x", "y", "z", "y_stride_b", "x_stride_b", *NAMES[6:]), "kernel: expected pointers, their strides, then"),
+        (("x", "y", "z", "v_stride_b", *NAMES[6:]), "kernel: expected pointers, their strides, then"),
+    ],
+)
+def test_wrong_parameters(names: tuple[str, ...], message: str, gpu: Gpu) -> None:
+    """Of a launch, or of a kernel: NOTE [Parameters of kernels]."""
+    with pytest.raises(TypeError, match=message):
+        start(Kernel([], names), **arguments())
 
 
 CHANGES: dict[str, Any] = {
-    "dtype": lambda: {"pointers": (aligned(8, torch.int32), None, descriptor())},
-    "alignment": lambda: {"pointers": (aligned(8)[1:], None, descriptor())},
-    "a tensor for None": lambda: {"pointers": (aligned(8), aligned(8), descriptor())},
-    "a tensor for a descriptor": lambda: {"pointers": (aligned(8), None, aligned(8, torch.float16))},
-    "dtype of a descriptor": lambda: {"pointers": (aligned(8), None, descriptor(torch.bfloat16))},
-    "block of a descriptor": lambda: {"pointers": (aligned(8), None, descriptor(block=(1, 32)))},
-    "number": lambda: {"numbers": (6, 0.5)},
-    "float": lambda: {"numbers": (5, 0.25)},
-    "constant": lambda: {"constants": (64, False)},
+    "dtype": lambda: {"x": aligned(3, 4, dtype=torch.int32)},
+    "alignment": lambda: {"x": aligned(14)[2:].view(3, 4)},
+    "strides": lambda: {"x": aligned(4, 3).T},
+    "a tensor for None": lambda: {"y": aligned(8)},
+    "a tensor for a descriptor": lambda: {"z": aligned(8, dtype=torch.float16)},
+    "dtype of a descriptor": lambda: {"z": descriptor(torch.bfloat16)},
+    "block of a descriptor": lambda: {"z": descriptor(block=(1, 32))},
+    "number": lambda: {"number": 6},
+    "float": lambda: {"other": 0.25},
+    "constant": lambda: {"FLAG": False},
     "warps": lambda: {"warps": 4},
     "stages": lambda: {"stages": 3},
+    "registers": lambda: {"registers": 128},
 }
 
 
@@ -129,7 +166,7 @@ def test_what_differs_is_launched_anew(name: str, gpu: Gpu) -> None:
         gpu.device = 1 if changed and name == "device" else 0
         kernel = kernels[1 if changed and name == "kernel" else 0]
         changes = CHANGES[name]() if changed and name in CHANGES else {}
-        launching.launch(kernel, **arguments(**changes))
+        start(kernel, **arguments(**changes))
         return str(log[-1][0])
 
     assert [once(False), once(True), once(True), once(False)] == ["ordinary", "ordinary", "direct", "direct"]
@@ -143,9 +180,9 @@ def test_no_more_is_kept_than_the_cap(gpu: Gpu, monkeypatch: pytest.MonkeyPatch)
     log: list[Any] = []
     kernel = Kernel(log)
     for number in range(11):
-        launching.launch(kernel, **arguments(numbers=(number, 0.5)))
+        start(kernel, **arguments(number=number))
         assert len(launching._kept) <= 4
-        launching.launch(kernel, **arguments(numbers=(number, 0.5)))
+        start(kernel, **arguments(number=number))
     assert [entry[0] for entry in log] == ["ordinary", "direct"] * 11
 
 
@@ -156,11 +193,11 @@ def test_interpreted_kernels_take_the_ordinary_way(gpu: Gpu) -> None:
         __getitem__ = Kernel.__getitem__
 
         def __init__(self) -> None:
-            self.log = log
+            self.log, self.fn, self.arg_names = log, object(), NAMES
 
     interpreted = Interpreted()
     for _ in range(2):
-        launching.launch(interpreted, **arguments())
+        start(interpreted, **arguments())
     assert [entry[0] for entry in log] == ["ordinary", "ordinary"]
     assert not launching._kept
 
@@ -184,7 +221,7 @@ def test_unknown_versions_take_the_ordinary_way(version: str, direct: bool, gpu:
     log: list[Any] = []
     kernel = Kernel(log)
     for _ in range(2):
-        module.launch(kernel, **arguments())
+        start(kernel, launch=module.launch, **arguments())
     assert [entry[0] for entry in log] == ["ordinary", "ordinary"]
     assert not module._kept
 
@@ -201,10 +238,6 @@ def test_run_takes_what_it_is_given() -> None:
     assert given[9] == ""
 
 
-def test_strides_and_powers() -> None:
-    x = torch.zeros(3, 1, 4, 5)
-    assert launching.strides(x, 3) == (20, 0, 5)
-    assert launching.strides(x.expand(3, 6, 4, 5), 2) == (20, 0)
-    assert launching.strides(None, 2) == (0, 0)
+def test_powers() -> None:
     powers = [launching.power_of_2(n, 4, 32) for n in (0, 1, 4, 5, 8, 31, 32, 33)]
     assert powers == [4, 4, 4, 8, 8, 32, 32, 32]

@@ -4,12 +4,10 @@ A launcher takes the arguments of the operator of its name and gives the same re
 exactly, scores and masses within the rounding of fp32.
 """
 
-from flexproxy.ops.kernels.blocks import classify_clauses, last_valid_queries, summarize_rows
-from flexproxy.ops.kernels.counts import count_blocks
+from flexproxy.ops.kernels.blocks import classify_clauses, summarize_rows
+from flexproxy.ops.kernels.budget import block_masses, count_blocks, last_valid_queries
 from flexproxy.ops.kernels.lists import block_lists, selected_lists
-from flexproxy.ops.kernels.masses import block_masses
-from flexproxy.ops.kernels.outlying import outlying_queries
-from flexproxy.ops.kernels.pool import pool_groups
+from flexproxy.ops.kernels.proxy import outlying_queries, pool_groups
 from flexproxy.ops.kernels.ranking import forced_counts, rank_blocks
 from flexproxy.ops.kernels.scores import block_scores
 

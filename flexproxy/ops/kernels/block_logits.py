@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexproxy.ops.kernels.launch import launch, power_of_2, strides
+from flexproxy.ops.kernels.launch import Options, launch, power_of_2
+from flexproxy.ops.kernels.row_summary import COLUMNS, END, FIRST, FULL_END, FULL_FIRST
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -84,11 +85,11 @@ def _reach(
     full_begin = num_keys
     full_end = num_keys
     if HAS_SUMMARY:
-        at = summary + summary_at + (row // q_cell) * 5
-        begin = tl.min(tl.where(row_ok, tl.load(at, mask=row_ok, other=0) * k_cell, num_keys))
-        end = tl.max(tl.load(at + 1, mask=row_ok, other=0)) * k_cell
-        full_begin = tl.max(tl.load(at + 2, mask=row_ok, other=0)) * k_cell
-        full_end = tl.min(tl.where(row_ok, tl.load(at + 3, mask=row_ok, other=0) * k_cell, num_keys))
+        at = summary + summary_at + (row // q_cell) * COLUMNS
+        begin = tl.min(tl.where(row_ok, tl.load(at + FIRST, mask=row_ok, other=0) * k_cell, num_keys))
+        end = tl.max(tl.load(at + END, mask=row_ok, other=0)) * k_cell
+        full_begin = tl.max(tl.load(at + FULL_FIRST, mask=row_ok, other=0)) * k_cell
+        full_end = tl.min(tl.where(row_ok, tl.load(at + FULL_END, mask=row_ok, other=0) * k_cell, num_keys))
     elif NUM_CLAUSES > 0:
         begin = num_keys * key_step
         end = 0
@@ -164,8 +165,8 @@ def _step(
 
 
 NUMBERS = [
-    "index_stride_b", "index_stride_h", "clause_stride", "clause_stride_b", "clause_stride_s",
-    "label_stride", "label_stride_b", "label_stride_k", "bits_stride_b", "bits_stride_h", "bits_stride_s",
+    "row_index_stride_b", "row_index_stride_h", "lo_stride_c", "lo_stride_b", "lo_stride_s",
+    "k_label_stride_c", "k_label_stride_b", "k_label_stride_s", "bits_stride_b", "bits_stride_h", "bits_stride_s",
     "summary_stride_b", "summary_stride_h", "first_row", "num_rows", "num_keys", "num_columns", "rows_in_buffer",
     "steps", "heads", "group", "key_step", "q_cell", "k_cell", "head_dim", "scale_log2",
 ]  # fmt: skip
@@ -175,8 +176,8 @@ NUMBERS = [
 def _block_logits_kernel(
     q, k, row_index, lo, hi, q_label, k_label, bits, summary, values, partial,
     q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h, k_stride_s, k_stride_d,
-    index_stride_b, index_stride_h, clause_stride, clause_stride_b, clause_stride_s,
-    label_stride, label_stride_b, label_stride_k, bits_stride_b, bits_stride_h, bits_stride_s,
+    row_index_stride_b, row_index_stride_h, lo_stride_c, lo_stride_b, lo_stride_s,
+    k_label_stride_c, k_label_stride_b, k_label_stride_s, bits_stride_b, bits_stride_h, bits_stride_s,
     summary_stride_b, summary_stride_h, first_row, num_rows, num_keys, num_columns, rows_in_buffer,
     steps, heads, group, key_step, q_cell, k_cell, head_dim, scale_log2,
     HAS_INDEX: tl.constexpr, HAS_SUMMARY: tl.constexpr, POSITIVE: tl.constexpr, SUMS: tl.constexpr,
@@ -191,7 +192,7 @@ def _block_logits_kernel(
     row_ok = (in_buffer < rows_in_buffer) & (row < num_rows)
     source = row.to(tl.int64)
     if HAS_INDEX:
-        source = tl.load(row_index + b * index_stride_b + h * index_stride_h + row, mask=row_ok, other=-1)
+        source = tl.load(row_index + b * row_index_stride_b + h * row_index_stride_h + row, mask=row_ok, other=-1)
         row_ok &= source >= 0
         source = tl.maximum(source, 0)
     dim = tl.arange(0, BLOCK_D)
@@ -200,10 +201,10 @@ def _block_logits_kernel(
         mask=row_ok[:, None] & (dim < head_dim)[None, :],
         other=0.0,
     )
-    clause_row = b * clause_stride_b + source * clause_stride_s
+    clause_row = b * lo_stride_b + source * lo_stride_s
     bits_row = b * bits_stride_b + h * bits_stride_h + row.to(tl.int64) * bits_stride_s
     begin, end, full_begin, full_end = _reach(
-        lo, hi, summary, b * summary_stride_b + h * summary_stride_h, clause_row, row, row_ok, clause_stride, num_keys,
+        lo, hi, summary, b * summary_stride_b + h * summary_stride_h, clause_row, row, row_ok, lo_stride_c, num_keys,
         key_step, q_cell, k_cell, NUM_CLAUSES, HAS_LABELS, HAS_SUMMARY,
     )  # fmt: skip
     first = tl.maximum(begin // BLOCK_N, split * steps)
@@ -215,14 +216,14 @@ def _block_logits_kernel(
     keys_at = b * k_stride_b + (h // group) * k_stride_h
     row_block = bh * tl.cdiv(rows_in_buffer, q_cell) + in_buffer // q_cell
     values_at = values + row_block * num_columns * q_cell + in_buffer % q_cell
-    label_at = b * label_stride_b
+    label_at = b * k_label_stride_b
     largest = tl.full([BLOCK_M], -3e38, tl.float32)
     total = tl.zeros([BLOCK_M, 8], tl.float32)
     for tile in tl.range(full_first, full_last):
         largest, total = _step(
             queries, k, keys_at, batch, kv_head, values_at, k_stride_s, k_stride_d, q_cell,
-            lo, hi, q_label, k_label, bits, clause_row, bits_row, row_ok, clause_stride, label_stride, label_stride_k,
-            label_at, tile, num_keys, num_columns, key_step, head_dim, scale_log2, largest, total,
+            lo, hi, q_label, k_label, bits, clause_row, bits_row, row_ok, lo_stride_c, k_label_stride_c,
+            k_label_stride_s, label_at, tile, num_keys, num_columns, key_step, head_dim, scale_log2, largest, total,
             False, POSITIVE, SUMS, NUM_CLAUSES, HAS_LABELS, COLUMN, BLOCK_N, BLOCK_D, WHOLE_D, TMA,
         )  # fmt: skip
     for n in tl.range(0, last - first - (full_last - full_first), num_stages=1):
@@ -230,8 +231,8 @@ def _block_logits_kernel(
         tile = tl.where(tile < full_first, tile, tile + (full_last - full_first))
         largest, total = _step(
             queries, k, keys_at, batch, kv_head, values_at, k_stride_s, k_stride_d, q_cell,
-            lo, hi, q_label, k_label, bits, clause_row, bits_row, row_ok, clause_stride, label_stride, label_stride_k,
-            label_at, tile, num_keys, num_columns, key_step, head_dim, scale_log2, largest, total,
+            lo, hi, q_label, k_label, bits, clause_row, bits_row, row_ok, lo_stride_c, k_label_stride_c,
+            k_label_stride_s, label_at, tile, num_keys, num_columns, key_step, head_dim, scale_log2, largest, total,
             True, POSITIVE, SUMS, NUM_CLAUSES, HAS_LABELS, COLUMN, BLOCK_N, BLOCK_D, WHOLE_D, TMA,
         )  # fmt: skip
     if SUMS:  # columns that no row may see
@@ -267,15 +268,16 @@ def block_logits(
     q: Tensor,
     k: Tensor,
     mask: SampledMask,
-    row_index: Tensor | None,
-    summary: Tensor | None,
+    tile: Tile,
+    scale: float,
+    *,
     rows: slice,
     q_cell: int,
     k_cell: int,
-    key_step: int,
-    scale: float,
-    sums: bool,
-    tile: Tile,
+    key_step: int = 1,
+    row_index: Tensor | None = None,
+    summary: Tensor | None = None,
+    sums: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Values by column, fp32 ``[B, H, row blocks, columns, q_cell]``, and log-sum-exps ``[B, H, splits, rows]``.
 
@@ -284,10 +286,11 @@ def block_logits(
     Args:
         q, k: ``[B, H, rows, D]`` (or, with ``row_index``, ``[B, H, Sq, D]``) and ``[B, h, keys, D]``, any strides.
         mask: at these queries and keys; with ``row_index`` its clauses are those of all queries.
+        scale: of the logits.
+        rows: which of the rows.
+        q_cell, k_cell: rows, and keys, per block. key_step: tokens from one key to the next.
         row_index: int64 ``[b, h, rows]``, the rows' places in q, -1 for none.
         summary: int32 ``[b, h, blocks, 5]`` of ``summarize_rows``, for rows that lie in blocks of ``q_cell``.
-        rows: which of the rows.
-        q_cell, k_cell: rows, and keys, per block. key_step: tokens from one key to the next. scale: of the logits.
         sums: log-sum-exps of the blocks instead of their largest logits.
     """
     lo, hi, q_label, k_label, bits, _ = mask
@@ -305,20 +308,44 @@ def block_logits(
     launch(
         _block_logits_kernel,
         (-(-number // tile.rows), splits, batch * heads),
-        (q, descriptor or k, row_index, lo, hi, q_label, k_label, bits, summary, values, partial),
-        (
-            *q.stride(), *k.stride(), *strides(row_index, 2), *strides(lo, 3), *strides(k_label, 3), *strides(bits, 3),
-            *strides(summary, 2), rows.start, rows.stop, num_keys, num_columns, number,
-            tile.steps, heads, heads // k.shape[1], key_step, q_cell, k_cell, head_dim, scale * LOG2_E,
-        ),
-        (
-            row_index is not None, summary is not None, scale > 0, sums, 0 if lo is None else lo.shape[0],
-            q_label is not None, column, block_d, head_dim == block_d, tile.rows, tile.keys, descriptor is not None,
-        ),
-        tile.warps,
-        tile.stages,
-        tile.registers,
-    )  # fmt: skip
+        Options(tile.warps, tile.stages, tile.registers),
+        q=q,
+        k=descriptor or k,
+        row_index=row_index,
+        lo=lo,
+        hi=hi,
+        q_label=q_label,
+        k_label=k_label,
+        bits=bits,
+        summary=summary,
+        values=values,
+        partial=partial,
+        first_row=rows.start,
+        num_rows=rows.stop,
+        num_keys=num_keys,
+        num_columns=num_columns,
+        rows_in_buffer=number,
+        steps=tile.steps,
+        heads=heads,
+        group=heads // k.shape[1],
+        key_step=key_step,
+        q_cell=q_cell,
+        k_cell=k_cell,
+        head_dim=head_dim,
+        scale_log2=scale * LOG2_E,
+        HAS_INDEX=row_index is not None,
+        HAS_SUMMARY=summary is not None,
+        POSITIVE=scale > 0,
+        SUMS=sums,
+        NUM_CLAUSES=0 if lo is None else lo.shape[0],
+        HAS_LABELS=q_label is not None,
+        COLUMN=column,
+        BLOCK_D=block_d,
+        WHOLE_D=head_dim == block_d,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.keys,
+        TMA=descriptor is not None,
+    )
     return values, partial
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels that classify blocks by clauses (NOTE [Clauses]), and that find the last valid queries."""
+"""Triton kernels that classify blocks by clauses (NOTE [Clauses]), and that summarize rows of blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexproxy.ops.kernels.launch import launch, power_of_2
+from flexproxy.ops import row_summary
+from flexproxy.ops.kernels.launch import Options, launch, power_of_2
+from flexproxy.ops.kernels.row_summary import COLUMNS, END, FIRST, FULL_END, FULL_FIRST, NUMBER
 from flexproxy.ops.tensors import pad_to_multiple
 
 if TYPE_CHECKING:
@@ -40,12 +42,12 @@ def _keys_in_union(
     return count
 
 
-NUMBERS = ["clause_stride", "label_stride", "summary_stride", "num_queries", "num_keys", "num_k_blocks"]
+NUMBERS = ["lo_stride_c", "k_label_stride_c", "lowest_stride_c", "num_queries", "num_keys", "num_k_blocks"]
 
 
-@triton.jit(do_not_specialize=[name for name in NUMBERS if not name.startswith(("label", "summary"))])
+@triton.jit(do_not_specialize=[name for name in NUMBERS if not name.startswith(("k_label", "lowest"))])
 def _intervals_kernel(
-    lo, hi, any_, full, valid, clause_stride, num_queries, num_keys, num_k_blocks,
+    lo, hi, any_, full, valid, lo_stride_c, num_queries, num_keys, num_k_blocks,
     NUM_CLAUSES: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Clauses without labels: one row of blocks."""
@@ -58,8 +60,8 @@ def _intervals_kernel(
     full_begin, full_end = num_keys, 0  # keys that one clause allows to every row
     seen = row < 0
     for c in tl.static_range(NUM_CLAUSES):
-        first = tl.maximum(tl.load(lo + at + c * clause_stride, mask=row_ok, other=0), 0)
-        last = tl.minimum(tl.load(hi + at + c * clause_stride, mask=row_ok, other=0), num_keys)
+        first = tl.maximum(tl.load(lo + at + c * lo_stride_c, mask=row_ok, other=0), 0)
+        last = tl.minimum(tl.load(hi + at + c * lo_stride_c, mask=row_ok, other=0), num_keys)
         begin = tl.minimum(begin, tl.min(tl.where(row_ok, first, num_keys)))
         end = tl.maximum(end, tl.max(last))
         full_begin, full_end = tl.max(first), tl.min(last)  # 0 where there is no row
@@ -86,7 +88,7 @@ def _intervals_kernel(
         first_key = (j * BLOCK_SIZE)[None, :]
         last_key = tl.minimum(first_key + BLOCK_SIZE, num_keys)
         count = _keys_in_union(
-            lo, hi, first_key, last_key, at[:, None], row_ok[:, None], lo, 0, lo, clause_stride, 0, NUM_CLAUSES, False
+            lo, hi, first_key, last_key, at[:, None], row_ok[:, None], lo, 0, lo, lo_stride_c, 0, NUM_CLAUSES, False
         )
         tl.store(any_ + out + j, tl.max(count, 0) > 0, mask=j < stop)
         tl.store(full + out + j, tl.min(count, 0) == BLOCK_SIZE, mask=j < stop)
@@ -95,7 +97,7 @@ def _intervals_kernel(
 @triton.jit(do_not_specialize=NUMBERS)
 def _labels_kernel(
     lo, hi, q_label, k_label, lowest, highest, any_, full, valid,
-    clause_stride, label_stride, summary_stride, num_queries, num_keys, num_k_blocks,
+    lo_stride_c, k_label_stride_c, lowest_stride_c, num_queries, num_keys, num_k_blocks,
     NUM_CLAUSES: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Clauses with labels: one row of blocks. Tokens are compared only in blocks of keys with several labels.
@@ -115,11 +117,11 @@ def _labels_kernel(
         relevant = False
         uniform = True
         for c in tl.static_range(NUM_CLAUSES):
-            row_label = tl.load(q_label + at + c * clause_stride, mask=row_ok, other=-1)
-            low = tl.load(lowest + c * summary_stride + b * num_k_blocks + j)
-            high = tl.load(highest + c * summary_stride + b * num_k_blocks + j)
-            begin = tl.load(lo + at + c * clause_stride, mask=row_ok, other=0)
-            end = tl.load(hi + at + c * clause_stride, mask=row_ok, other=0)
+            row_label = tl.load(q_label + at + c * lo_stride_c, mask=row_ok, other=-1)
+            low = tl.load(lowest + c * lowest_stride_c + b * num_k_blocks + j)
+            high = tl.load(highest + c * lowest_stride_c + b * num_k_blocks + j)
+            begin = tl.load(lo + at + c * lo_stride_c, mask=row_ok, other=0)
+            end = tl.load(hi + at + c * lo_stride_c, mask=row_ok, other=0)
             reaches = (begin < last) & (end > first) & (row_label >= low) & (row_label <= high) & (row_label >= 0)
             relevant |= tl.max(reaches.to(tl.int32)) > 0
             uniform &= low == high
@@ -128,8 +130,8 @@ def _labels_kernel(
         if relevant:
             if uniform:
                 count = _keys_in_union(
-                    lo, hi, first, last, at, row_ok, q_label, b * num_k_blocks + j, lowest, clause_stride,
-                    summary_stride, NUM_CLAUSES, True,
+                    lo, hi, first, last, at, row_ok, q_label, b * num_k_blocks + j, lowest, lo_stride_c,
+                    lowest_stride_c, NUM_CLAUSES, True,
                 )  # fmt: skip
             else:
                 count = tl.zeros([BLOCK_SIZE], tl.int32)
@@ -137,12 +139,12 @@ def _labels_kernel(
                     key = first + start + tl.arange(0, BLOCK_K)
                     ok = (row < 0)[:, None] & (key < 0)[None, :]
                     for c in tl.static_range(NUM_CLAUSES):
-                        row_label = tl.load(q_label + at + c * clause_stride, mask=row_ok, other=-1)
+                        row_label = tl.load(q_label + at + c * lo_stride_c, mask=row_ok, other=-1)
                         key_label = tl.load(
-                            k_label + c * label_stride + b * num_keys + key, mask=key < num_keys, other=-2
+                            k_label + c * k_label_stride_c + b * num_keys + key, mask=key < num_keys, other=-2
                         )
-                        begin = tl.load(lo + at + c * clause_stride, mask=row_ok, other=0)
-                        end = tl.load(hi + at + c * clause_stride, mask=row_ok, other=0)
+                        begin = tl.load(lo + at + c * lo_stride_c, mask=row_ok, other=0)
+                        end = tl.load(hi + at + c * lo_stride_c, mask=row_ok, other=0)
                         same = (row_label[:, None] == key_label[None, :]) & (row_label >= 0)[:, None]
                         ok |= same & (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
                     count += tl.sum(ok.to(tl.int32), 1)
@@ -167,9 +169,18 @@ def classify_clauses(clauses: ClauseStack, num_keys: int, block_size: int) -> tu
         launch(
             _intervals_kernel,
             (num_q_blocks, batch, 1),
-            (lo, hi, any_, full, valid),
-            (lo.stride(0), num_queries, num_keys, num_k_blocks),
-            (num_clauses, block_size, power_of_2(num_k_blocks, 16, 1024), max(2, min(16, 8192 // block_size))),
+            lo=lo,
+            hi=hi,
+            any_=any_,
+            full=full,
+            valid=valid,
+            num_queries=num_queries,
+            num_keys=num_keys,
+            num_k_blocks=num_k_blocks,
+            NUM_CLAUSES=num_clauses,
+            BLOCK_SIZE=block_size,
+            BLOCK_W=power_of_2(num_k_blocks, 16, 1024),
+            BLOCK_J=max(2, min(16, 8192 // block_size)),
         )
         return any_, full, valid
     q_label, k_label = q_label.contiguous(), k_label.contiguous()
@@ -179,44 +190,28 @@ def classify_clauses(clauses: ClauseStack, num_keys: int, block_size: int) -> tu
     launch(
         _labels_kernel,
         (num_q_blocks, batch, 1),
-        (lo, hi, q_label, k_label, lowest, highest, any_, full, valid),
-        (lo.stride(0), k_label.stride(0), lowest.stride(0), num_queries, num_keys, num_k_blocks),
-        (num_clauses, block_size, max(16, min(block_size, 8192 // block_size))),
+        lo=lo,
+        hi=hi,
+        q_label=q_label,
+        k_label=k_label,
+        lowest=lowest,
+        highest=highest,
+        any_=any_,
+        full=full,
+        valid=valid,
+        num_queries=num_queries,
+        num_keys=num_keys,
+        num_k_blocks=num_k_blocks,
+        NUM_CLAUSES=num_clauses,
+        BLOCK_SIZE=block_size,
+        BLOCK_K=max(16, min(block_size, 8192 // block_size)),
     )
     return any_, full, valid
 
 
-@triton.jit(do_not_specialize=["length"])
-def _last_valid_kernel(valid, index, length, NUMBER: tl.constexpr, BLOCK: tl.constexpr):
-    """The last NUMBER valid queries of one sequence and head, read from the end."""
-    bh = tl.program_id(0).to(tl.int64)
-    found = 0
-    stop = length
-    while (found < NUMBER) & (stop > 0):
-        query = stop - 1 - tl.arange(0, BLOCK)
-        ok = tl.load(valid + bh * length + query, mask=query >= 0, other=0).to(tl.int32)
-        slot = NUMBER - (found + tl.cumsum(ok, 0))
-        tl.store(index + bh * NUMBER + slot, query.to(tl.int64), mask=(ok != 0) & (slot >= 0))
-        found += tl.sum(ok)
-        stop -= BLOCK
-    for start in tl.static_range(0, NUMBER, 16):
-        slot = start + tl.arange(0, 16)
-        tl.store(index + bh * NUMBER + slot, tl.full([16], -1, tl.int64), mask=slot < NUMBER - found)
-
-
-def last_valid_queries(valid: Tensor, number: int) -> Tensor:
-    """``flexproxy.stages.budget.last_valid_queries``."""
-    valid = valid.contiguous()
-    index = torch.empty(*valid.shape[:2], number, dtype=torch.int64, device=valid.device)
-    launch(
-        _last_valid_kernel, (valid.shape[0] * valid.shape[1], 1, 1), (valid, index), (valid.shape[2],), (number, 1024)
-    )
-    return index
-
-
 @triton.jit(do_not_specialize=["num_k_blocks"])
 def _summary_kernel(any_, full, summary, num_k_blocks, BLOCK_J: tl.constexpr):
-    """One row of blocks: first, end, full_first, full_end, number. See ``flexproxy.masks.blocks.summarize_rows``."""
+    """One row of blocks."""
     row = tl.program_id(0).to(tl.int64)
     first, end, number = num_k_blocks, 0, 0
     full_first, full_end = num_k_blocks, num_k_blocks
@@ -230,20 +225,27 @@ def _summary_kernel(any_, full, summary, num_k_blocks, BLOCK_J: tl.constexpr):
         full_first = tl.minimum(full_first, tl.min(tl.where(all_, j, num_k_blocks)))
         after = (j > full_first) & (all_ == 0)
         full_end = tl.minimum(full_end, tl.min(tl.where(after, tl.minimum(j, num_k_blocks), num_k_blocks)))
-    at = summary + row * 5
-    tl.store(at, first)
-    tl.store(at + 1, end)
-    tl.store(at + 2, full_first)
-    tl.store(at + 3, full_end)
-    tl.store(at + 4, number)
+    at = summary + row * COLUMNS
+    tl.store(at + FIRST, first)
+    tl.store(at + END, end)
+    tl.store(at + FULL_FIRST, full_first)
+    tl.store(at + FULL_END, full_end)
+    tl.store(at + NUMBER, number)
 
 
 def summarize_rows(any_: Tensor, full: Tensor) -> Tensor:
     """``flexproxy.masks.blocks.summarize_rows``."""
     any_, full = any_.contiguous(), full.contiguous()
-    summary = torch.empty(*any_.shape[:3], 5, dtype=torch.int32, device=any_.device)
+    summary = torch.empty(*any_.shape[:3], row_summary.COLUMNS, dtype=torch.int32, device=any_.device)
     rows, num_k_blocks = any_.shape[:3].numel(), any_.shape[3]
     launch(
-        _summary_kernel, (rows, 1, 1), (any_, full, summary), (num_k_blocks,), (power_of_2(num_k_blocks, 16, 1024),), 1
+        _summary_kernel,
+        (rows, 1, 1),
+        Options(warps=1),
+        any_=any_,
+        full=full,
+        summary=summary,
+        num_k_blocks=num_k_blocks,
+        BLOCK_J=power_of_2(num_k_blocks, 16, 1024),
     )
     return summary

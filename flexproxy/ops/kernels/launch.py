@@ -3,11 +3,19 @@
 An ordinary launch inspects every argument anew, which on a slow host takes longer than most of these kernels. The
 layers of a model repeat the same shapes, so the compiled kernel of a call is kept under the values of its numbers and
 the kinds of its tensors, and started directly.
+
+NOTE [Parameters of kernels]
+A kernel's parameters are pointers, then strides of these, then numbers and constants (``tl.constexpr``). A stride is
+called ``NAME_stride_DIM``: those of a pointer NAME are the strides of its first dimensions, in order, and ``launch``
+takes them from the tensor. Along a dimension of size 1, which is broadcast, they are 0.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,60 +23,104 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 MAX_KEPT = 2**14
-_kept: dict[tuple[Any, ...], Any] = {}
+_kept: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # compiled kernels, and their strides and numbers
+_layouts: dict[Any, _Layout] = {}
 # CompiledKernel.run has taken the same arguments from 3.4 to 3.8; with others, launches stay ordinary ones.
 _DIRECT = (3, 4) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 8)
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    pointers: tuple[Any, ...],
-    numbers: tuple[float, ...],
-    constants: tuple[Any, ...],
-    warps: int = 4,
-    stages: int = 3,
-    registers: int | None = None,
-) -> None:
-    """Launch a kernel whose parameters are pointers, then numbers, then constants (``tl.constexpr``).
+class _Layout(NamedTuple):
+    """The parameters of a kernel. See NOTE [Parameters of kernels]."""
 
-    Args:
-        pointers: tensors, None, or tensor descriptors.
-        registers: the most that a thread may have, so that more programs fit on a multiprocessor.
+    pointers: Callable[[dict[str, Any]], tuple[Any, ...]]
+    rest: Callable[[dict[str, Any]], tuple[Any, ...]]
+    strides: tuple[int, ...]  # of each pointer, how many the kernel takes
+
+
+class Options(NamedTuple):
+    """How a kernel is compiled.
+
+    registers: the most that a thread may have, so that more programs fit on a multiprocessor; None for no bound.
     """
-    compiled = key = None
+
+    warps: int = 4
+    stages: int = 3
+    registers: int | None = None
+
+
+DEFAULT = Options()
+
+
+def launch(kernel: Any, grid: tuple[int, int, int], options: Options = DEFAULT, /, **arguments: Any) -> None:
+    """Launch a kernel.
+
+    arguments: of the kernel, by name, without the strides. Pointers are tensors, None, or tensor descriptors.
+
+    Raises:
+        TypeError: the arguments are not those of the kernel, at its first launch.
+    """
+    layout = _layouts.get(kernel.fn)  # a kernel's own hash is that of its source, and takes longer
+    if layout is None:
+        layout = _layouts[kernel.fn] = _layout_of(kernel, arguments)
+    pointers, rest = layout.pointers(arguments), layout.rest(arguments)
+    entry = key = None
     if _DIRECT and isinstance(kernel, JITFunction):  # the interpreter's are something else
         device = torch.cuda.current_device()
-        kinds = tuple([_kind(pointer) for pointer in pointers])
-        # A kernel's own hash is that of its source, and takes longer.
-        key = kernel.fn, device, numbers, constants, warps, stages, registers, kinds
-        compiled = _kept.get(key)
-    if compiled is None:
-        options = {"num_warps": warps, "num_stages": stages} | ({} if registers is None else {"maxnreg": registers})
-        compiled = kernel[grid](*pointers, *numbers, *constants, **options)
+        key = kernel.fn, device, options, rest, *map(_kind, pointers, layout.strides)
+        entry = _kept.get(key)
+    if entry is None:
+        numbers = (*_strides(pointers, layout.strides), *rest)
+        given = {"num_warps": options.warps, "num_stages": options.stages, "maxnreg": options.registers}
+        compiled = kernel[grid](
+            *pointers, *numbers, **{name: value for name, value in given.items() if value is not None}
+        )
         if key is not None:
             if len(_kept) >= MAX_KEPT:
                 _kept.clear()
-            _kept[key] = compiled
+            _kept[key] = compiled, numbers
         return
+    compiled, numbers = entry
     stream = triton.runtime.driver.active.get_current_stream(device)
-    compiled.run(
-        *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *pointers, *numbers, *constants
-    )
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *pointers, *numbers)
 
 
-def _kind(pointer: Any) -> Any:
-    """What a kernel is compiled for: the element type, and whether the address is a multiple of 16."""
-    if isinstance(pointer, Tensor):
-        return pointer.dtype, pointer.data_ptr() % 16 == 0
-    return None if pointer is None else (pointer.base.dtype, *pointer.block_shape)
+def _kind(pointer: Any, strided: int) -> Any:
+    """What a kernel is compiled for, and gets: element type, whether the address is a multiple of 16, strides."""
+    if pointer is None:
+        return None
+    if not isinstance(pointer, Tensor):
+        return pointer.base.dtype, pointer.base.shape, pointer.base.stride(), *pointer.block_shape
+    if strided:
+        return pointer.dtype, pointer.data_ptr() % 16 == 0, pointer.shape, pointer.stride()
+    return pointer.dtype, pointer.data_ptr() % 16 == 0
 
 
-def strides(x: Tensor | None, number: int) -> tuple[int, ...]:
-    """The first strides of a tensor, 0 along what is broadcast; zeros for None."""
-    if x is None:
-        return (0,) * number
-    return tuple([0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)][:number])
+def _strides(pointers: Sequence[Any], numbers: Sequence[int]) -> list[int]:
+    found: list[int] = []
+    for pointer, number in zip(pointers, numbers, strict=True):
+        if pointer is None:
+            found += [0] * number
+        elif number:
+            x = pointer if isinstance(pointer, Tensor) else pointer.base
+            found += [0 if x.shape[dim] == 1 else x.stride(dim) for dim in range(number)]
+    return found
+
+
+def _layout_of(kernel: Any, arguments: dict[str, Any]) -> _Layout:
+    stride_of = {name: name.rpartition("_stride_")[0] for name in kernel.arg_names if "_stride_" in name}
+    names = [name for name in kernel.arg_names if name not in stride_of]
+    if set(names) != arguments.keys():
+        raise TypeError(f"{kernel.__name__}: expected the arguments {names}, got {list(arguments)}")
+    pointers = [name for name in names if not isinstance(arguments[name], (int, float))]
+    rest, number = names[len(pointers) :], Counter(stride_of.values())
+    strides = [name for name in pointers for _ in range(number[name])]
+    if list(kernel.arg_names) != [*pointers, *stride_of, *rest] or list(stride_of.values()) != strides:
+        raise TypeError(f"{kernel.__name__}: expected pointers, their strides, then numbers, got {kernel.arg_names}")
+    return _Layout(_getter(pointers), _getter(rest), tuple(number[name] for name in pointers))
+
+
+def _getter(names: Sequence[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    return itemgetter(*names) if len(names) > 1 else lambda arguments: tuple([arguments[name] for name in names])
 
 
 def power_of_2(number: int, low: int, high: int) -> int:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexproxy.ops.kernels.launch import launch, power_of_2, strides
+from flexproxy.ops.kernels.launch import Options, launch, power_of_2
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 NUMBERS = [
@@ -91,10 +91,21 @@ def _launch(
     launch(
         _lists_kernel,
         (num_q_blocks * heads, batch, 1),
-        (rank, count, proxy_of, admissible, kept, full, numbers[0], indices[0], numbers[1], indices[1]),
-        (*strides(rank, 2), *strides(admissible, 2), *strides(full, 2), num_k_blocks, heads),
-        (rank is not None, block_j),
-        warps=2,
+        Options(warps=2),
+        rank=rank,
+        count=count,
+        proxy_of=proxy_of,
+        admissible=admissible,
+        kept=kept,
+        full=full,
+        partial_number=numbers[0],
+        partial_index=indices[0],
+        full_number=numbers[1],
+        full_index=indices[1],
+        num_k_blocks=num_k_blocks,
+        heads=heads,
+        FROM_RANK=rank is not None,
+        BLOCK_J=block_j,
     )
     return numbers[0], indices[0], numbers[1], indices[1]
 

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexproxy.ops.kernels.launch import launch, power_of_2, strides
+from flexproxy.ops.kernels.launch import Options, launch, power_of_2
+from flexproxy.ops.kernels.row_summary import COLUMNS, END
 
 if TYPE_CHECKING:
     from flexproxy.stages.ranking import ForcedRule
@@ -31,7 +32,7 @@ def _forced_range(offset, i, end, num_queries, local_blocks, block_size, log_blo
 
 
 NUMBERS = [
-    "admissible_stride_b", "admissible_stride_h", "summary_stride_b", "summary_stride_h", "offset_stride",
+    "admissible_stride_b", "admissible_stride_h", "summary_stride_b", "summary_stride_h", "offset_stride_b",
     "num_queries", "num_k_blocks", "heads", "sink_blocks", "local_blocks", "block_size", "log_block_size",
 ]  # fmt: skip
 
@@ -75,8 +76,8 @@ def _sort_row(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _rank_kernel(
-    scores, admissible, summary, offset, rank,
-    admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
+    scores, admissible, summary, offset, out,
+    admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride_b,
     num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size,
     BLOCK_J: tl.constexpr,
 ):  # fmt: skip
@@ -85,10 +86,10 @@ def _rank_kernel(
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     row = (bh * tl.num_programs(0) + i) * num_k_blocks
-    scores_row, rank_row = scores + row, rank + row
+    scores_row, rank_row = scores + row, out + row
     admissible_row = admissible + b * admissible_stride_b + h * admissible_stride_h + i.to(tl.int64) * num_k_blocks
-    end = tl.load(summary + b * summary_stride_b + h * summary_stride_h + i * 5 + 1)
-    position = tl.load(offset + b * offset_stride)
+    end = tl.load(summary + b * summary_stride_b + h * summary_stride_h + i * COLUMNS + END)
+    position = tl.load(offset + b * offset_stride_b)
     half: tl.constexpr = BLOCK_J // 2
     if end <= half:
         _sort_row(
@@ -106,8 +107,8 @@ def _rank_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _keys_kernel(
-    scores, admissible, summary, offset, keys,
-    admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
+    scores, admissible, summary, offset, out,
+    admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride_b,
     num_queries, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size,
     BLOCK_J: tl.constexpr,
 ):  # fmt: skip
@@ -117,15 +118,15 @@ def _keys_kernel(
     row = (bh * tl.num_programs(0) + i) * num_k_blocks
     scores_row = scores + row
     admissible_row = admissible + b * admissible_stride_b + h * admissible_stride_h + i.to(tl.int64) * num_k_blocks
-    end = tl.load(summary + b * summary_stride_b + h * summary_stride_h + i * 5 + 1)
-    position = tl.load(offset + b * offset_stride)
+    end = tl.load(summary + b * summary_stride_b + h * summary_stride_h + i * COLUMNS + END)
+    position = tl.load(offset + b * offset_stride_b)
     for start in tl.range(0, num_k_blocks, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         key = _keys(
             scores_row, admissible_row, end, position, num_queries, num_k_blocks, sink_blocks, local_blocks, block_size,
             log_block_size, i, j,
         )  # fmt: skip
-        tl.store(keys + row + j, key, mask=j < num_k_blocks)
+        tl.store(out + row + j, key, mask=j < num_k_blocks)
 
 
 def rank_blocks(scores: Tensor, admissible: Tensor, summary: Tensor, rule: ForcedRule) -> Tensor:
@@ -139,15 +140,22 @@ def rank_blocks(scores: Tensor, admissible: Tensor, summary: Tensor, rule: Force
     launch(
         _rank_kernel if in_one else _keys_kernel,
         (num_q_blocks, batch * proxies, 1),
-        (scores, admissible, summary, offset, keys),
-        (
-            *strides(admissible, 2), *strides(summary, 2), *strides(offset, 1), num_queries, num_k_blocks, proxies,
-            sink_blocks, local_blocks, block_size, block_size.bit_length() - 1,
-        ),
-        (power_of_2(num_k_blocks, 16, MAX_SORTED),),
         # A row takes one warp the least work, and two warps the least time: the former counts where rows are many.
-        warps=1 if rank.numel() > 2**21 else 2,
-    )  # fmt: skip
+        Options(warps=1 if rank.numel() > 2**21 else 2),
+        scores=scores,
+        admissible=admissible,
+        summary=summary,
+        offset=offset,
+        out=keys,
+        num_queries=num_queries,
+        num_k_blocks=num_k_blocks,
+        heads=proxies,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        block_size=block_size,
+        log_block_size=block_size.bit_length() - 1,
+        BLOCK_J=power_of_2(num_k_blocks, 16, MAX_SORTED),
+    )
     if in_one:
         return rank
     # Some rows at a time, for the memory of the 64-bit indices.
@@ -162,20 +170,20 @@ def rank_blocks(scores: Tensor, admissible: Tensor, summary: Tensor, rule: Force
 @triton.jit(do_not_specialize=[*NUMBERS, "num_q_blocks"])
 def _forced_kernel(
     admissible, summary, offset, proxy_of, forced,
-    admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride,
+    admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride_b,
     num_queries, num_q_blocks, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size,
     BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """The most forced blocks that a row of one head has."""
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // heads, bh % heads
-    position = tl.load(offset + b * offset_stride)
+    position = tl.load(offset + b * offset_stride_b)
     summary_at = summary + b * summary_stride_b + tl.load(proxy_of + h) * summary_stride_h
     most = 0
     for start in tl.range(0, num_q_blocks, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
         ok = i < num_q_blocks
-        end = tl.load(summary_at + i * 5 + 1, mask=ok, other=0)
+        end = tl.load(summary_at + i * COLUMNS + END, mask=ok, other=0)
         first, last = _forced_range(position, i, end, num_queries, local_blocks, block_size, log_block_size)
         row = admissible + b * admissible_stride_b + h * admissible_stride_h + i.to(tl.int64) * num_k_blocks
         number = tl.zeros([BLOCK_I], tl.int32)
@@ -199,11 +207,19 @@ def forced_counts(admissible: Tensor, summary: Tensor, proxy_of: Tensor, rule: F
     launch(
         _forced_kernel,
         (batch * heads, 1, 1),
-        (admissible, summary, offset, proxy_of, forced),
-        (
-            *strides(admissible, 2), *strides(summary, 2), *strides(offset, 1), num_queries, *admissible.shape[2:],
-            heads, sink_blocks, local_blocks, block_size, block_size.bit_length() - 1,
-        ),
-        (256,),
-    )  # fmt: skip
+        admissible=admissible,
+        summary=summary,
+        offset=offset,
+        proxy_of=proxy_of,
+        forced=forced,
+        num_queries=num_queries,
+        num_q_blocks=admissible.shape[2],
+        num_k_blocks=admissible.shape[3],
+        heads=heads,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        block_size=block_size,
+        log_block_size=block_size.bit_length() - 1,
+        BLOCK_I=256,
+    )
     return forced

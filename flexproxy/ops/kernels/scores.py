@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexproxy.ops.kernels.block_logits import block_logits, combine_splits
-from flexproxy.ops.kernels.launch import launch, power_of_2, strides
+from flexproxy.ops.kernels.launch import launch, power_of_2
 from flexproxy.ops.kernels.tiles import scores_tile
 
 if TYPE_CHECKING:
@@ -86,15 +86,37 @@ def block_scores(
     for start in range(0, num_q_blocks, blocks_per_part):
         stop = min(start + blocks_per_part, num_q_blocks)
         rows = slice(start * q_cell, min(stop * q_cell, num_rows))
-        values, partial = block_logits(q, k, mask, chosen, summary, rows, q_cell, k_cell, key_step, scale, False, tile)
+        values, partial = block_logits(
+            q,
+            k,
+            mask,
+            tile,
+            scale,
+            rows=rows,
+            q_cell=q_cell,
+            k_cell=k_cell,
+            key_step=key_step,
+            row_index=chosen,
+            summary=summary,
+        )
         launch(
             _scores_kernel,
             (stop - start, -(-num_k_blocks // block_j), batch * proxies),
-            (values, partial, admissible, scores),
-            (
-                *strides(admissible, 2), start, num_q_blocks, values.shape[3], num_k_blocks, *partial.shape[3:1:-1],
-                proxies, math.log(2),
-            ),
-            (q_cell, block_cell, columns, block_j),
-        )  # fmt: skip
+            values=values,
+            partial=partial,
+            admissible=admissible,
+            scores=scores,
+            first_block=start,
+            num_q_blocks=num_q_blocks,
+            num_columns=values.shape[3],
+            num_k_blocks=num_k_blocks,
+            rows_in_buffer=partial.shape[3],
+            splits=partial.shape[2],
+            heads=proxies,
+            ln_2=math.log(2),
+            CELL=q_cell,
+            BLOCK_CELL=block_cell,
+            COLUMNS=columns,
+            BLOCK_J=block_j,
+        )
     return scores

@@ -1,16 +1,138 @@
-"""Triton kernels of stage 3: how many blocks each head keeps, for a given gamma or for the gamma of a density."""
+"""Triton kernels of stage 3: probes, the probability mass of every key block (NOTE [One pass]), and counts."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexproxy.ops.kernels.launch import launch, power_of_2, strides
+from flexproxy.ops.kernels.block_logits import block_logits, combine_splits
+from flexproxy.ops.kernels.launch import launch, power_of_2
+from flexproxy.ops.kernels.row_summary import COLUMNS, NUMBER
+from flexproxy.ops.kernels.tiles import masses_tile
+
+if TYPE_CHECKING:
+    from flexproxy.masks.sampled import SampledMask
 
 CANDIDATES = 128  # of one program
 HEADS = 8  # searched at once: each step waits for memory
+
+
+@triton.jit(do_not_specialize=["length"])
+def _last_valid_kernel(valid, index, length, PROBES: tl.constexpr, BLOCK: tl.constexpr):
+    """The last PROBES valid queries of one sequence and head, read from the end."""
+    bh = tl.program_id(0).to(tl.int64)
+    found = 0
+    stop = length
+    while (found < PROBES) & (stop > 0):
+        query = stop - 1 - tl.arange(0, BLOCK)
+        ok = tl.load(valid + bh * length + query, mask=query >= 0, other=0).to(tl.int32)
+        slot = PROBES - (found + tl.cumsum(ok, 0))
+        tl.store(index + bh * PROBES + slot, query.to(tl.int64), mask=(ok != 0) & (slot >= 0))
+        found += tl.sum(ok)
+        stop -= BLOCK
+    for start in tl.static_range(0, PROBES, 16):
+        slot = start + tl.arange(0, 16)
+        tl.store(index + bh * PROBES + slot, tl.full([16], -1, tl.int64), mask=slot < PROBES - found)
+
+
+def last_valid_queries(valid: Tensor, number: int) -> Tensor:
+    """``flexproxy.stages.budget.last_valid_queries``."""
+    valid = valid.contiguous()
+    index = torch.empty(*valid.shape[:2], number, dtype=torch.int64, device=valid.device)
+    launch(
+        _last_valid_kernel,
+        (valid.shape[0] * valid.shape[1], 1, 1),
+        valid=valid,
+        index=index,
+        length=valid.shape[2],
+        PROBES=number,
+        BLOCK=1024,
+    )
+    return index
+
+
+@triton.jit(
+    do_not_specialize=[
+        "probes_stride_b",
+        "probes_stride_h",
+        "num_probes",
+        "num_columns",
+        "num_k_blocks",
+        "splits",
+        "heads",
+    ]
+)
+def _masses_kernel(
+    values, partial, probes, masses,
+    probes_stride_b, probes_stride_h, num_probes, num_columns, num_k_blocks, splits, heads,
+    PER_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Masses of BLOCK_J key blocks: the mean over the probes of exp(value - lse); not-a-number counts as nothing."""
+    j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    mass = tl.zeros([BLOCK_J], tl.float32)
+    number = 0
+    for start in tl.range(0, num_probes, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        probe = tl.load(probes + b * probes_stride_b + h * probes_stride_h + row, mask=row < num_probes, other=-1)
+        present = probe >= 0
+        number += tl.sum(present.to(tl.int32))
+        lse = combine_splits(partial + bh * splits * num_probes + row, splits, num_probes, present, 16)
+        for c in tl.static_range(PER_BLOCK):
+            column = j.to(tl.int64) * PER_BLOCK + c
+            value = tl.load(
+                values + (bh * num_columns + column[:, None]) * num_probes + row[None, :],
+                mask=(column < num_columns)[:, None] & present[None, :],
+                other=float("-inf"),
+            )
+            mass += tl.sum(tl.where(present[None, :], tl.exp2(value - lse[None, :]), 0.0), 1)
+    mass = mass / tl.maximum(number, 1).to(tl.float32)
+    tl.store(masses + bh * num_k_blocks + j, tl.where(mass == mass, mass, 0.0), mask=j < num_k_blocks)
+
+
+def block_masses(q: Tensor, k: Tensor, probes: Tensor, mask: SampledMask, block_size: int, scale: float) -> Tensor:
+    """``flexproxy.stages.budget.block_masses``."""
+    batch, heads, _, head_dim = q.shape
+    num_probes = probes.shape[2]
+    num_k_blocks = -(-k.shape[2] // block_size)
+    tile = masses_tile(q.dtype, head_dim, q.device, block_size)
+    values, partial = block_logits(
+        q,
+        k,
+        mask,
+        tile,
+        scale,
+        rows=slice(0, num_probes),
+        q_cell=num_probes,
+        k_cell=block_size,
+        row_index=probes,
+        sums=True,
+    )
+    masses = torch.empty(batch, heads, num_k_blocks, dtype=torch.float32, device=q.device)
+    block_m = min(num_probes, 128)
+    block_j = 4096 // block_m
+    launch(
+        _masses_kernel,
+        (-(-num_k_blocks // block_j), batch * heads, 1),
+        values=values,
+        partial=partial,
+        probes=probes,
+        masses=masses,
+        num_probes=num_probes,
+        num_columns=values.shape[3],
+        num_k_blocks=num_k_blocks,
+        splits=partial.shape[2],
+        heads=heads,
+        PER_BLOCK=-(-block_size // tile.keys),
+        BLOCK_M=block_m,
+        BLOCK_J=block_j,
+    )
+    return masses
 
 
 @triton.jit(do_not_specialize=["num_k_blocks"])
@@ -43,7 +165,7 @@ def _kept_kernel(summary, kept, num_q_blocks, num_k_blocks, BLOCK_C: tl.constexp
     total = tl.zeros([BLOCK_C], tl.int64)
     for start in tl.range(0, num_q_blocks, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
-        number = tl.load(summary + (bh * num_q_blocks + i) * 5 + 4, mask=i < num_q_blocks, other=0)
+        number = tl.load(summary + (bh * num_q_blocks + i) * COLUMNS + NUMBER, mask=i < num_q_blocks, other=0)
         total += tl.sum(tl.minimum(number[None, :], c[:, None]), 1).to(tl.int64)
     tl.store(kept + bh * (num_k_blocks + 1) + c, total, mask=c <= num_k_blocks)
 
@@ -136,7 +258,15 @@ def count_blocks(
     cumulative = torch.empty_like(masses)
     block_j = power_of_2(num_k_blocks, 16, 64)
     grid = -(-num_k_blocks // block_j), batch * heads, 1
-    launch(_cumulative_kernel, grid, (masses, cumulative), (num_k_blocks,), (block_j, 64))
+    launch(
+        _cumulative_kernel,
+        grid,
+        masses=masses,
+        cumulative=cumulative,
+        num_k_blocks=num_k_blocks,
+        BLOCK_J=block_j,
+        BLOCK_R=64,
+    )
     count = torch.empty(batch, heads, dtype=torch.int32, device=masses.device)
     best_distance = best_gamma = None
     programs = 0
@@ -144,25 +274,51 @@ def count_blocks(
         summary = summary.contiguous()
         kept = torch.empty(*summary.shape[:2], num_k_blocks + 1, dtype=torch.int64, device=masses.device)
         grid = -(-(num_k_blocks + 1) // 64), summary.shape[0] * summary.shape[1], 1
-        launch(_kept_kernel, grid, (summary, kept), (summary.shape[2], num_k_blocks), (64, 64))
+        launch(
+            _kept_kernel,
+            grid,
+            summary=summary,
+            kept=kept,
+            num_q_blocks=summary.shape[2],
+            num_k_blocks=num_k_blocks,
+            BLOCK_C=64,
+            BLOCK_I=64,
+        )
         programs = -(-(heads * num_k_blocks + 1) // CANDIDATES)  # one more, for inf
         best_distance = torch.empty(batch, programs, dtype=torch.float64, device=masses.device)
         best_gamma = torch.empty(batch, programs, dtype=torch.float32, device=masses.device)
         launch(
             _candidates_kernel,
             (programs, batch, 1),
-            (cumulative, kept, forced, best_distance, best_gamma),
-            (
-                *strides(kept, 2), *strides(forced, 2), num_k_blocks, min_blocks, max_blocks, heads,
-                num_k_blocks.bit_length(), density,
-            ),
-            (CANDIDATES, HEADS),
-        )  # fmt: skip
+            cumulative=cumulative,
+            kept=kept,
+            forced=forced,
+            best_distance=best_distance,
+            best_gamma=best_gamma,
+            num_k_blocks=num_k_blocks,
+            min_blocks=min_blocks,
+            max_blocks=max_blocks,
+            heads=heads,
+            search_steps=num_k_blocks.bit_length(),
+            density=density,
+            CANDIDATES=CANDIDATES,
+            HEADS=HEADS,
+        )
     launch(
         _counts_kernel,
         (batch * heads, 1, 1),
-        (cumulative, forced, best_distance, best_gamma, count),
-        (*strides(forced, 2), num_k_blocks, min_blocks, max_blocks, heads, programs, gamma),
-        (density is not None, 256),
+        cumulative=cumulative,
+        forced=forced,
+        best_distance=best_distance,
+        best_gamma=best_gamma,
+        count=count,
+        num_k_blocks=num_k_blocks,
+        min_blocks=min_blocks,
+        max_blocks=max_blocks,
+        heads=heads,
+        num_candidates=programs,
+        gamma=gamma,
+        FIND_GAMMA=density is not None,
+        BLOCK_J=256,
     )
     return count
