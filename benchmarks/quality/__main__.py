@@ -7,6 +7,7 @@ python -m benchmarks.quality --model needle                        # a needle mo
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import sys
@@ -148,7 +149,7 @@ class Session:
         }
         return ResultFile(out, {"device": processor(self.model.device)} | versions(), settings)
 
-    def measure(self, cells: Iterable[Cell], total: int, results: ResultFile, until: float = math.inf) -> None:
+    def measure(self, cells: Iterable[Cell], total: int | None, results: ResultFile, until: float = math.inf) -> None:
         """Run cells under a progress bar, print tables, and draw the plot beside the file."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -157,12 +158,12 @@ class Session:
         notes = Console(stderr=True)
         with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as progress:
             bar = progress.add_task("", total=total)
-            begin = time.monotonic()
-            context = lambda length: long_context(self.name, self.model, length)  # noqa: E731
+            begin, of = time.monotonic(), "" if total is None else f"/{total}"
+            context = functools.partial(long_context, self.name, self.model)
             for n, cell in enumerate(run(self.model, cells, results, context, until)):
                 progress.update(bar, description=str(cell), completed=n)
                 if not notes.is_terminal:
-                    notes.print(f"{time.monotonic() - begin:7.1f} s  {n + 1}/{total}  {cell}", soft_wrap=True)
+                    notes.print(f"{time.monotonic() - begin:7.1f} s  {n + 1}{of}  {cell}", soft_wrap=True)
         console = Console()
         for table in report.tables(results.rows):
             console.print(table)
