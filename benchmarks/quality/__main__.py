@@ -1,4 +1,7 @@
 """How much of a model's quality is left under sparse prefill: flexproxy, other methods and an oracle at equal density.
+Tasks are made on the spot: needles, chains, frequent words, and texts to predict. Every method chooses blocks of 128;
+the attention is the same sparse kernel for all. Writes a JSON file, after every cell, and draws quality against density
+beside it (PNG). The same command again goes on where it was stopped. docs/quality.md says what the columns mean.
 
 python -m benchmarks.quality                                       # SmolLM2, on fixed prose and code
 python -m benchmarks.quality --model meta-llama/Llama-3.1-8B --text book.txt --lengths 32768 --tasks single,text
@@ -19,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.harness import RESULTS, versions
+from benchmarks.harness import Out, Quick, command, fractions, integers, listed, result_path, versions
 from benchmarks.quality import report
 from benchmarks.quality.evaluate import Cell, ResultFile, run
 from benchmarks.quality.methods import BASELINES, EXPERIMENTS, default_proxies, fits, methods_of, ours
@@ -32,24 +35,7 @@ from flexproxy.cli.inputs import load_decoder, load_tokenizer, pick_device
 from flexproxy.environment import processor
 
 USUAL_BASELINES = [name for name in BASELINES if name not in ("random", "oracle, per row")]
-CALIBRATED_ON = 8192  # tokens
-
-
-def integers(text: str) -> list[int]:
-    return [_at_least_one(int(part)) for part in text.split(",") if part]
-
-
-def _at_least_one(value: int) -> int:
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def fractions(text: str) -> list[float]:
-    values = [float(part) for part in text.split(",") if part]
-    if not all(0.0 < value <= 1.0 for value in values):
-        raise ValueError
-    return values
+SHORT: Any = {"lengths": "1024", "texts": 2, "answers": 2, "densities": "0.5", "proxies": "kv"}
 
 
 def names(text: str) -> list[str]:
@@ -62,11 +48,6 @@ def strides(text: str) -> list[str]:
     if not all(re.fullmatch(r"((outlier)?[1-9]\d*:)?[1-9]\d*", part) for part in parts):
         raise ValueError
     return parts
-
-
-def listed(parse: Any, metavar: str, text: str) -> Any:
-    """An option that is a list with commas."""
-    return typer.Option(parser=parse, metavar=metavar, help=text)
 
 
 def config_of(proxies: int, text: str, min_budget: int) -> ProxyConfig:
@@ -176,6 +157,7 @@ def _described(text: Text) -> dict[str, Any]:
 
 
 def main(
+    *,
     model: Annotated[
         str,
         typer.Option(help=f"{', '.join(MODELS)}; needle; or a folder or name of a causal model of transformers."),
@@ -184,15 +166,15 @@ def main(
     text: Annotated[
         Path | None, typer.Option(help="File or folder to make tasks from, instead of the fixed prose and code.")
     ] = None,
-    tasks: Annotated[Any, listed(names, "TASK,...", "Needles, chains, words, and texts to predict.")] = None,
-    lengths: Annotated[Any, listed(integers, "N,...", "Tokens of a sequence.")] = "8192",
+    tasks: Annotated[Any, listed(names, "Needles, chains, words, and texts to predict.")] = None,
+    lengths: Annotated[Any, listed(integers, "Tokens of a sequence.")] = "8192",
     texts: Annotated[int, typer.Option(min=1, help="Sequences of a text to predict; their seeds count from 0.")] = 16,
     answers: Annotated[int, typer.Option(min=1, help="Answers to ask for, at least, in as many sequences.")] = 64,
-    densities: Annotated[Any, listed(fractions, "X,...", "Kept / causal blocks.")] = "0.12,0.25,0.5",
-    gammas: Annotated[Any, listed(fractions, "X,...", "Of flexproxy, besides the densities.")] = "",
-    proxies: Annotated[Any, listed(names, "P,...", "flexproxy's proxy heads; kv is the default.")] = "1,kv",
+    densities: Annotated[Any, listed(fractions, "Kept / causal blocks.")] = "0.12,0.25,0.5",
+    gammas: Annotated[Any, listed(fractions, "Of flexproxy, besides the densities.")] = "",
+    proxies: Annotated[Any, listed(names, "flexproxy's proxy heads; kv is the default.")] = "1,kv",
     stride: Annotated[
-        Any, listed(strides, "S,...", "flexproxy's strides; of queries and keys as 8:2, outliers as outlier8:1.")
+        Any, listed(strides, "flexproxy's strides; of queries and keys as 8:2, outliers as outlier8:1.")
     ] = "4",
     min_budget: Annotated[
         int, typer.Option(min=0, help="Tokens that a row keeps at least, where this can be set.")
@@ -205,18 +187,9 @@ def main(
     corrections: Annotated[
         bool, typer.Option("--corrections", help="flexproxy also with means of dropped blocks, and with dense rows.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Result file; the plot goes beside it.")] = RESULTS / "quality.json",
-    quick: Annotated[bool, typer.Option("--quick", help="One short case, to see that everything runs.")] = False,
+    out: Out = None,
+    quick: Quick = False,
 ) -> None:
-    """Quality of sparse prefill. Tasks are made on the spot: needles, chains, frequent words, and texts to predict.
-
-    Every method chooses blocks of 128; the attention is the same sparse kernel for all. Writes a JSON file, after every
-    cell, and draws quality against density beside it (PNG). The same command again goes on where it was stopped.
-    docs/quality.md says what the columns mean.
-    """
-    if quick:
-        lengths, texts, answers, densities, proxies, stride = [1024], 2, 2, [0.5], ["kv"], ["4"]
-        out = RESULTS / "quick" / "quality.json" if out == RESULTS / "quality.json" else out
     chosen = USUAL_BASELINES if baseline is None else [name for name in baseline if name != "none"]
     try:
         unknown = sorted(set(chosen) - set(BASELINES))
@@ -231,7 +204,9 @@ def main(
         methods = methods_of(configs, others, densities, gammas, min_budget, corrections)
         settings = {"tasks": tasks, "lengths": lengths, "texts": texts, "answers": answers, "densities": densities}
         settings |= {"gammas": gammas, "proxies": proxies, "strides": stride, "min_budget": min_budget}
-        results = session.results(out, settings | {"baselines": others, "corrections": corrections})
+        results = session.results(
+            result_path("quality", out, quick), settings | {"baselines": others, "corrections": corrections}
+        )
     except ValueError as error:
         sys.exit(str(error))
     cells = [
@@ -242,4 +217,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main, **SHORT)

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.harness import command
 from benchmarks.quality.texts import Purpose, Text
 from flexproxy.files import replacing
 
@@ -103,11 +104,11 @@ def _piece(piece: dict[str, Any], sources: dict[str, bytes], library: Path) -> b
 
 
 def main(
+    *,
     library: Annotated[
         Path | None, typer.Option(help="Folder of CPython 3.11.7's library; by default that of this Python.")
     ] = None,
 ) -> None:
-    """Collect the texts of benchmarks/quality/corpus.json into .cache-quality/texts."""
     if shutil.which("apt-get") is None:
         raise SystemExit("text: expected apt-get, which collects the texts; run this on Debian or Ubuntu")
     try:
@@ -118,4 +119,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -21,6 +20,7 @@ pytest.importorskip("scipy")
 
 import transformers
 
+from benchmarks import harness
 from benchmarks.baselines import to_block_mask
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import evaluate, report
@@ -370,13 +370,7 @@ def arguments(folder: Path, text: Path, out: Path, *more: str) -> list[str]:
 
 
 def run_command(argv: list[str]) -> None:
-    typer.main.get_command(_app()).main(argv, standalone_mode=False)
-
-
-def _app() -> typer.Typer:
-    app = typer.Typer()
-    app.command()(command.main)
-    return app
+    harness.command(command.main, argv)
 
 
 CELLS = [("single", m) for m in ("dense", "flexproxy P 2, stride 4", "XAttention", "oracle")]
