@@ -74,6 +74,14 @@ def test_trees(check: Callable[[Tree], None], first: int, device: str) -> None:
             raise AssertionError(f"{case}: {error}") from error
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(200, 204))
+def test_trees_by_each_implementation(seed: int, implementation: str) -> None:
+    tree = Tree(seed, implementation)
+    for check in CHECKS:
+        check(tree)
+
+
 def test_planted_mistakes_are_seen() -> None:
     """A mask that means, allows or knows something else than its tree."""
     mistakes: list[tuple[Callable[[Tree], None], Callable[[Tree], dict[str, Any]]]] = [
