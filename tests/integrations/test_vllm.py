@@ -19,6 +19,7 @@ import torch
 
 pytest.importorskip("vllm")
 import transformers
+import vllm
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
@@ -28,7 +29,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 import flexproxy.integrations.transformers
 from flexproxy import ProxyConfig
 from flexproxy.integrations import vllm as integration
-from flexproxy.integrations.vllm import flash_attention
+from flexproxy.integrations.vllm import dense, flash_attention
 from tests.tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -165,14 +166,16 @@ def test_bad_settings_stop_the_engine(folder: Path) -> None:
     assert said.rstrip().endswith(f"ValueError: {line}")
 
 
-def test_registration() -> None:
-    """May be repeated; the class is there, and dense here, where there is no GPU."""
-    for _ in range(2):
-        integration.register()
-    backend = AttentionBackendEnum.CUSTOM.get_class()
-    assert backend is flash_attention.Backend
-    assert AttentionBackendEnum[backend.get_name()]
-    assert backend.get_impl_cls() is FlashAttentionImpl
+def test_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """May be repeated; the class is there, and dense here, where there is no GPU, as in versions to come."""
+    for version, module in (("0.26.0", flash_attention), ("9.9.9", dense)):
+        monkeypatch.setattr(vllm, "__version__", version)
+        for _ in range(2):
+            integration.register()
+        backend = AttentionBackendEnum.CUSTOM.get_class()
+        assert backend is module.Backend
+        assert AttentionBackendEnum[backend.get_name()]
+        assert backend.get_impl_cls() is FlashAttentionImpl
     assert issubclass(flash_attention.Layer, FlashAttentionImpl)
 
 

@@ -8,14 +8,25 @@ docs/serving.md.
 
 from __future__ import annotations
 
+import logging
+
+from flexproxy.integrations.vllm.versions import why_unsupported
+
 __all__ = ["register"]
 
-BACKEND = "flexproxy.integrations.vllm.flash_attention.Backend"
-"""The class that vLLM loads where the backend CUSTOM is selected."""
+SPARSE = "flexproxy.integrations.vllm.flash_attention.Backend"
+DENSE = "flexproxy.integrations.vllm.dense.Backend"
+"""The class that vLLM loads where the backend CUSTOM is selected; the latter for versions that are not supported."""
 
 
 def register() -> None:
-    """Register the backend CUSTOM with vLLM. May be called again; loads nothing that vLLM has not loaded."""
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    """Register the backend CUSTOM with vLLM. May be called again; imports nothing that vLLM has not imported."""
+    import vllm
 
-    register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
+    try:
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    except ImportError:  # an exception would end vLLM, also for those who do not ask for the backend
+        logging.getLogger("vllm").warning("flexproxy: no backend in vLLM %s, which has no registry", vllm.__version__)
+        return
+    unsupported = why_unsupported(vllm.__version__) is not None
+    register_backend(AttentionBackendEnum.CUSTOM, DENSE if unsupported else SPARSE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import vllm
 from torch import Tensor
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -16,7 +15,6 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from flexproxy.integrations.vllm.sparse import SparseBuilder, SparseLayer
-from flexproxy.integrations.vllm.versions import why_unsupported
 from flexproxy.sparse.ragged import Keys, Paged
 
 logger = init_logger(f"vllm.{__name__}")
@@ -76,10 +74,9 @@ class Backend(FlashAttentionBackend):
 
 
 def _stays_dense() -> bool:
-    """Whether nothing is sparse here, which the log then says."""
-    why = why_unsupported(vllm.__version__)
-    if why is None and not current_platform.is_cuda():
-        why = f"it is for NVIDIA GPUs, and this is {current_platform.device_name}"
-    if why is not None:
-        logger.warning_once("flexproxy: all attention stays dense: %s", why)
-    return why is not None
+    """Whether nothing is sparse on this platform, which the log then says."""
+    if current_platform.is_cuda():
+        return False
+    name = current_platform.device_name
+    logger.warning_once("flexproxy: all attention stays dense: it is for NVIDIA GPUs, and this is %s", name)
+    return True

@@ -84,3 +84,20 @@ def description(plans: Mapping[int, Plan], shortest: Mapping[Plan, int | None]) 
         else:
             lines.append(f"{which} prefill sparsely where a prompt has {shortest[plan]} tokens or more: {settings}")
     return lines
+
+
+def rehearsals(max_queries: int, max_keys: int) -> list[tuple[int, int]]:
+    """Numbers of queries and keys to try: twice two lengths each, whole blocks and not, the longest last.
+
+    A kernel is compiled for the first length, and for any at the second; whole blocks may have one of their own.
+    """
+    queries, keys = min(max_queries, max_keys), max_keys
+    whole = [(queries // 2 // 128 * 128, keys // 2 // 128 * 128), (queries // 128 * 128, keys // 128 * 128)]
+    ragged = [(whole[0][0] - 1, whole[0][1] - 3), (queries - 1, keys - 3)]
+    pairs = [*whole, *ragged, (queries, keys)]
+    return [(q, k) for q, k in pairs if 1 < q <= k]
+
+
+def layer_index(name: str) -> int:
+    """The layer of a module: the first number in its name."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), 0)

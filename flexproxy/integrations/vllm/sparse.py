@@ -28,7 +28,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 from flexproxy.checks import MAX_HEAD_DIM, MIN_HEAD_DIM
 from flexproxy.config import ProxyConfig
 from flexproxy.integrations.common import share_of_rank
-from flexproxy.integrations.vllm.layers import Heads, Plan, description
+from flexproxy.integrations.vllm.layers import Heads, Plan, description, layer_index, rehearsals
 from flexproxy.integrations.vllm.settings import Settings, parse
 from flexproxy.integrations.vllm.step import Run, dense_runs, prefills, sparse_requests
 from flexproxy.sparse.ragged import Keys, Request, attend_requests
@@ -272,23 +272,6 @@ class _Zeros(NamedTuple):
     def of(self, request: Request) -> tuple[Tensor, Tensor]:
         k, v = self.tokens.transpose(0, 1)[None].chunk(2, dim=-1)
         return k, v
-
-
-def rehearsals(max_queries: int, max_keys: int) -> list[tuple[int, int]]:
-    """Numbers of queries and keys to try: twice two lengths each, whole blocks and not, the longest last.
-
-    A kernel is compiled for the first length, and for any at the second; whole blocks may have one of their own.
-    """
-    queries, keys = min(max_queries, max_keys), max_keys
-    whole = [(queries // 2 // 128 * 128, keys // 2 // 128 * 128), (queries // 128 * 128, keys // 128 * 128)]
-    ragged = [(whole[0][0] - 1, whole[0][1] - 3), (queries - 1, keys - 3)]
-    pairs = [*whole, *ragged, (queries, keys)]
-    return [(q, k) for q, k in pairs if 1 < q <= k]
-
-
-def layer_index(name: str) -> int:
-    """The layer of a module: the first number in its name."""
-    return next((int(part) for part in name.split(".") if part.isdecimal()), 0)
 
 
 def _settings_of(vllm_config: Any) -> Settings:
