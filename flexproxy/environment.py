@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import flexproxy
-from flexproxy.ops import implementations
+from flexproxy.ops import compat, implementations
 from flexproxy.sparse.kernel_options import fastest
 
 # Package: what needs it, and what pip installs it with.
@@ -47,8 +47,8 @@ def cpp_compiler() -> tuple[str, str | None]:
 
 def version_of(package: str) -> str | None:
     """The installed version; None if it is missing."""
-    if package == "triton":  # several distributions bring this module
-        return str(importlib.import_module("triton").__version__) if importlib.util.find_spec("triton") else None
+    if package == "triton":
+        return compat.triton_version()
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,9 +1,10 @@
-"""The differences between versions of torch, by capability. Nothing else in flexproxy looks at versions."""
+"""The differences between versions of torch and triton. Nothing else in flexproxy looks at versions."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
@@ -51,6 +52,17 @@ def from_kv_blocks(
         mask_mod=mask_mod,
         **known,
     )
+
+
+def triton_version() -> str | None:
+    """The version of the module triton, which several distributions bring; None if it is not installed."""
+    return str(importlib.import_module("triton").__version__) if importlib.util.find_spec("triton") else None
+
+
+def triton_release() -> tuple[int, int]:
+    """The first two numbers of ``triton_version``; zeros if it is not installed."""
+    major, minor = (triton_version() or "0.0").split(".")[:2]
+    return int(major), int(minor)
 
 
 def flash_backend_exists() -> bool:

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextvars import ContextVar
-from importlib import metadata
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
 from flexproxy.ops import compat
 
@@ -53,17 +50,21 @@ def chosen() -> Name:
     return _chosen.get()
 
 
-def kernel_of(operator: str, x: Tensor) -> Callable[..., Any] | None:
-    """The Triton kernel's launcher that carries out an operator on the device of ``x``; None for PyTorch."""
+def picked(device: torch.device) -> Literal["torch", "triton"]:
+    """Which implementation carries out the operators on a device.
+
+    Raises:
+        RuntimeError: the one that was asked for cannot run there.
+    """
     name = _chosen.get()
     if name == "torch":
-        return None
-    missing = _why_torch(x.device) if name == "auto" else _missing(x.device)
+        return "torch"
+    missing = _why_torch(device) if name == "auto" else _missing(device)
     if missing is None:
-        return _kernels()[operator]
+        return "triton"
     if name == "triton":
         raise RuntimeError(f"implementation: 'triton' was asked for, but {missing}; use 'auto' or 'torch'")
-    return None
+    return "torch"
 
 
 def automatic(device: torch.device) -> tuple[str, str]:
@@ -97,11 +98,4 @@ def _missing(device: torch.device) -> str | None:
 
 def interpreter_runs() -> bool:
     """Whether triton's interpreter runs the kernels: before 3.4 it overlooks constants whose annotation is a string."""
-    major, minor = metadata.version("triton").split(".")[:2]
-    return (int(major), int(minor)) >= (3, 4)
-
-
-@functools.cache
-def _kernels() -> Mapping[str, Callable[..., Any]]:
-    kernels: Mapping[str, Callable[..., Any]] = importlib.import_module("flexproxy.ops.kernels").OPERATORS
-    return kernels
+    return compat.triton_release() >= (3, 4)

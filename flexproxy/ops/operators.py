@@ -15,10 +15,11 @@ fewer annotations than later versions. The shapes and dtypes of the results are 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import inspect
 import types
-from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Annotated, Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -66,12 +67,11 @@ def operator(
 
         def run(arguments: Sequence[Any]) -> Any:
             first = form.first_tensor(arguments)
-            kernel = implementations.kernel_of(form.name, first) if has_kernel else None
-            if kernel is None:
+            if not has_kernel or implementations.picked(first.device) == "torch":
                 with torch.autocast(first.device.type, enabled=False):
                     return function(*arguments)  # type: ignore[call-arg]
             with _on_device_of(first):
-                return form.named(kernel(*arguments))
+                return form.named(_launchers()[form.name](*arguments))
 
         def run_flat(*flat: Any) -> Any:
             result = run(form.rebuilt(flat))
@@ -90,7 +90,7 @@ def operator(
         )
         custom.register_fake(fake)
 
-        @wraps(function)
+        @functools.wraps(function)
         def call(*args: Args.args, **kwargs: Args.kwargs) -> Result:
             arguments = form.in_order(args, kwargs)
             if not torch.compiler.is_compiling():
@@ -197,6 +197,12 @@ def _named_tuple(hint: Any) -> Any:
 def _fields(named_tuple: Any) -> dict[str, Any]:
     hints = get_type_hints(named_tuple, include_extras=True)
     return {name: hints[name] for name in named_tuple._fields}
+
+
+@functools.cache
+def _launchers() -> Mapping[str, Callable[..., Any]]:
+    launchers: Mapping[str, Callable[..., Any]] = importlib.import_module("flexproxy.ops.kernels").OPERATORS
+    return launchers
 
 
 def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -3,48 +3,40 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from importlib import metadata
-from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import flexproxy
-from flexproxy import ProxyConfig
+from flexproxy import ProxyConfig, environment
 from flexproxy.ops import compat, implementations
-from flexproxy.ops.implementations import kernel_of, use
+from flexproxy.ops.implementations import picked, use
 
-CPU = torch.empty(0)
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
 def nothing_cached() -> Iterator[None]:
     """What can run is looked up anew in each test, and after it."""
-    for cached in (implementations._missing, implementations._kernels):
-        cached.cache_clear()
+    implementations._missing.cache_clear()
     yield
-    for cached in (implementations._missing, implementations._kernels):
-        cached.cache_clear()
+    implementations._missing.cache_clear()
 
 
-class Machine:
-    """A machine with Triton, its interpreter on or off, and one GPU or none."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, triton: bool = True, interpreted: bool = False) -> None:
-        monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
-        modules = {"flexproxy.ops.kernels": SimpleNamespace(OPERATORS={"op": self})}  # triton itself is not imported
-        monkeypatch.setattr(implementations, "find_spec", lambda name: object() if triton else None)
-        monkeypatch.setattr(implementations, "importlib", SimpleNamespace(import_module=modules.__getitem__))
-        monkeypatch.setattr(implementations, "interpreter_runs", lambda: True)
-        monkeypatch.setattr(compat, "IS_ROCM", False)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-
-
-def on_gpu() -> Any:
-    return SimpleNamespace(device=torch.device("cuda", 0), is_cuda=True)
+def make_machine(monkeypatch: pytest.MonkeyPatch, triton: bool = True, interpreted: bool = False) -> None:
+    """A machine with Triton, its interpreter on or off, and one GPU."""
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
+    monkeypatch.setattr(implementations, "find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr(implementations, "interpreter_runs", lambda: True)
+    monkeypatch.setattr(compat, "IS_ROCM", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
 @pytest.mark.parametrize("name", ["Triton", "cuda", "", None, 1])
@@ -56,30 +48,30 @@ def test_unknown_names(name: Any) -> None:
 
 def test_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch on a CPU, also where the interpreter could run; Triton on a GPU."""
-    machine: Any = Machine(monkeypatch, interpreted=True)
-    assert kernel_of("op", CPU) is None
-    assert kernel_of("op", on_gpu()) is machine
-    assert implementations.automatic(on_gpu().device)[0] == "triton"
+    make_machine(monkeypatch, interpreted=True)
+    assert picked(CPU) == "torch"
+    assert picked(GPU) == "triton"
+    assert implementations.automatic(GPU)[0] == "triton"
     with use("torch"):
-        assert kernel_of("op", on_gpu()) is None
+        assert picked(GPU) == "torch"
     with use("triton"):
-        assert kernel_of("op", CPU) is machine
+        assert picked(CPU) == "triton"
 
 
 MISSING = {
     "no triton": ({"triton": False}, CPU, r'triton is not installed \(pip install "flexproxy\[triton\]"\)'),
     "no interpreter": ({}, CPU, "the tensors are on cpu, and TRITON_INTERPRET is not set"),
     "old interpreter": ({}, CPU, r"the interpreter of triton before 3\.4 cannot run the kernels"),
-    "old GPU": ({}, on_gpu(), r"cuda:0 has a compute capability below 8\.0"),
-    "AMD GPU": ({}, on_gpu(), "on AMD GPUs the kernels have not been tried"),
+    "old GPU": ({}, GPU, r"cuda:0 has a compute capability below 8\.0"),
+    "AMD GPU": ({}, GPU, "on AMD GPUs the kernels have not been tried"),
 }
 
 
 @pytest.mark.parametrize("name", MISSING)
 def test_what_cannot_run_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for, Triton runs or raises an error with the remedy; not asked for, PyTorch runs."""
-    machine, x, message = MISSING[name]
-    Machine(monkeypatch, **machine)
+    machine, device, message = MISSING[name]
+    make_machine(monkeypatch, **machine)
     if name == "old GPU":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     if name == "AMD GPU":
@@ -87,30 +79,51 @@ def test_what_cannot_run_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     if name == "old interpreter":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(implementations, "interpreter_runs", lambda: False)
-    assert kernel_of("op", x) is None
-    chosen, why = implementations.automatic(x.device)
+    assert picked(device) == "torch"
+    chosen, why = implementations.automatic(device)
     assert chosen == "torch"
-    assert re.match("cpu is not a CUDA device" if x is CPU else f"{message}|cpu is not", why)
+    assert re.match("cpu is not a CUDA device" if device is CPU else f"{message}|cpu is not", why)
     with use("torch"):
-        assert kernel_of("op", x) is None
+        assert picked(device) == "torch"
     with (
         use("triton"),
         pytest.raises(RuntimeError, match=f"^implementation: 'triton' was asked for, but {message}; use"),
     ):
-        kernel_of("op", x)
+        picked(device)
 
 
 @pytest.mark.parametrize(
     ("version", "runs"), [("3.1.0", False), ("3.3.1", False), ("3.4.0", True), ("4.0.0+git1", True)]
 )
 def test_which_interpreter_runs(version: str, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "version", lambda package: version)
+    monkeypatch.setattr(compat, "triton_version", lambda: version)
     assert implementations.interpreter_runs() is runs
+
+
+@pytest.mark.parametrize("distribution", ["triton", "pytorch-triton", "triton-windows"])
+def test_the_version_is_that_of_the_module(distribution: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever distribution brings it: none of the others is known to the package index."""
+
+    def version(name: str) -> str:
+        if name != distribution:
+            raise metadata.PackageNotFoundError(name)
+        return "0.1"
+
+    module = ModuleType("triton")
+    module.__version__, module.__spec__ = "3.5.1+git2", ModuleSpec("triton", None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "triton", module)
+    monkeypatch.setattr(metadata, "version", version)
+    assert compat.triton_version() == environment.version_of("triton") == "3.5.1+git2"
+    assert compat.triton_release() == (3, 5)
+    assert implementations.interpreter_runs()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert compat.triton_version() is environment.version_of("triton") is None
+    assert not implementations.interpreter_runs()
 
 
 def test_an_operator_raises_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error comes from ``build`` as it is."""
-    Machine(monkeypatch)
+    make_machine(monkeypatch)
     q = torch.randn(1, 2, 300, 16)
     with use("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET is not set"):
         flexproxy.build(q, q)

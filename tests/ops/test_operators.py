@@ -182,16 +182,17 @@ def test_a_kernel_takes_the_place_of_the_function(monkeypatch: pytest.MonkeyPatc
 
     asked: list[Any] = []
 
-    def kernel_of(name: str, x: Tensor) -> Any:
-        asked.append((name, x))
-        return launcher
+    def picked(device: torch.device) -> str:
+        asked.append(device)
+        return "triton"
 
     with_kernel: Any = operator(lambda a: [(a.pair.x.shape, torch.float32)] * 2)(_renamed())
-    monkeypatch.setattr(implementations, "kernel_of", kernel_of)
+    monkeypatch.setattr(implementations, "picked", picked)
+    monkeypatch.setattr(operators, "_launchers", lambda: {"mock_launched": launcher})
     pair = Pair(X)
     assert with_kernel(2, pair=pair).sums is X
     assert given == [(2, pair, 7)]
-    assert asked == [("mock_launched", X)]
+    assert asked == [X.device]
 
 
 def _renamed() -> Any:

@@ -22,11 +22,13 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from flexproxy.ops import compat
+
 MAX_KEPT = 2**14
 _kept: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # compiled kernels, and their strides and numbers
 _layouts: dict[Any, _Layout] = {}
 # CompiledKernel.run has taken the same arguments from 3.4 to 3.8; with others, launches stay ordinary ones.
-_DIRECT = (3, 4) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 8)
+_DIRECT = (3, 4) <= compat.triton_release() <= (3, 8)
 
 
 class _Layout(NamedTuple):
