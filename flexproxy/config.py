@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 __all__ = ["ProxyConfig"]
 
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 1024
+MAX_DEFAULT_PROXIES = 8
 NEIGHBOURS = 128  # queries, from a multiple of this number on, whose mean an outlier is far from
 QueryChoice = Literal["first", "outlier"]
 
@@ -21,11 +22,12 @@ QueryChoice = Literal["first", "outlier"]
 class ProxyConfig:
     """How blocks are scored, and how many of them each head keeps.
 
-    The defaults are those of the paper (arXiv 2509.24745, section 4.1); ``ProxyConfig.paper()`` will stay that.
+    The defaults rest on pre-trained models; ``ProxyConfig.paper()`` is the method of the paper (arXiv 2509.24745).
 
     Attributes:
         num_proxies: number P of proxy heads. Divides Hkv, or is a multiple of Hkv that divides Hq. Heads are grouped
-            contiguously, aligned with the KV groups of GQA.
+            contiguously, aligned with the KV groups of GQA. None: one for each key/value head, but at most 8: the
+            largest divisor of Hkv up to 8. Under tensor parallelism, that of the whole model.
         groups: proxy index of every query head, length Hq, every index from 0 to P - 1 used. Replaces ``num_proxies``.
         gamma: attention mass that each head's budget must reach, in (0, 1]. 1.0 keeps every block.
         density: target mean density (kept blocks / admissible blocks) in (0, 1]. Replaces ``gamma``: the one gamma that
@@ -39,16 +41,19 @@ class ProxyConfig:
         block_size: tokens per block, for queries and for keys. A power of two from 16 to 1024. On a GPU, blocks smaller
             than 128 need kernel options with tiles that divide them; ``flexproxy.attention`` sets these itself.
         min_budget: tokens that every row keeps at least (where the mask admits so many).
-        max_budget: tokens that a row keeps at most.
-        sink_blocks: first key blocks that every row keeps, inside its budget.
+        max_budget: tokens that a row keeps at most; not of the dense last blocks.
+        sink_blocks: first key blocks that every row keeps, inside its budget: those in which the real tokens of its
+            sequence (of its document, after left padding) begin. A row that may not see them has none.
         local_blocks: most recent key blocks that every row keeps, inside its budget; the diagonal is the first of them.
+        dense_last_blocks: last rows of blocks of every sequence (and packed document) that attend to everything: the
+            question stands there.
 
     Raises:
         TypeError: a field has the wrong type.
         ValueError: a field is out of range, or two fields contradict each other.
     """
 
-    num_proxies: int = 1
+    num_proxies: int | None = None
     groups: Sequence[int] | None = None
     gamma: float = 0.95
     density: float | None = None
@@ -58,13 +63,15 @@ class ProxyConfig:
     block_size: int = 128
     min_budget: int = 2048
     max_budget: int | None = None
-    sink_blocks: int = 0
-    local_blocks: int = 1
+    sink_blocks: int = 1
+    local_blocks: int = 2
+    dense_last_blocks: int = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
-        _check_int("num_proxies", self.num_proxies, 1)
+        if self.num_proxies is not None:
+            _check_int("num_proxies", self.num_proxies, 1)
         _check_fraction("gamma", self.gamma)
         if self.density is not None:
             _check_fraction("density", self.density)
@@ -77,6 +84,7 @@ class ProxyConfig:
         _check_query_choice(self.query_choice, self.strides[0])
         _check_int("sink_blocks", self.sink_blocks, 0)
         _check_int("local_blocks", self.local_blocks, 1)
+        _check_int("dense_last_blocks", self.dense_last_blocks, 0)
         _check_int("min_budget", self.min_budget, 0)
         if self.max_budget is not None:
             _check_int("max_budget", self.max_budget, 1)
@@ -99,8 +107,8 @@ class ProxyConfig:
     def paper(cls, **changes: Any) -> ProxyConfig:
         """The paper's method, exactly (arXiv 2509.24745, section 4.1), whatever the defaults become.
 
-        One proxy head as for Llama-3.1-8B, gamma 0.95, stride 4, blocks of 128, at least 2048 tokens a row, and no
-        forced block but the diagonal. The paper also reports ``num_proxies=4`` (Qwen2.5-7B-1M) and ``gamma=0.9``.
+        One proxy head as for Llama-3.1-8B, gamma 0.95, stride 4, blocks of 128, at least 2048 tokens a row, no forced
+        block but the diagonal, no dense row. The paper also reports ``num_proxies=4`` (Qwen2.5-7B-1M), ``gamma=0.9``.
 
         Args:
             changes: fields to set otherwise, by name.
@@ -121,16 +129,16 @@ class ProxyConfig:
             max_budget=None,
             sink_blocks=0,
             local_blocks=1,
+            dense_last_blocks=0,
         )
         return replace(settings, **changes)
 
     @classmethod
     def outliers(cls, **changes: Any) -> ProxyConfig:
-        """Two proxy heads, and the scores of every key with the outlier of every 8 queries: finds more. [ours]
+        """The scores of every key with the outlier of every 8 queries. [ours]
 
         ``query_stride=16`` scores half as many pairs, and loses where several things are looked for in 16 tokens. What
-        both find, and take, is in docs/quality.md and docs/performance.md. For heads that two does not divide, set
-        ``num_proxies``.
+        both find, and take, is in docs/quality.md and docs/performance.md.
 
         Args:
             changes: fields to set otherwise, by name.
@@ -138,13 +146,16 @@ class ProxyConfig:
         Raises:
             TypeError, ValueError: as ``ProxyConfig``.
         """
-        settings: dict[str, Any] = {"num_proxies": 2, "stride": 1, "query_stride": 8, "query_choice": "outlier"}
+        settings: dict[str, Any] = {"stride": 1, "query_stride": 8, "query_choice": "outlier"}
         return cls(**(settings | changes))
 
-    @property
-    def total_proxies(self) -> int:
-        """P, by ``groups`` where there are any."""
-        return self.num_proxies if self.groups is None else max(self.groups) + 1
+    def proxies(self, num_kv_heads: int) -> int:
+        """P, for a number Hkv of key/value heads."""
+        if self.groups is not None:
+            return max(self.groups) + 1
+        if self.num_proxies is not None:
+            return self.num_proxies
+        return default_proxies(num_kv_heads)
 
     @property
     def strides(self) -> tuple[int, int]:
@@ -190,6 +201,11 @@ def _plain(value: Any) -> Any:
     if type(value) in (bool, int, float) or not isinstance(value, Real):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
+
+
+def default_proxies(num_kv_heads: int) -> int:
+    """One proxy for each key/value head, but at most 8: the largest divisor of Hkv up to that."""
+    return max(p for p in range(1, MAX_DEFAULT_PROXIES + 1) if num_kv_heads % p == 0)
 
 
 def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:

@@ -19,16 +19,21 @@ from flexproxy.masks.blocks import (
     Admissible,
     classify_by_evaluation,
     classify_clauses,
+    confined,
     depends_on,
+    first_blocks,
     summarize_rows,
+    valid_queries,
 )
 from flexproxy.masks.clauses import stack
 from flexproxy.masks.mods import shifted
 from flexproxy.masks.sampled import SampledMask, evaluated_at
-from flexproxy.masks.structure import MaskMod, check_tables, clauses_of, structure_of
+from flexproxy.masks.sequences import sequence_rows
+from flexproxy.masks.structure import MaskMod, check_tables, clauses_of, documents_of, structure_of
 from flexproxy.ops.cache import kept
+from flexproxy.ops.operators import capturable
 from flexproxy.selection import Selection
-from flexproxy.stages.budget import block_masses, clip_counts, count_blocks, last_valid_queries
+from flexproxy.stages.budget import block_masses, clip_counts, count_blocks, last_valid_queries, rows_with_count
 from flexproxy.stages.lists import compile_block_mask, dense_maps
 from flexproxy.stages.proxy import Groups, head_groups, merge_heads, outlying_queries, pool_heads, proxy_of_heads
 from flexproxy.stages.ranking import ForcedRule, forced_counts, rank_blocks
@@ -57,7 +62,7 @@ def select(
         scale: factor of the attention scores; None is 1 / sqrt(D).
 
     Returns:
-        Selection with ``rank [B, P, Nq, Nk]``, ``count [B, Hq]``, ``proxy_of [Hq]``. No gradient flows through it.
+        Selection with ``rank [B, P, Nq, Nk]``, ``count [B, Hq, Nq]``, ``proxy_of [Hq]``. No gradient flows through it.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
@@ -95,8 +100,10 @@ def select_for(
     sizes = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     q_stride, k_stride = config.strides
     strides = (None if config.chooses_queries else q_stride), k_stride
-    frame = _Frame(*sizes, config.block_size, strides, config.sink_blocks, config.local_blocks)
-    mask = _read_mask(mask_mod, block_mask, q, frame, groups, proxy_of)
+    frame = _Frame(
+        *sizes, config.block_size, strides, (config.sink_blocks, config.local_blocks), config.dense_last_blocks
+    )
+    mask = _read_mask(mask_mod, block_mask, q, frame, groups)
 
     # 1. Proxy heads, and their scores: one ranking of blocks for all heads of a proxy.
     q_proxy, k_proxy = pool_heads(q, groups, strides[0] or 1), pool_heads(k, k_groups, k_stride)
@@ -111,12 +118,16 @@ def select_for(
     workspace = min(max(4 * q.shape[0] * q.shape[1] * mask.some.shape[2] * mask.some.shape[3], 2**25), 2**30)
     scores = block_scores(q_proxy, k_proxy, sampled, mask.some, mask.rows, sampling, scale, workspace)
     rank = rank_blocks(scores, mask.some, mask.rows, mask.rule)
+    head_rank = None
+    if mask.admissible.any.shape[1] > 1:  # a head walks the ranking of its proxy over its own blocks
+        head_rank = rank_blocks(-rank[:, proxy_of].float(), mask.admissible.any, mask.head_rows, mask.rule)
 
-    # 2. Dynamic budgets: one count for every head, from the last queries of its sequence.
+    # 2. Dynamic budgets: a count for every row of a head, from the last queries of its sequence.
     count = _count_blocks(q, k, mask, config, scale)
 
     return Selection(
         rank=rank,
+        head_rank=head_rank,
         count=count,
         proxy_of=proxy_of,
         admissible=mask.admissible.any,
@@ -163,8 +174,8 @@ def classify(q: Tensor, k: Tensor, mask_mod: MaskMod | None, block_size: int) ->
     mask_mod = causal_at_end(q, k) if mask_mod is None else mask_mod
     check_tables(structure_of(mask_mod).tables, q)
     # No samples are needed: one token of each block is as few as there can be.
-    frame = _Frame(q.shape[0], q.shape[1], q.shape[2], k.shape[2], block_size, (block_size, block_size), 0, 1)
-    return mask_mod, _classify(mask_mod, frame, None, q.device).admissible
+    frame = _Frame(q.shape[0], q.shape[1], q.shape[2], k.shape[2], block_size, (block_size, block_size), (0, 1), 0)
+    return mask_mod, _classify(mask_mod, None, frame, None, q.device).admissible
 
 
 class _Frame(NamedTuple):
@@ -176,11 +187,11 @@ class _Frame(NamedTuple):
     num_keys: int
     block_size: int
     strides: tuple[int | None, int]  # of sampled queries, None where they are chosen later, and of keys
-    sink_blocks: int
-    local_blocks: int
+    forced: tuple[int, int]  # sink_blocks, local_blocks
+    dense_last_blocks: int
 
     def rule(self, offset: Tensor) -> ForcedRule:
-        return ForcedRule(offset, self.num_queries, self.block_size, self.sink_blocks, self.local_blocks)
+        return ForcedRule(offset, self.num_queries, self.block_size, *self.forced)
 
     def num_blocks(self) -> tuple[int, int]:
         return -(-self.num_queries // self.block_size), -(-self.num_keys // self.block_size)
@@ -192,17 +203,20 @@ class _Mask(NamedTuple):
     mask_mod: MaskMod
     admissible: Admissible
     some: Tensor  # bool [b, p, Nq, Nk], admissible blocks of the proxies
-    rows: Tensor  # int32 [b, p, Nq, 5], summarize_rows of the proxies
+    rows: Tensor  # int32 [b, p, Nq, 7], summarize_rows of the proxies
+    head_rows: Tensor  # int32 [b, 1 or Hq, Nq, 7], of the heads
     rule: ForcedRule
     forced: Tensor  # int32 [b, 1 or Hq], the most forced blocks of a row
     sampled: SampledMask  # at the sampled queries and keys; empty if it must be evaluated at queries chosen later
     probes: Tensor  # int64 [b, h, block_size], the last valid queries, -1 where there are fewer
     probed: SampledMask  # by clauses at every query and key, or by bits at the probes and every key
+    evaluated: MaskMod  # the mask, with the lists that confine it
 
 
 class _Classified(NamedTuple):
     admissible: Admissible
     mask: SampledMask  # by clauses, at every query and key; or by bits, at the sampled ones
+    evaluated: MaskMod
 
 
 def causal_at_end(q: Tensor, k: Tensor) -> MaskMod:
@@ -215,28 +229,36 @@ def _causal_at_end(device: torch.device, batch: int, num_before: int) -> MaskMod
     return shifted(masks.causal, torch.full((batch,), num_before, dtype=torch.int32, device=device))
 
 
-def _classify(mask_mod: MaskMod, frame: _Frame, groups: Groups | None, device: torch.device) -> _Classified:
+def _classify(
+    mask_mod: MaskMod, listed: Tensor | None, frame: _Frame, groups: Groups | None, device: torch.device
+) -> _Classified:
+    """listed: bool ``[b, h, Nq, Nk]``, the blocks to which lists confine the mask; None for all."""
     clauses = clauses_of(structure_of(mask_mod), frame.num_queries, frame.num_keys, device)
     if clauses is not None:
         stacked = stack(clauses)
-        return _Classified(classify_clauses(stacked, frame.num_keys, frame.block_size), SampledMask(*stacked))
+        admissible = classify_clauses(stacked, frame.num_keys, frame.block_size)
+        if listed is not None:
+            valid = valid_queries(stacked, listed, frame.num_keys, frame.block_size)
+            admissible = Admissible(admissible.any & listed, admissible.full & listed, valid)
+        return _Classified(admissible, SampledMask(*stacked, listed=listed), mask_mod)
+    if listed is not None:
+        mask_mod = confined(mask_mod, capturable(listed), frame.block_size)
     on_batch, on_head = depends_on(mask_mod, device)
     shape = frame.batch if on_batch else 1, frame.num_heads if on_head else 1, frame.num_queries, frame.num_keys
     q_stride, k_stride = frame.strides
-    return _Classified(
-        *classify_by_evaluation(
-            mask_mod,
-            shape,
-            frame.block_size,
-            (q_stride or frame.block_size, k_stride),
-            lambda mask: mask if groups is None else merge_heads(mask, groups),
-            device,
-        )
+    admissible, mask = classify_by_evaluation(
+        mask_mod,
+        shape,
+        frame.block_size,
+        (q_stride or frame.block_size, k_stride),
+        lambda mask: mask if groups is None else merge_heads(mask, groups),
+        device,
     )
+    return _Classified(admissible, mask, mask_mod)
 
 
 def _read_mask(
-    mask_mod: MaskMod | None, block_mask: BlockMask | None, q: Tensor, frame: _Frame, groups: Groups, proxy_of: Tensor
+    mask_mod: MaskMod | None, block_mask: BlockMask | None, q: Tensor, frame: _Frame, groups: Groups
 ) -> _Mask:
     if block_mask is not None:
         mask_mod = block_mask.mask_mod
@@ -245,14 +267,13 @@ def _read_mask(
         keep = not torch.compiler.is_compiling() and frame.batch * math.prod(frame.num_blocks()) <= MAX_KEPT_PAIRS
         return (_kept_causal if keep else _read_causal)(q.device, frame._replace(num_heads=1))
     check_tables(structure_of(mask_mod).tables, q)
-    return _prepare(mask_mod, block_mask, frame, groups, proxy_of)
+    return _prepare(mask_mod, block_mask, frame, groups, q.device)
 
 
 def _read_causal(device: torch.device, frame: _Frame) -> _Mask:
     """The mask where none is given, which is the same for all heads."""
     mask_mod = _causal_at_end(device, frame.batch, frame.num_keys - frame.num_queries)
-    groups = ((0,),)
-    return _prepare(mask_mod, None, frame, groups, proxy_of_heads(groups, device))
+    return _prepare(mask_mod, None, frame, ((0,),), device)
 
 
 # Of blocks: with more the device takes longer than the host. A mask of so many takes 3 MiB with blocks of 128.
@@ -260,45 +281,59 @@ MAX_KEPT_PAIRS = 2**20
 _kept_causal = kept(8)(_read_causal)
 
 
-def _prepare(mask_mod: MaskMod, block_mask: BlockMask | None, frame: _Frame, groups: Groups, proxy_of: Tensor) -> _Mask:
-    """block_mask: replaces the blocks that ``mask_mod`` admits. proxy_of: of the heads, as the groups have it."""
-    device = proxy_of.device
-    admissible, known = _classify(mask_mod, frame, groups, device)
-    if block_mask is not None:
-        some, full = dense_maps(block_mask, *frame.num_blocks())
-        admissible = admissible._replace(any=some, full=full)
-    some = merge_heads(admissible.any, groups)
-    rows = summarize_rows(some, merge_heads(admissible.full, groups))
+def _prepare(
+    mask_mod: MaskMod, block_mask: BlockMask | None, frame: _Frame, groups: Groups, device: torch.device
+) -> _Mask:
+    """block_mask: its lists are part of the mask, whose function ``mask_mod`` is."""
+    structure = structure_of(mask_mod)
+    listed = None if block_mask is None else dense_maps(block_mask, *frame.num_blocks())[0]
+    admissible, known, evaluated = _classify(mask_mod, listed, frame, groups, device)
+    is_known = known.lo is not None
+    begin = torch.zeros(1, dtype=torch.int32, device=device) if is_known else first_blocks(admissible.any)
+    q_label, k_label = documents_of(structure, frame.num_queries, frame.num_keys, device) or (None, None)
 
-    rule = frame.rule(structure_of(mask_mod).offset(frame.num_keys - frame.num_queries, device))
-    forced = forced_counts(admissible.any, rows, proxy_of, rule)
+    def rows_of(part: Admissible) -> Tensor:
+        size, dense_last_blocks = frame.block_size, frame.dense_last_blocks
+        sequence = sequence_rows(part.valid, begin, q_label, k_label, frame.num_keys, size, dense_last_blocks)
+        batch = max(len(part.any), len(sequence))
+        any_, full = (x.expand(batch, -1, -1, -1) for x in (part.any, part.full))
+        return summarize_rows(any_, full, sequence.expand(batch, -1, -1, -1))
+
+    of_proxies = Admissible(*(merge_heads(x, groups) for x in admissible))
+    rows = head_rows = rows_of(of_proxies)
+    if admissible.any.shape[1] > 1:
+        head_rows = rows_of(admissible)
+    rule = frame.rule(structure.offset(frame.num_keys - frame.num_queries, device))
+    forced = forced_counts(admissible.any, head_rows, rule)
     probes = last_valid_queries(admissible.valid, frame.block_size)
-    if known.lo is not None:
+    if is_known:
         sampled, probed = known.every(*frame.strides), known
+        if listed is not None:
+            sampled = sampled._replace(listed=merge_heads(listed, groups))
     else:
         sampled = SampledMask() if frame.strides[0] is None else known
-        probed = evaluated_at(mask_mod, probes.clamp(min=0), frame.num_keys)
-    return _Mask(mask_mod, admissible, some, rows, rule, forced, sampled, probes, probed)
+        probed = evaluated_at(evaluated, probes.clamp(min=0), frame.num_keys)
+    return _Mask(
+        mask_mod, admissible, of_proxies.any, rows, head_rows, rule, forced, sampled, probes, probed, evaluated
+    )
 
 
 def _evaluated_at(chosen: Tensor, mask: _Mask, frame: _Frame, groups: Groups, proxy_of: Tensor) -> SampledMask:
     """The mask at the chosen queries of every proxy, merged over its heads where these differ, and the sampled keys."""
     merge = None
-    # Asked of the function: a BlockMask may have one list for all heads where its function differs from head to head.
     if mask.admissible.valid.shape[1] > 1:
         chosen, merge = chosen[:, proxy_of], lambda x: merge_heads(x, groups)
-    return evaluated_at(mask.mask_mod, chosen, frame.num_keys, frame.strides[1], merge)
+    return evaluated_at(mask.evaluated, chosen, frame.num_keys, frame.strides[1], merge)
 
 
 def _count_blocks(q: Tensor, k: Tensor, mask: _Mask, config: ProxyConfig, scale: float) -> Tensor:
-    """int32 ``[B, Hq]``."""
+    """int32 ``[B, Hq, Nq]``."""
     num_blocks = mask.some.shape[-1]
     max_blocks = num_blocks if config.max_blocks is None else config.max_blocks
     if (config.gamma if config.density is None else config.density) == 1.0:
         count = torch.full(q.shape[:2], num_blocks, dtype=torch.int32, device=q.device)
-        return clip_counts(count, mask.forced, config.min_blocks, max_blocks, num_blocks)
-    rows = mask.rows
-    if config.density is not None and mask.admissible.any.shape[1] > 1:  # of the heads
-        rows = summarize_rows(mask.admissible.any, mask.admissible.full)
+        count = clip_counts(count, mask.forced, config.min_blocks, max_blocks, num_blocks)
+        return rows_with_count(count, mask.head_rows, num_blocks)
     masses = block_masses(q, k, mask.probes, mask.probed, config.block_size, scale)
+    rows = mask.head_rows
     return count_blocks(masses, rows, mask.forced, config.gamma, config.density, config.min_blocks, max_blocks)

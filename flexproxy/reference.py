@@ -6,6 +6,7 @@ Shares no arithmetic with the fast path, and is what the fast path is tested aga
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -22,6 +23,12 @@ def token_mask(mask_mod: MaskMod, batch: int, heads: int, num_queries: int, num_
     """The mask for token pairs: bool ``[B, Hq, Sq, Skv]``."""
     mask: Tensor = create_mask(mask_mod, batch, heads, num_queries, num_keys, device=device)
     return mask.expand(batch, heads, num_queries, num_keys)
+
+
+def listed(allowed: Tensor, blocks: Tensor, block_size: int) -> Tensor:
+    """The lists of a caller's BlockMask are part of its mask [ours]. blocks: bool ``[B, Hq, Nq, Nk]``."""
+    rows, columns = (torch.arange(length) // block_size for length in allowed.shape[-2:])
+    return allowed & blocks[:, :, rows[:, None], columns]
 
 
 def classify(allowed: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -92,8 +99,40 @@ def block_scores(q: Tensor, k: Tensor, allowed: Tensor, cell: tuple[int, int], s
     return reduce(padded, "b p (i x) (j y) -> b p i j", "max", x=x, y=y)
 
 
+def labels_of(allowed: Tensor, known: bool) -> tuple[Tensor, Tensor]:
+    """Sequences where the mask has no documents [ours]: int ``[B, Sq]`` and ``[B, Skv]``, the label 0; -1 is none.
+
+    Every key is of the sequence, or, where nothing is ``known`` of the mask, every key that some query of a head sees.
+    """
+    batch, _, num_queries, num_keys = allowed.shape
+    seen = torch.ones(batch, num_keys, dtype=torch.bool) if known else allowed.any(1).any(1)
+    return torch.zeros(batch, num_queries, dtype=torch.int64), torch.where(seen, 0, -1)
+
+
+def sinks(allowed: Tensor, q_label: Tensor, k_label: Tensor, block_size: int) -> Tensor:
+    """The first block of every row's sequence [ours]: int ``[B, H, Nq]``; Nk where no query of the row has one.
+
+    Labels: int ``[B, Sq]``, ``[B, Skv]``; negative is none. Of the valid queries of a row, the first sequence counts.
+    """
+    batch, heads, num_queries, num_keys = allowed.shape
+    num_blocks = -(-num_keys // block_size)
+    first = torch.full((batch, heads, -(-num_queries // block_size)), num_blocks)
+    for b in range(batch):
+        labels = k_label[b].tolist()
+        for h in range(heads):
+            for query in allowed[b, h].any(-1).nonzero().flatten().tolist():
+                label = int(q_label[b, query])
+                if label >= 0 and label in labels:
+                    row = first[b, h, query // block_size]
+                    row.clamp_(max=labels.index(label) // block_size)
+    return first
+
+
 def probe_masses(q: Tensor, k: Tensor, allowed: Tensor, block_size: int, scale: float) -> Tensor:
-    """Mass of every key block over the last ``block_size`` valid queries of each sequence: fp64 ``[B, Hq, Nk]``."""
+    """Mass of every key block over the last ``block_size`` valid queries of each sequence: fp64 ``[B, Hq, Nk]``.
+
+    Of a document: with ``allowed`` for its own queries alone.
+    """
     batch, num_q_heads = q.shape[:2]
     num_blocks = -(-k.shape[2] // block_size)
     masses = torch.zeros(batch, num_q_heads, num_blocks * block_size, dtype=torch.float64)
@@ -130,17 +169,50 @@ def budgets(
     return counts
 
 
-def forced(offset: list[int], admissible: Tensor, num_queries: int, block_size: int, sinks: int, local: int) -> Tensor:
-    """Forced blocks [ours], where they are admissible: bool ``[B, P, Nq, Nk]``, as ``admissible``.
+def last_rows(allowed: Tensor, q_label: Tensor, block_size: int, number: int) -> Tensor:
+    """The last ``number`` rows of blocks of every sequence [ours], by valid queries: bool ``[B, H, Nq]``.
+
+    Rows without a query of the sequence are none of its. q_label: int ``[B, Sq]``; negative is no sequence.
+    """
+    batch, heads, num_queries = allowed.shape[:3]
+    last = torch.zeros(batch, heads, -(-num_queries // block_size), dtype=torch.bool)
+    for b in range(batch):
+        for h in range(heads):
+            valid = allowed[b, h].any(-1)
+            for label in set(q_label[b].tolist()) - set(range(-num_queries, 0)):
+                rows = (valid & (q_label[b] == label)).nonzero().flatten() // block_size
+                if len(rows):
+                    last[b, h, rows[rows > rows[-1] - number]] = True
+    return last
+
+
+def row_counts(count: dict[int, Tensor], q_label: Tensor, dense: Tensor, num_k_blocks: int, block_size: int) -> Tensor:
+    """Blocks that each row keeps [ours]: int32 ``[B, Hq, Nq]``.
+
+    A row has the counts of its documents, by label ``[B, Hq]``, in sum; dense rows ``[B, Hq, Nq]`` have Nk.
+    """
+    counts = torch.zeros(dense.shape, dtype=torch.int32)
+    for b in range(dense.shape[0]):
+        for i in range(dense.shape[2]):
+            for label in set(q_label[b, i * block_size : (i + 1) * block_size].tolist()):
+                if label >= 0:
+                    counts[b, :, i] += count[label][b]
+    return torch.where(dense, num_k_blocks, counts.clamp(max=num_k_blocks)).to(torch.int32)
+
+
+def forced(
+    offset: list[int], admissible: Tensor, sink: Tensor, num_queries: int, block_size: int, sink_blocks: int, local: int
+) -> Tensor:
+    """Forced blocks [ours], where they are admissible: bool ``[B, H, Nq, Nk]``, as ``admissible``.
 
     Query i of sequence b stands at key position i + offset[b]. Where that is past what the row may see, the queries of
-    the row stand in the last two blocks that it may see, or before.
+    the row stand in the last two blocks that it may see, or before. sink: int ``[B, H, Nq]`` of ``sinks``.
     """
     result = torch.zeros_like(admissible)
     for b in range(admissible.shape[0]):
-        for p in range(admissible.shape[1]):
+        for h in range(admissible.shape[1]):
             for i in range(admissible.shape[2]):
-                seen = admissible[b, p, i].nonzero().flatten().tolist()
+                seen = admissible[b, h, i].nonzero().flatten().tolist()
                 if not seen:
                     continue
                 queries = range(i * block_size, min((i + 1) * block_size, num_queries))
@@ -148,8 +220,9 @@ def forced(offset: list[int], admissible: Tensor, num_queries: int, block_size: 
                 first, last = min(own), max(own)
                 if last > seen[-1]:
                     first, last = min(first, seen[-1] - 1), seen[-1]
+                begin = int(sink[b, h, i])
                 for j in seen:
-                    result[b, p, i, j] = first - local < j <= last or j < sinks
+                    result[b, h, i, j] = first - local < j <= last or begin <= j < begin + sink_blocks
     return result
 
 
@@ -176,12 +249,18 @@ def rank_blocks(scores: Tensor, admissible: Tensor, forced: Tensor) -> Tensor:
     return rank
 
 
-def select(rank: Tensor, count: Tensor, groups: Groups, admissible: Tensor) -> Tensor:
-    """selected = admissible & (rank[proxy of the head] < count): bool ``[B, Hq, Nq, Nk]``."""
+def select(rank: Tensor, count: Tensor, groups: Groups, admissible: Tensor, forced: Tensor) -> Tensor:
+    """The blocks that every head keeps: bool ``[B, Hq, Nq, Nk]``.
+
+    A head walks the ranking of its proxy over its own admissible blocks, its own forced ones first [ours], and keeps
+    ``count [B, Hq, Nq]`` of them. Where the heads of a proxy see the same blocks: admissible & (rank < count).
+    """
     selected = torch.zeros_like(admissible)
     for proxy, heads in enumerate(groups):
-        for head in heads:
-            selected[:, head] = admissible[:, head] & (rank[:, proxy] < count[:, head, None, None])
+        for b, h, i in itertools.product(range(len(rank)), heads, range(rank.shape[2])):
+            own = admissible[b, h, i].nonzero().flatten().tolist()
+            own.sort(key=[(not f, r) for f, r in zip(forced[b, h, i], rank[b, proxy, i], strict=True)].__getitem__)
+            selected[b, h, i, own[: int(count[b, h, i])]] = True
     return selected
 
 

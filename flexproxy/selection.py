@@ -18,7 +18,7 @@ from flexproxy.stages.lists import Lists, block_lists, of_lists
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Selection:
-    """Which blocks every head keeps: ``admissible & (rank[proxy of the head] < count)``.
+    """Which blocks every head keeps: ``admissible & (rank[proxy of the head] < count of the row)``.
 
     ``repr`` is the table of ``summary()``, and waits for the device. Copies share the function ``allowed``. It can be
     pickled if the mask can be made again: with those of ``flexproxy.masks``, combined and shifted, and with functions
@@ -26,7 +26,9 @@ class Selection:
 
     Attributes:
         rank: int32 ``[B, P, Nq, Nk]``, rank of every key block in its row, 0 first; inadmissible blocks come last.
-        count: int32 ``[B, Hq]``, blocks that every row of the head keeps, where so many are admissible.
+        head_rank: int32 ``[B, Hq, Nq, Nk]``, the same for every head, over the blocks that it may see itself; None
+            where the mask is the same for all heads.
+        count: int32 ``[B, Hq, Nq]``, blocks that each row keeps, where so many are admissible.
         proxy_of: int64 ``[Hq]``, proxy index of every query head.
         admissible: bool ``[Bm, Hm, Nq, Nk]``, blocks with a token pair that the mask allows; Bm is 1 or B, Hm 1 or Hq.
         full: likewise, blocks of which it allows every token pair.
@@ -38,6 +40,7 @@ class Selection:
     """
 
     rank: Tensor
+    head_rank: Tensor | None
     count: Tensor
     proxy_of: Tensor
     admissible: Tensor
@@ -50,7 +53,13 @@ class Selection:
 
     def block_map(self) -> Tensor:
         """Kept blocks: bool ``[B, Hq, Nq, Nk]``."""
-        return selected_blocks(self.rank, self.count, self.proxy_of, self.admissible)
+        return selected_blocks(*self._ranks(), self.admissible)
+
+    def _ranks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ranks, counts, and which ranks are those of each head."""
+        if self.head_rank is None:
+            return self.rank, self.count, self.proxy_of
+        return self.head_rank, self.count, torch.arange(len(self.proxy_of), device=self.proxy_of.device)
 
     def density(self) -> Tensor:
         """Kept blocks divided by admissible blocks: fp32 ``[B, Hq]``; 1 where no block is admissible."""
@@ -107,7 +116,7 @@ class Selection:
 
     def _lists(self) -> tuple[Tensor, Lists]:
         kept, partial_number, partial_index, full_number, full_index = selected_lists(
-            self.rank, self.count, self.proxy_of, self.admissible, self.full
+            *self._ranks(), self.admissible, self.full
         )
         return kept, (partial_number, partial_index, full_number, full_index)
 
@@ -141,7 +150,7 @@ def _blocks_of_heads(a: Any) -> tuple[int, ...]:
 @operator(lambda a: (_blocks_of_heads(a), torch.bool), has_kernel=False)
 def selected_blocks(rank: Tensor, count: Tensor, proxy_of: Tensor, admissible: Tensor) -> Tensor:
     """The method in one line: bool ``[B, Hq, Nq, Nk]``."""
-    return ((rank if rank.shape[1] == 1 else rank[:, proxy_of]) < count[..., None, None]) & admissible
+    return ((rank if rank.shape[1] == 1 else rank[:, proxy_of]) < count[..., None]) & admissible
 
 
 def _kept_and_lists(a: Any) -> list[Output]:

@@ -293,7 +293,7 @@ def _check(q: Tensor, k: Tensor, mask: Any, mask_mod: Any) -> None:
         raise ValueError(
             "mask_mod: expected None beside a Selection, which knows its mask, got a function; leave it out"
         )
-    made_for = (*mask.count.shape, *mask.lengths)
+    made_for = (*mask.count.shape[:2], *mask.lengths)
     given = (*q.shape[:2], q.shape[2], k.shape[2])
     if made_for != given:
         raise ValueError(

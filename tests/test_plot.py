@@ -120,7 +120,7 @@ def test_ranking_beside_the_true_mass() -> None:
 
     rows = admissible.any(-1)
     lines = {line.get_label(): line_points(line) for line in right.lines}
-    count = int(selection.count[1, 2])
+    count = int(selection.count[1, 2, 0])
     assert float(lines.pop(f"kept: {count} blocks a row")[0, 0]) == count
     ranked, best = (lines[name][:, 1] for name in ("as ranked", "best order there is"))
     for n in range(mass.shape[1]):

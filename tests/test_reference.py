@@ -54,6 +54,59 @@ def classify(ref: Any) -> None:
     assert torch.equal(full, bools("x.. ...")[None, None])
 
 
+def listed(ref: Any) -> None:
+    """Blocks of 2, three queries, five keys: what the lists leave out is not allowed."""
+    allowed = bools("xx.xx xxx.x ....x")[None, None]
+    got = ref.listed(allowed, bools("x.x .x.")[None, None], 2)
+    assert torch.equal(got, bools("xx..x xx..x .....")[None, None])
+
+
+def labels_of(ref: Any) -> None:
+    """A mask of which nothing is known has the keys that some head sees."""
+    allowed = torch.stack([torch.stack([bools(".x. .x."), bools("..x ...")]), torch.zeros(2, 2, 3).bool()])
+    for known, want in ((True, [[0, 0, 0], [0, 0, 0]]), (False, [[-1, 0, 0], [-1, -1, -1]])):
+        q_label, k_label = ref.labels_of(allowed, known)
+        assert q_label.tolist() == [[0, 0], [0, 0]]
+        assert k_label.tolist() == want
+
+
+def sinks(ref: Any) -> None:
+    """Blocks of 2. Padding at keys 0 to 2; the document 7 begins at key 3, the document 5 at key 5, in the third block.
+
+    Row 1 has queries of both; the query 0 of row 0 is of none, and the queries of row 2 see nothing in the first head.
+    """
+    k_label = torch.tensor([[-1, -1, -1, 7, 7, 5, 5, 5]])
+    q_label = torch.tensor([[-1, 7, 7, 5, 5, 5]])
+    some = bools("x....... ..x..... ...x.... .....x.. ........ ........")
+    allowed = torch.stack([some, some.roll(2, 0)])[None]
+    assert ref.sinks(allowed, q_label, k_label, 2).tolist() == [[[1, 1, 4], [4, 1, 2]]]
+    assert ref.sinks(allowed, q_label, torch.zeros(1, 8).long(), 2).tolist() == [[[4, 4, 4], [4, 4, 4]]]
+
+
+def last_rows(ref: Any) -> None:
+    """Blocks of 2. The documents 0 and 3 end in row 1, where 3 begins, and in row 3; query 7 sees nothing."""
+    q_label = torch.tensor([[0, 0, 0, 3, 3, -1, 3, 3]])
+    allowed = bools("x x x x x x x .")[None, None]
+    assert torch.equal(ref.last_rows(allowed, q_label, 2, 1)[0, 0], bools(".x.x")[0])
+    assert torch.equal(ref.last_rows(allowed, q_label, 2, 2)[0, 0], bools("xxxx")[0])
+    assert torch.equal(ref.last_rows(allowed, q_label, 2, 0)[0, 0], bools("....")[0])
+    q_label = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0]])  # a document with a hole of a row
+    assert torch.equal(ref.last_rows(allowed, q_label, 2, 3)[0, 0], bools(".xxx")[0])
+    both = torch.stack([bools("x x x x . . . ."), bools("x x x x x x x x")])[:, None]
+    got = ref.last_rows(both, torch.zeros(2, 8).long(), 2, 1)[:, 0]
+    assert torch.equal(got, bools(".x.. ...x"))
+
+
+def row_counts(ref: Any) -> None:
+    """Blocks of 2. Rows of document 0, of 0 and 1, of 1, of none; the last is dense. Head 1 has other counts."""
+    q_label = torch.tensor([[0, 0, 0, 1, 1, 1, -1, -1, 1, 1]])
+    dense = torch.zeros(1, 2, 5, dtype=torch.bool)
+    dense[0, 0, 4] = True
+    got = ref.row_counts({0: torch.tensor([[3, 1]]), 1: torch.tensor([[4, 2]])}, q_label, dense, 6, 2)
+    assert got.dtype == torch.int32
+    assert got.tolist() == [[[3, 6, 4, 0, 6], [1, 3, 2, 0, 2]]]
+
+
 def groups_of(ref: Any) -> None:
     assert ref.groups_of(2, 6) == [[0, 1, 2], [3, 4, 5]]
     assert ref.groups_of(1, 3) == [[0, 1, 2]]
@@ -163,20 +216,28 @@ def all_mass_early(ref: Any) -> None:
 def forced(ref: Any) -> None:
     """Blocks of 2, six keys. Queries 0 .. 3 stand at 2 .. 5, or (second sequence) at 1 .. 4."""
     causal = torch.stack([bools("xx. xxx"), bools("xx. xxx")])[:, None]
-    got = ref.forced([2, 1], causal, 4, 2, 0, 1)[:, 0]
+    begin = torch.tensor([[[0, 0]], [[0, 1]]])
+    got = ref.forced([2, 1], causal, begin, 4, 2, 0, 1)[:, 0]
     assert torch.equal(got[0], bools(".x. ..x"))  # positions 2, 3; 4, 5
     assert torch.equal(got[1], bools("xx. .xx"))  # positions 1, 2; 3, 4: each straddles two blocks
-    got = ref.forced([2, 1], causal, 4, 2, 0, 2)[:, 0]  # and the block before the first of them
+    got = ref.forced([2, 1], causal, begin, 4, 2, 0, 2)[:, 0]  # and the block before the first of them
     assert torch.equal(got[0], bools("xx. .xx"))
     assert torch.equal(got[1], bools("xx. xxx"))
-    assert torch.equal(ref.forced([2], causal[:1], 4, 2, 1, 1)[0, 0], bools("xx. x.x"))  # and the first
-    assert torch.equal(ref.forced([1], causal[:1], 3, 2, 0, 1)[0, 0], bools("xx. .x."))  # query 2 at 3 is the last
+    got = ref.forced([2, 2], causal, begin, 4, 2, 1, 1)[:, 0]  # and the first of the row's sequence
+    assert torch.equal(got[0], bools("xx. x.x"))
+    assert torch.equal(got[1], bools("xx. .xx"))
+    assert torch.equal(ref.forced([2], causal[:1], begin + 3, 4, 2, 1, 1)[0, 0], bools(".x. ..x"))  # which has none
+    assert torch.equal(ref.forced([2], causal[:1], begin, 4, 2, 2, 1)[0, 0], bools("xx. xxx"))
+    assert torch.equal(
+        ref.forced([1], causal[:1], begin, 3, 2, 0, 1)[0, 0], bools("xx. .x.")
+    )  # query 2 at 3 is the last
     # Only what is admissible. Past the end of what a row may see: its last two blocks, or before.
     holes = torch.stack([bools("x.x ..."), bools("xx. x..")])[None]
-    got = ref.forced([2], holes, 4, 2, 0, 1)
+    begin = begin[:1].expand(1, 2, 2)
+    got = ref.forced([2], holes, begin, 4, 2, 0, 1)
     assert torch.equal(got[0, 0], bools("... ..."))
     assert torch.equal(got[0, 1], bools(".x. x.."))
-    assert torch.equal(ref.forced([4], holes, 4, 2, 0, 1)[0, 1], bools("xx. x.."))
+    assert torch.equal(ref.forced([4], holes, begin, 4, 2, 0, 1)[0, 1], bools("xx. x.."))
 
 
 def rank_blocks(ref: Any) -> None:
@@ -196,11 +257,22 @@ def rank_blocks(ref: Any) -> None:
 
 
 def select(ref: Any) -> None:
-    """Heads 0 and 2 follow proxy 0, head 1 proxy 1; counts 1, 2, 2. Key block 1 is closed to head 2."""
-    rank = torch.tensor([[[2, 0, 1]], [[0, 2, 1]]])[None]
-    admissible = torch.stack([bools("xxx"), bools("xxx"), bools("x.x")])[None]
-    got = ref.select(rank, torch.tensor([[1, 2, 2]]), [[0, 2], [1]], admissible)
-    assert torch.equal(got[0], torch.stack([bools(".x."), bools("x.x"), bools("..x")]))
+    """Heads 0, 2 and 3 follow proxy 0, head 1 proxy 1; counts 1, 2, 2, 1, then 3. Key block 1 is closed to head 2.
+
+    What head 2 may not see takes no place in its count. Block 2 is forced to head 3.
+    """
+    rank = torch.tensor([[[2, 0, 1]] * 2, [[0, 2, 1]] * 2])[None]
+    admissible = torch.stack([bools("xxx xxx"), bools("xxx xxx"), bools("x.x x.x"), bools("xxx xxx")])[None]
+    force = torch.stack([bools("... ..."), bools("... ..."), bools("... ..."), bools("..x ..x")])[None]
+    count = torch.tensor([[[1, 3], [2, 3], [2, 1], [1, 2]]])
+    got = ref.select(rank, count, [[0, 2, 3], [1]], admissible, force)
+    assert torch.equal(got[0, 0], bools(".x. xxx"))
+    assert torch.equal(got[0, 1], bools("x.x xxx"))
+    assert torch.equal(got[0, 2], bools("x.x ..x"))
+    assert torch.equal(got[0, 3], bools("..x .xx"))
+    two = [x.expand(2, *x.shape[1:])[:, :2] for x in (rank, count, admissible, force)]
+    got = ref.select(two[0], two[1], [[0], [1]], two[2], two[3])
+    assert torch.equal(got[1, 1], bools("x.x xxx"))
 
 
 def attention(ref: Any) -> None:
@@ -256,15 +328,20 @@ EXAMPLES: dict[str, Example] = {
     example.__name__: example
     for example in (
         token_mask,
+        listed,
         classify,
         groups_of,
         key_groups,
         pool_heads,
         outlying_queries,
         block_scores,
+        labels_of,
+        sinks,
         probe_masses,
         budgets,
         all_mass_early,
+        last_rows,
+        row_counts,
         forced,
         rank_blocks,
         select,
@@ -340,11 +417,32 @@ MISTAKES = [
     ("forced", "(query + offset[b]) // block_size", "query // block_size"),
     ("forced", "(query + offset[b]) // block_size", "(query + offset[0]) // block_size"),
     ("forced", "min((i + 1) * block_size, num_queries)", "(i + 1) * block_size"),
-    ("forced", "first - local < j <= last or j < sinks", "first - local < j <= last"),
-    ("forced", "first - local < j <= last or j < sinks", "first - local <= j <= last or j < sinks"),
+    ("forced", "j <= last or begin <= j < begin + sink_blocks", "j <= last"),
+    ("forced", "j <= last or begin <= j < begin + sink_blocks", "j <= last or j < sink_blocks"),
+    ("forced", "j <= last or begin <= j < begin + sink_blocks", "j <= last or begin <= j <= begin + sink_blocks"),
+    ("forced", "first - local < j <= last", "first - local <= j <= last"),
+    ("forced", "begin = int(sink[b, h, i])", "begin = int(sink[b, h, 0])"),
     ("forced", "if last > seen[-1]:", "if False:"),
     ("forced", "min(first, seen[-1] - 1)", "min(first, seen[-1])"),
     ("forced", "for j in seen:", "for j in range(admissible.shape[3]):"),
+    ("listed", "return allowed & blocks", "return blocks"),
+    ("listed", "return allowed & blocks[:, :, rows[:, None], columns]", "return allowed"),
+    ("labels_of", "torch.where(seen, 0, -1)", "torch.where(seen, 0, 0)"),
+    ("labels_of", "allowed.any(1).any(1)", "allowed[:, 0].any(1)"),
+    ("labels_of", "if known else", "if not known else"),
+    ("sinks", "labels.index(label) // block_size", "0"),
+    ("sinks", "row.clamp_(max=labels.index(label)", "row.fill_(labels.index(label)"),
+    ("sinks", "if label >= 0 and label in labels", "if label in labels"),
+    ("sinks", "for query in allowed[b, h].any(-1).nonzero().flatten().tolist()", "for query in range(num_queries)"),
+    ("sinks", "row = first[b, h, query // block_size]", "row = first[b, 0, query // block_size]"),
+    ("last_rows", "rows[rows > rows[-1] - number]", "rows[-number:]"),
+    ("last_rows", "(valid & (q_label[b] == label))", "(q_label[b] == label)"),
+    ("last_rows", "set(q_label[b].tolist()) - set(range(-num_queries, 0))", "set(q_label[b].tolist())"),
+    ("last_rows", "(valid & (q_label[b] == label))", "valid"),
+    ("row_counts", "if label >= 0:", "if label > 0:"),
+    ("row_counts", "+= count[label][b]", "= count[label][b]"),
+    ("row_counts", "counts.clamp(max=num_k_blocks)", "counts"),
+    ("row_counts", "torch.where(dense, num_k_blocks", "torch.where(dense, 0"),
     ("rank_blocks", "-row[j], j)", "row[j], j)"),
     ("rank_blocks", "-row[j], j)", "-row[j], -j)"),
     ("rank_blocks", "if forced[b, p, i, j]:", "if False:"),
@@ -353,10 +451,13 @@ MISTAKES = [
     ("rank_blocks", "row[j] == -math.inf", "row[j] < -0.4"),
     ("rank_blocks", "return 3, 0.0, j", "return 1, -row[j], j"),
     ("rank_blocks", "rank[b, p, i, j] = r", "rank[b, p, i, r] = j"),
-    ("select", "rank[:, proxy] < count", "rank[:, proxy] <= count"),
-    ("select", "rank[:, proxy] < count", "rank[:, 0] < count"),
-    ("select", "admissible[:, head] & (rank", "(rank"),
-    ("select", "count[:, head, None, None]", "count[:, proxy, None, None]"),
+    ("select", "zip(forced[b, h, i], rank[b, proxy, i]", "zip(forced[b, h, i], rank[b, 0, i]"),
+    ("select", "(not f, r) for", "(not f, -r) for"),
+    ("select", "(not f, r) for", "(r,) for"),
+    ("select", "own = admissible[b, h, i]", "own = admissible[b, heads].any(0)[i]"),
+    ("select", "own[: int(count[b, h, i])]", "own[: int(count[b, h, 0])]"),
+    ("select", "own[: int(count[b, h, i])]", "own[: int(count[b, proxy, i])]"),
+    ("select", "itertools.product(range(len(rank))", "itertools.product(range(1)"),
     ("attention", 'x.double(), "b h s d -> b (h g) s d"', 'x.double(), "b h s d -> b (g h) s d"'),
     ("attention", "(scale * q.double()", "(q.double()"),
     ("attention", "return scores.softmax(-1).nan_to_num(0.0)", "return scores.softmax(-1)"),

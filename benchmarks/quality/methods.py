@@ -231,7 +231,7 @@ def name_of_config(config: ProxyConfig) -> str:
     changed = {short: getattr(config, name) for name, short in names.items() if hasattr(config, name)}
     usually = {short: getattr(usual, name) for name, short in names.items() if hasattr(usual, name)}
     forced = "" if changed == usually else ", ".join(["", *(f"{name} {n}" for name, n in changed.items())])
-    return f"flexproxy P {config.total_proxies}, {kind} {stride}{forced}"
+    return f"flexproxy P {config.num_proxies}, {kind} {stride}{forced}"
 
 
 def fits(config: ProxyConfig, num_heads: int, num_kv_heads: int) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 import flexproxy
 from flexproxy import ProxyConfig, Selection
 from flexproxy.calibration.collect import Layer
+from flexproxy.ops import row_summary
 from flexproxy.stages.proxy import head_groups, pool_heads
 from flexproxy.stages.ranking import ForcedRule, forced_blocks
 from flexproxy.stats import recovered_mass, row_masses, spread_rows
@@ -29,7 +30,7 @@ Heads = tuple[int, ...]
 class Levels(NamedTuple):
     """Counts and densities of a layer under several settings, from sparse to dense.
 
-    counts: int64 ``[B, Hq, L]``, blocks that every row keeps.
+    counts: int64 ``[B, Hq, Nq, L]``, blocks that each row keeps.
     density: fp64 ``[L]``, kept / admissible blocks, the mean over sequences and heads.
     """
 
@@ -86,7 +87,7 @@ class Rows:
         Candidates need not be a partition of the heads. A pooled candidate is a head of its own with a key head of its
         own, for which ``select`` has nothing left to pool.
 
-        counts: ``[B, Hq]``, blocks that every row keeps.
+        counts: ``[B, Hq, Nq]``, blocks that each row keeps.
         """
         layer, num_heads = self._layer, self._layer.q.shape[1]
         heads_per_kv = num_heads // layer.k.shape[1]
@@ -102,7 +103,7 @@ class Rows:
                 scale=layer.scale,
             )
             for rank in self._at_rows(selection.rank).unbind(1):
-                kept = rank[:, None] < counts[..., None, None]
+                kept = rank[:, None] < self._at_rows(counts)[..., None]
                 yield self.peaks.where(kept, 0.0).sum((0, 2, 3))
 
     def kept(self, config: ProxyConfig, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,11 +115,11 @@ class Rows:
         settings = replace(self._config, num_proxies=config.num_proxies, groups=config.groups)
         selection = flexproxy.select(layer.q, layer.k, block_mask=layer.block_mask, config=settings, scale=layer.scale)
         place = self._at_rows(selection.rank)[:, selection.proxy_of].to(torch.int64)
-        last = (counts - 1).clamp(min=0)
+        last = (self._at_rows(counts) - 1).clamp(min=0)  # [B, Hq, rows, L]
 
         def shares(weights: Tensor) -> Tensor:
-            by_rank = torch.zeros_like(weights).scatter_(-1, place, weights).sum(2, dtype=torch.float64)  # [B, Hq, Nk]
-            return by_rank.cumsum(-1).gather(-1, last).sum(0).cpu()
+            by_rank = torch.zeros_like(weights).scatter_(-1, place, weights)  # [B, Hq, rows, Nk]
+            return by_rank.cumsum(-1, dtype=torch.float64).gather(-1, last).sum((0, 2)).cpu()
 
         return shares(self.mass), shares(self.peaks)
 
@@ -137,11 +138,12 @@ def _forced(selection: Selection, config: ProxyConfig) -> Tensor:
     """Blocks that a row keeps in any case: bool ``[b, h, Nq, Nk]``."""
     admissible = selection.admissible
     num_blocks = admissible.shape[-1]
-    end = (admissible * torch.arange(1, num_blocks + 1, device=admissible.device)).amax(-1)
+    rows = admissible.new_zeros(*admissible.shape[:3], row_summary.COLUMNS, dtype=torch.int64)
+    rows[..., row_summary.END] = (admissible * torch.arange(1, num_blocks + 1, device=admissible.device)).amax(-1)
     offset = torch.zeros(1, dtype=torch.int64, device=admissible.device)
     num_queries, _ = selection.lengths
     rule = ForcedRule(offset, num_queries, config.block_size, config.sink_blocks, config.local_blocks)
-    return forced_blocks(rule, end, num_blocks)
+    return forced_blocks(rule, rows, num_blocks)
 
 
 class Kept(NamedTuple):

@@ -36,7 +36,9 @@ class Calibration:
     @property
     def num_proxies(self) -> dict[int, int]:
         """How many proxies each layer has, by its index."""
-        return {index: config.total_proxies for index, config in self.layers.items()}
+        return {
+            index: config.proxies(self.model.get("num_key_value_heads") or 1) for index, config in self.layers.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The content of the file, as plain data."""

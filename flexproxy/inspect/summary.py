@@ -23,7 +23,7 @@ class Summary:
         num_q_blocks, num_k_blocks: Nq, Nk.
         block_size: tokens per block.
         density: kept blocks / admissible blocks; 1 where no block is admissible.
-        count: blocks that every row keeps, where so many are admissible.
+        count: the most blocks that a row keeps which is not dense, where so many are admissible.
         budget: the same in tokens, at most Skv.
         forced: the most forced blocks of a row; they are part of the count.
         dense_rows: rows of blocks that keep all that is admissible, and at least one block.
@@ -86,6 +86,8 @@ def summarize(
     num_queries, num_keys = lengths
     some = admissible.any(-1).expand(kept.shape[:3])
     dense = some & (kept == admissible).all(-1)
+    limited = torch.where(count < num_k_blocks, count, 0).amax(-1)
+    count = torch.where(limited > 0, limited, num_k_blocks)
     return Summary(
         batch=batch,
         num_q_heads=num_q_heads,

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from flexproxy.config import ProxyConfig
+from flexproxy.config import ProxyConfig, default_proxies
 
 
-def share_of_rank(config: ProxyConfig, rank: int, ranks: int, num_q_heads: int) -> ProxyConfig:
+def share_of_rank(config: ProxyConfig, rank: int, ranks: int, num_q_heads: int, num_kv_heads: int) -> ProxyConfig:
     """The settings of a rank that has one of ``ranks`` equal runs of the query heads.
 
     A rank ranks blocks for its own heads, so a proxy must lie on one rank. Settings that keep every block rank nothing,
-    and fit any number of ranks.
+    and fit any number of ranks; so does the default number of proxies, which is that of the whole model where the ranks
+    divide it, and else that of the rank's own heads.
 
     Args:
         config: settings of the whole model.
-        num_q_heads: query heads of the whole model.
+        num_q_heads, num_kv_heads: of the whole model.
 
     Raises:
         ValueError: a proxy has heads on several ranks, or ``groups`` is not for this model.
@@ -26,6 +27,9 @@ def share_of_rank(config: ProxyConfig, rank: int, ranks: int, num_q_heads: int) 
     if config.keeps_all:
         return replace(config, num_proxies=1, groups=None)
     if config.groups is None:
+        if config.num_proxies is None:
+            total = default_proxies(num_kv_heads)
+            return replace(config, num_proxies=total // ranks if total % ranks == 0 else None)
         if config.num_proxies % ranks:
             raise ValueError(
                 f"num_proxies: expected a multiple of the {ranks} tensor-parallel ranks, whose heads are ranked apart, "

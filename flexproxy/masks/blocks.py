@@ -42,8 +42,11 @@ class Admissible(NamedTuple):
 
 
 @operator(lambda a: ((*a.any_.shape[:3], row_summary.COLUMNS), torch.int32))
-def summarize_rows(any_: Tensor, full: Tensor) -> Tensor:
-    """What each row of blocks holds: int32 ``[b, h, Nq, 5]``, in the columns of ``flexproxy.ops.row_summary``."""
+def summarize_rows(any_: Tensor, full: Tensor, sequence: Tensor) -> Tensor:
+    """What each row of blocks holds: int32 ``[b, h, Nq, 7]``, in the columns of ``flexproxy.ops.row_summary``.
+
+    sequence: int32 ``[b, h, Nq, 2]`` of ``sequence_rows``.
+    """
     num_blocks = any_.shape[-1]
     block = torch.arange(num_blocks, dtype=torch.int32, device=any_.device)
     full_first = torch.where(full, block, num_blocks).amin(-1)
@@ -55,9 +58,17 @@ def summarize_rows(any_: Tensor, full: Tensor) -> Tensor:
             full_first,
             torch.where(after, block, num_blocks).amin(-1),
             any_.sum(-1),
+            *sequence.unbind(-1),
         ],
         -1,
     ).to(torch.int32)
+
+
+def first_blocks(any_: Tensor) -> Tensor:
+    """The first block that a query of any row and head may see: int32 ``[b]``; Nk where there is none."""
+    num_blocks = any_.shape[-1]
+    block = torch.arange(num_blocks, dtype=torch.int32, device=any_.device)
+    return torch.where(any_.any(2).any(1), block, num_blocks).amin(-1)
 
 
 # ------------------------------------------------------------------------------------------------ by counting
@@ -75,6 +86,21 @@ def classify_clauses(clauses: ClauseStack, num_keys: Size, block_size: int) -> A
 
     By counting the keys of each block that a query may see.
     """
+    return _count(clauses, None, num_keys, block_size)
+
+
+def _valid(a: Any) -> Output:
+    return (max(a.clauses.lo.shape[1], len(a.listed)), a.listed.shape[1], a.clauses.lo.shape[2]), torch.bool
+
+
+@operator(_valid, has_kernel=False)
+def valid_queries(clauses: ClauseStack, listed: Tensor, num_keys: Size, block_size: int) -> Tensor:
+    """Whether each query may see a key in some listed block: bool ``[b, h, Sq]``. listed: bool ``[b, h, Nq, Nk]``."""
+    return _count(clauses, listed, num_keys, block_size).valid
+
+
+def _count(clauses: ClauseStack, listed: Tensor | None, num_keys: int, block_size: int) -> Admissible:
+    """``classify_clauses``; with ``listed``, ``valid`` is that of ``valid_queries``."""
     terms, signs = inclusion_exclusion(unstack(clauses))
     terms = tuple(
         t if t.q_label is None or t.k_label is None else t._replace(**_dense(t.q_label, t.k_label)) for t in terms
@@ -89,9 +115,9 @@ def classify_clauses(clauses: ClauseStack, num_keys: Size, block_size: int) -> A
         stop = min(start + span, num_keys)
         labels = None if k_label is None else k_label[..., start:stop]
         part = ClauseStack((lo - start).clamp(min=0), (hi - start).clamp(max=stop - start), q_label, labels)
-        for whole, of_span in zip(
-            (any_, full, valid), _count_span(part, signs, stop - start, num_keys, block_size), strict=True
-        ):
+        some = None if listed is None else listed[..., start // block_size : -(-stop // block_size)]
+        parts = _count_span(part, some, signs, stop - start, num_keys, block_size)
+        for whole, of_span in zip((any_, full, valid), parts, strict=True):
             whole.append(of_span)
     return Admissible(torch.cat(any_, -1), torch.cat(full, -1), torch.stack(valid).any(0))
 
@@ -102,7 +128,7 @@ def _dense(q_label: Tensor, k_label: Tensor) -> dict[str, Tensor]:
 
 
 def _count_span(
-    terms: ClauseStack, signs: Sequence[int], num_keys: int, num_labels: int, block_size: int
+    terms: ClauseStack, listed: Tensor | None, signs: Sequence[int], num_keys: int, num_labels: int, block_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``classify_clauses`` for some of the keys, whose positions count from the first of them."""
     lo, hi, q_label, k_label = terms
@@ -121,12 +147,16 @@ def _count_span(
         for m, sign in enumerate(signs):
             labels = None if q_label is None or padded is None else (q_label[m, :, rows], padded[m])
             count += sign * _count_keys(lo[m, :, rows], hi[m, :, rows], labels, tables[m], num_keys, block_size)
-        valid.append((count > 0).any(-1))
+        seen = (count > 0)[:, None]
+        if listed is not None:
+            own = torch.arange(rows.start, rows.stop, device=lo.device) // block_size
+            seen = seen & listed[:, :, own]
+        valid.append(seen.any(-1))
         padded_count = pad_to_multiple(count, -2, block_size, 0)
         count = rearrange(padded_count, "b (q_block row) block -> b q_block row block", row=block_size)
         any_.append((count > 0).any(2))
         full.append((count == block_size).all(2))
-    return torch.cat(any_, 1)[:, None], torch.cat(full, 1)[:, None], torch.cat(valid, 1)[:, None]
+    return torch.cat(any_, 1)[:, None], torch.cat(full, 1)[:, None], torch.cat(valid, 2)
 
 
 def _keys_by_label_and_block(k_label: Tensor, num_labels: int, block_size: int) -> Tensor:
@@ -225,6 +255,17 @@ def whole_blocks(
         column = full_from(0, (num_k_blocks - 1) * block_size, num_q_blocks, 1)
         full = torch.cat([full[..., :-1], column], 3)
     return full & admissible
+
+
+def confined(mask_mod: MaskMod, listed: Tensor, block_size: int) -> MaskMod:
+    """A mask in some blocks alone. listed: bool ``[1 or B, 1 or Hq, Nq, Nk]``."""
+    per_sequence, per_head = (size > 1 for size in listed.shape[:2])
+
+    def confined_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        sequence, head = b if per_sequence else 0, h if per_head else 0
+        return mask_mod(b, h, q_idx, kv_idx) & listed[sequence, head, q_idx // block_size, kv_idx // block_size]
+
+    return confined_mask
 
 
 class _Tracked(Tensor):

@@ -60,10 +60,18 @@ class SampledMask(NamedTuple):
         k_label = None if self.k_label is None else self.k_label[:, :, None]
         return self._replace(lo=take(self.lo), hi=take(self.hi), q_label=take(self.q_label), k_label=k_label)
 
-    def chunk(self, rows: slice, keys: slice, key_step: int = 1) -> Tensor:
+    def listed_at(self, queries: Tensor, block_size: int) -> SampledMask:
+        """With a row of ``listed`` for each of some queries, int64 ``[b, heads, m]``, instead of for each block."""
+        if self.listed is None:
+            return self
+        shape = torch.broadcast_shapes(self.listed.shape[:2], queries.shape[:2])
+        rows = (queries // block_size).expand(*shape, -1)[..., None].expand(-1, -1, -1, self.listed.shape[3])
+        return self._replace(listed=self.listed.expand(*shape, -1, -1).gather(2, rows))
+
+    def chunk(self, rows: slice, keys: slice, key_step: int = 1, cell: tuple[int, int] = (1, 1)) -> Tensor:
         """Some of the queries and keys, as bool ``[b, heads, rows, keys]``; key n is at position n * key_step.
 
-        ``keys.start`` must be a multiple of 8.
+        ``keys.start`` must be a multiple of 8. cell: queries and keys of a block of ``listed``.
         """
         if self.bits is not None:
             packed = self.bits[:, :, rows, keys.start // 8 : -(-keys.stop // 8), None]
@@ -75,7 +83,12 @@ class SampledMask(NamedTuple):
         q_part = self.q_label[..., rows] if self.q_label is not None else None
         k_part = self.k_label[..., keys] if self.k_label is not None else None
         ok = allowed(self.lo[..., rows], self.hi[..., rows], q_part, k_part, position)
-        return ok if self.lo.dim() == 4 else ok[:, None]
+        ok = ok if self.lo.dim() == 4 else ok[:, None]
+        if self.listed is None:
+            return ok
+        row = torch.arange(rows.start, rows.stop, device=ok.device) // cell[0]
+        key = torch.arange(keys.start, keys.stop, device=ok.device) // cell[1]
+        return ok & self.listed[:, :, row[:, None], key]
 
 
 def pack_bits(mask: Tensor) -> Tensor:

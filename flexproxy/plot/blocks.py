@@ -104,8 +104,8 @@ def ranking(
         )
     mass = block_mass(q, k, selection, head=head, batch=batch, scale=scale).cpu()
     rank = selection.rank[batch, int(selection.proxy_of[head])].cpu()
-    admissible = selection.admissible.expand(*selection.count.shape, -1, -1)[batch, head].cpu()
-    count = int(selection.count[batch, head])
+    admissible = selection.admissible.expand(*selection.count.shape, -1)[batch, head].cpu()
+    count = selection.summary().count[batch][head]
     ranked, best = _mean_coverage(rank, mass, admissible)
     blocks = torch.arange(1, len(ranked) + 1)
     with plain_style():

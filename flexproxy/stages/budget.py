@@ -48,7 +48,7 @@ def block_masses(q: Tensor, k: Tensor, probes: Tensor, mask: SampledMask, block_
     present = probes >= 0
     place = probes.clamp(min=0)
     probed = q.gather(2, place.expand(batch, num_q_heads, -1)[..., None].expand(-1, -1, -1, head_dim))
-    mask = mask.at(place)
+    mask = mask.at(place).listed_at(place, block_size)
     queries = rearrange(probed.float(), "b (kv g) m d -> b kv (g m) d", kv=num_kv_heads)
     per_chunk = max(1, CHUNK_ELEMENTS // (batch * num_q_heads * num_probes * block_size)) * block_size
     parts = []
@@ -56,7 +56,7 @@ def block_masses(q: Tensor, k: Tensor, probes: Tensor, mask: SampledMask, block_
         keys = slice(start, min(start + per_chunk, num_keys))
         logits = (queries @ k[:, :, keys].float().transpose(-1, -2)).mul_(scale)
         logits = rearrange(logits, "b kv (g m) key -> b (kv g) m key", m=num_probes)
-        ok = mask.chunk(slice(0, num_probes), keys)
+        ok = mask.chunk(slice(0, num_probes), keys, cell=(1, block_size))
         logits.masked_fill_(~ok, -torch.inf)
         padded = pad_to_multiple(logits, -1, block_size, -torch.inf)
         by_block = rearrange(padded, "b h m (block key) -> b h m block key", key=block_size)
@@ -66,24 +66,31 @@ def block_masses(q: Tensor, k: Tensor, probes: Tensor, mask: SampledMask, block_
     return (probability.sum(2) / present.sum(2).clamp(min=1)[..., None]).nan_to_num_(0.0)
 
 
-@operator(lambda a: (a.masses.shape[:2], torch.int32))
+@operator(lambda a: ((*a.masses.shape[:2], a.summary.shape[2]), torch.int32))
 def count_blocks(
     masses: Tensor, summary: Tensor, forced: Tensor, gamma: float, density: float | None, min_blocks: int,
     max_blocks: Size,
 ) -> Tensor:  # fmt: skip
-    """How many blocks every head keeps: int32 ``[B, Hq]``.
+    """How many blocks every row of a head keeps: int32 ``[B, Hq, Nq]``; dense rows keep Nk.
 
     Args:
         masses: fp32 ``[B, Hq, Nk]`` of ``block_masses``.
-        summary: int32 ``[b, h, Nq, 5]`` of ``summarize_rows``, of the heads.
+        summary: int32 ``[b, h, Nq, 7]`` of ``summarize_rows``, of the heads.
         forced, min_blocks, max_blocks: as in ``clip_counts``.
         gamma, density: as in ProxyConfig.
     """
     cumulative = cumulative_masses(masses)
     limit: float | Tensor = gamma
     if density is not None:
-        limit = gamma_for_density(cumulative, summary[..., row_summary.NUMBER], forced, density, min_blocks, max_blocks)
-    return clip_counts(blocks_to_reach(cumulative, limit), forced, min_blocks, max_blocks, masses.shape[-1])
+        limit = gamma_for_density(cumulative, summary, forced, density, min_blocks, max_blocks)
+    num_blocks = masses.shape[-1]
+    count = clip_counts(blocks_to_reach(cumulative, limit), forced, min_blocks, max_blocks, num_blocks)
+    return rows_with_count(count, summary, num_blocks)
+
+
+def rows_with_count(count: Tensor, summary: Tensor, num_blocks: int) -> Tensor:
+    """The count of every row, from one for each head ``[B, Hq]``: int32 ``[B, Hq, Nq]``; dense rows have all."""
+    return torch.where(summary[..., row_summary.DENSE] != 0, num_blocks, count[..., None]).to(torch.int32)
 
 
 def cumulative_masses(masses: Tensor) -> Tensor:
@@ -106,13 +113,13 @@ def clip_counts(count: Tensor, forced: Tensor, min_blocks: int, max_blocks: int,
 
 
 def gamma_for_density(
-    cumulative: Tensor, rows: Tensor, forced: Tensor, density: float, min_blocks: int, max_blocks: int
+    cumulative: Tensor, summary: Tensor, forced: Tensor, density: float, min_blocks: int, max_blocks: int
 ) -> Tensor:
     """The one gamma of each sequence whose mean density over heads is nearest to the target: fp32 ``[B, 1, 1]``.
 
     Args:
         cumulative: ``[B, Hq, Nk]`` of ``cumulative_masses``.
-        rows: admissible blocks of every row, int32 ``[b, h, Nq]``.
+        summary: int32 ``[b, h, Nq, 7]`` of ``summarize_rows``, of the heads.
         forced: as in ``clip_counts``, ``[b, h]``.
         density: the target, kept / admissible blocks.
 
@@ -120,16 +127,17 @@ def gamma_for_density(
         One of the values of ``cumulative`` (each head's count changes only there), or inf for every block.
     """
     num_heads, num_blocks = cumulative.shape[1:]
-    # kept[c]: blocks that a head keeps with count c, the sum over its rows of min(c, admissible blocks).
+    rows, is_dense = summary[..., row_summary.NUMBER], summary[..., row_summary.DENSE] != 0
+    # kept[c]: blocks that a head keeps with count c: all of its dense rows, min(c, admissible blocks) of the others.
     histogram = torch.zeros(*rows.shape[:2], num_blocks + 1, dtype=torch.float64, device=rows.device)
-    histogram.scatter_add_(-1, rows.to(torch.int64), torch.ones_like(rows, dtype=torch.float64))
+    histogram.scatter_add_(-1, rows.to(torch.int64), (~is_dense).to(torch.float64))
     rows_with_more = histogram.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # [..., c]: rows with more than c blocks
-    kept = F.pad(rows_with_more.cumsum(-1), (1, 0))
+    kept = F.pad(rows_with_more.cumsum(-1), (1, 0)) + (rows * is_dense).sum(-1, keepdim=True)
     count = torch.arange(num_blocks + 1, device=rows.device)
     clipped = clip_counts(count, forced[..., None], min_blocks, max_blocks, num_blocks).to(torch.int64)
     kept, clipped = torch.broadcast_tensors(kept, clipped)
     kept = kept.gather(-1, clipped)
-    density_of = kept / histogram.mul(count).sum(-1, keepdim=True).clamp(min=1)  # [b, h, count]
+    density_of = kept / rows.sum(-1, keepdim=True).clamp(min=1)  # [b, h, count]
     density_of = density_of.expand(cumulative.shape[0], num_heads, -1)
 
     # Past cumulative[n], a head that kept n + 1 blocks keeps n + 2. Walk through all these steps of all heads in order.

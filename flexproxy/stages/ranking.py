@@ -28,15 +28,17 @@ class ForcedRule(NamedTuple):
     local_blocks: int
 
 
-def forced_blocks(rule: ForcedRule, end: Tensor, num_k_blocks: int) -> Tensor:
-    """Blocks that a row keeps in any case, where they are admissible: bool ``[b, p, Nq, Nk]``.
+def forced_blocks(rule: ForcedRule, summary: Tensor, num_k_blocks: int) -> Tensor:
+    """Blocks that a row keeps in any case, where they are admissible: bool ``[b, h, Nq, Nk]``.
 
     The blocks in which the queries of the row stand themselves (two, where query blocks straddle key blocks), the
-    ``local_blocks - 1`` before them, and the ``sink_blocks`` first. A mask may end before the position of a query, for
-    example in a cache with free places behind: then the query stands in one of the last two blocks that it may see.
+    ``local_blocks - 1`` before them, and the ``sink_blocks`` first of the row's sequence. A mask may end before the
+    position of a query, for example in a cache with free places behind: then the query stands in one of the last two
+    blocks that it may see.
 
-    end: int32 ``[b, p, Nq]``, one more than the last admissible block of each row; 0 where there is none.
+    summary: int32 ``[b, h, Nq, 7]`` of ``summarize_rows``.
     """
+    end, sink = summary[..., row_summary.END], summary[..., row_summary.SINK, None]
     offset, num_queries, block_size, sink_blocks, local_blocks = rule
     block = torch.arange(num_k_blocks, device=offset.device)
     first_query = torch.arange(end.shape[2], device=offset.device) * block_size
@@ -45,7 +47,8 @@ def forced_blocks(rule: ForcedRule, end: Tensor, num_k_blocks: int) -> Tensor:
     last = (offset[:, None, None] + last_query).div(block_size, rounding_mode="floor")
     first = torch.where(last > end - 1, torch.minimum(first, end - 2), first) - (local_blocks - 1)
     last = torch.minimum(last, end - 1)
-    return (block >= first[..., None]) & (block <= last[..., None]) | (block < sink_blocks)
+    local = (block >= first[..., None]) & (block <= last[..., None])
+    return local | (block >= sink) & (block < sink + sink_blocks)
 
 
 @operator(lambda a: (a.scores.shape, torch.int32))
@@ -60,7 +63,7 @@ def rank_blocks(scores: Tensor, admissible: Tensor, summary: Tensor, rule: Force
         rule: which blocks are forced.
     """
     num_k_blocks = scores.shape[-1]
-    forced = forced_blocks(rule, summary[..., row_summary.END], num_k_blocks)
+    forced = forced_blocks(rule, summary, num_k_blocks)
     unscored = scores.isnan() | (scores == -torch.inf)
     key = scores.clamp(min=_LOWEST_SCORE).masked_fill(unscored, _UNSCORED)
     key = key.masked_fill(forced, torch.inf).masked_fill(~admissible, _INADMISSIBLE)
@@ -70,21 +73,14 @@ def rank_blocks(scores: Tensor, admissible: Tensor, summary: Tensor, rule: Force
 
 
 def _shape_of_forced_counts(a: Any) -> Output:
-    batch = max(a.admissible.shape[0], a.summary.shape[0], a.rule.offset.shape[0])
-    heads = 1 if a.admissible.shape[1] == a.summary.shape[1] == 1 else a.proxy_of.shape[0]
-    return (batch, heads), torch.int32
+    return (max(len(a.admissible), len(a.rule.offset)), a.admissible.shape[1]), torch.int32
 
 
 @operator(_shape_of_forced_counts)
-def forced_counts(admissible: Tensor, summary: Tensor, proxy_of: Tensor, rule: ForcedRule) -> Tensor:
-    """The most forced blocks that a row of a head has: int32 ``[b, 1]``, or ``[b, Hq]`` where heads differ.
+def forced_counts(admissible: Tensor, summary: Tensor, rule: ForcedRule) -> Tensor:
+    """The most forced blocks that a row of a head has: int32 ``[b, h]``.
 
-    Args:
-        admissible: bool ``[b, h, Nq, Nk]``, of the heads.
-        summary: int32 ``[b, p, Nq, 5]``, of the proxies.
-        proxy_of: int64 ``[Hq]``.
-        rule: which blocks are forced.
+    admissible, summary: bool ``[b, h, Nq, Nk]``, and its ``summarize_rows``.
     """
-    end = summary[..., row_summary.END]
-    forced = forced_blocks(rule, end if end.shape[1] == 1 else end[:, proxy_of], admissible.shape[-1])
+    forced = forced_blocks(rule, summary, admissible.shape[-1])
     return (forced & admissible).sum(-1, dtype=torch.int32).amax(-1)

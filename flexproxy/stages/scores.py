@@ -70,7 +70,7 @@ def block_scores(
     out = []
     for start in range(0, num_queries, rows_per_chunk):
         rows = slice(start, min(start + rows_per_chunk, num_queries))
-        ok = mask.chunk(rows, slice(0, num_keys), key_step)
+        ok = mask.chunk(rows, slice(0, num_keys), key_step, (q_cell, k_cell))
         logits = (queries[:, :, rows] @ keys).mul_(scale).masked_fill_(~ok, -torch.inf)  # [B, P, rows, keys]
         padded = pad_to_multiple(logits, -1, k_cell, -torch.inf)
         row_max = reduce(padded, "b p row (block key) -> b p row block", "max", key=k_cell)

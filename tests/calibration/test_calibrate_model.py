@@ -30,7 +30,7 @@ from flexproxy.integrations.transformers import configuration, configure, save_c
 from tests.transformers_models import interpreted, make_model, make_tokens, make_vision_language_model, use
 
 BLOCK, LENGTH = 16, 256
-CONFIG = ProxyConfig(block_size=BLOCK, min_budget=BLOCK, stride=2)
+CONFIG = ProxyConfig.paper(block_size=BLOCK, min_budget=BLOCK, stride=2)
 TEXTS = [make_tokens(1, LENGTH, seed) for seed in (1, 2)]
 
 

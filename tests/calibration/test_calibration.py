@@ -24,7 +24,7 @@ from flexproxy.calibration.result import Calibration
 from flexproxy.pipeline import dense_block_mask
 
 BLOCK, LENGTH = 16, 512
-CONFIG = ProxyConfig(block_size=BLOCK, min_budget=BLOCK, stride=2)
+CONFIG = ProxyConfig.paper(block_size=BLOCK, min_budget=BLOCK, stride=2)
 
 
 def make_layer(q: Tensor, k: Tensor) -> Layer:
@@ -116,7 +116,7 @@ def peaks_of(layer: Layer, selection: Selection, index: Tensor, sink: int, local
 def test_merging_ends_with_one_group() -> None:
     layer = planted_layer([0, 1, 1, 0])
     rows = Rows(layer, CONFIG, 32)
-    merged = merge(rows, torch.full((1, 4), 6))
+    merged = merge(rows, torch.full((1, 4, LENGTH // BLOCK), 6))
     assert sorted(merged) == [1, 2, 3, 4]
     for number, groups in merged.items():
         assert len(groups) == number

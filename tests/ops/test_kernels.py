@@ -292,7 +292,8 @@ def test_ranks_of_rows_too_long_for_one_program(device: str, monkeypatch: pytest
     admissible[:, :, 1, 40:] = False  # ends in the first half of a program's places, which is sorted alone
     admissible[:, :, 2] = False
     scores, admissible = scores.to(device), admissible.to(device)
-    summary = summarize_rows(admissible, admissible)
+    sequence = torch.randint(0, 9, (2, 1, 5, 2), generator=generator, dtype=torch.int32).to(device)
+    summary = summarize_rows(admissible, admissible, sequence)
     offset = torch.tensor([85 * 16, 3 * 16 - 5], device=device)
     arguments = scores, admissible, summary, ForcedRule(offset, 75, 16, 1, 2)
     with implementations.use("torch"):

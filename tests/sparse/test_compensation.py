@@ -33,7 +33,9 @@ from tests.oracle import random_case
 
 attention: Any = sys.modules["flexproxy.sparse.attention"]  # the module, whose name the function has
 BLOCK = 16
-LOW = ProxyConfig(block_size=BLOCK, min_budget=2 * BLOCK, max_budget=2 * BLOCK)  # two blocks a row, whatever the scores
+LOW = ProxyConfig.paper(
+    block_size=BLOCK, min_budget=2 * BLOCK, max_budget=2 * BLOCK
+)  # two blocks a row, whatever the scores
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -198,7 +200,8 @@ def test_random_cases_equal_the_reference() -> None:
     given_back = 0
     for seed in range(60):
         case = random_case(9000 + seed)
-        case = replace(case, config=replace(case.config, gamma=0.3, min_budget=0))
+        few: dict[str, Any] = {"gamma": 0.3, "min_budget": 0, "sink_blocks": 0, "local_blocks": 1}
+        case = replace(case, config=replace(case.config, dense_last_blocks=0, **few))
         x, size = Inputs(case.q, case.k, case.v), case.config.block_size
         selection = flexproxy.select(x.q, x.k, mask_mod=case.mask_mod, config=case.config)
         want = expect(x, case.mask_mod, selection.block_map(), size)

@@ -198,9 +198,11 @@ def _share(module: nn.Module, config: ProxyConfig, num_heads: int) -> ProxyConfi
     """The part of a configuration that belongs to this tensor-parallel rank, which has ``num_heads`` query heads."""
     from torch.distributed.tensor import DTensor
 
-    total = getattr(getattr(module, "config", None), "num_attention_heads", num_heads)
+    shape = getattr(module, "config", None)
+    total = getattr(shape, "num_attention_heads", num_heads)
     sharded = next((p for p in module.parameters() if isinstance(p, DTensor)), None)
     if sharded is None or total == num_heads:
         return config
     mesh = sharded.device_mesh
-    return share_of_rank(config, mesh.get_local_rank(mesh.ndim - 1), total // num_heads, total)
+    kv_heads = getattr(shape, "num_key_value_heads", None) or total
+    return share_of_rank(config, mesh.get_local_rank(mesh.ndim - 1), total // num_heads, total, kv_heads)

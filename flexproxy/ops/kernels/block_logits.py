@@ -50,11 +50,14 @@ class Tile(NamedTuple):
 
 @triton.jit
 def _allowed(
-    lo, hi, q_label, k_label, bits, clause_row, bits_row, row_ok, key, key_ok,
-    clause_stride, label_stride, label_stride_k, label_at, key_step,
-    NUM_CLAUSES: tl.constexpr, HAS_LABELS: tl.constexpr,
+    lo, hi, q_label, k_label, bits, listed, clause_row, bits_row, listed_row, row_ok, key, key_ok,
+    clause_stride, label_stride, label_stride_k, label_at, key_step, k_cell,
+    NUM_CLAUSES: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_LISTED: tl.constexpr,
 ):  # fmt: skip
-    """The mask of a tile. See NOTE [Clauses]; without clauses the mask is one bit for each pair."""
+    """The mask of a tile. See NOTE [Clauses]; without clauses the mask is one bit for each pair.
+
+    listed: the blocks to which lists confine the clauses.
+    """
     both = row_ok[:, None] & key_ok[None, :]
     if NUM_CLAUSES == 0:
         byte = tl.load(bits + bits_row[:, None] + (key // 8)[None, :], mask=both, other=0)
@@ -71,13 +74,15 @@ def _allowed(
             key_label = tl.load(k_label + label_at + c * label_stride + key * label_stride_k, mask=key_ok, other=-2)
             inside &= (row_label[:, None] == key_label[None, :]) & (row_label >= 0)[:, None]
         ok |= inside & both
+    if HAS_LISTED:
+        ok &= tl.load(listed + listed_row[:, None] + (key // k_cell)[None, :], mask=both, other=0) != 0
     return ok
 
 
 @triton.jit
 def _reach(
     lo, hi, summary, summary_at, clause_row, row, row_ok, clause_stride, num_keys, key_step, q_cell, k_cell,
-    NUM_CLAUSES: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_SUMMARY: tl.constexpr,
+    NUM_CLAUSES: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_LISTED: tl.constexpr, HAS_SUMMARY: tl.constexpr,
 ):  # fmt: skip
     """Keys that some row may see, and a run of keys that all rows see: begin, end, full_begin, full_end."""
     begin = 0
@@ -98,7 +103,7 @@ def _reach(
             last = tl.load(hi + clause_row + c * clause_stride, mask=row_ok, other=0)
             begin = tl.minimum(begin, tl.min(tl.where(row_ok, first, num_keys * key_step)))
             end = tl.maximum(end, tl.max(last))
-            if NUM_CLAUSES == 1 and not HAS_LABELS:
+            if NUM_CLAUSES == 1 and not HAS_LABELS and not HAS_LISTED:
                 full_begin = (tl.maximum(tl.max(first), 0) + key_step - 1) // key_step
                 full_end = tl.min(tl.where(row_ok, last, num_keys * key_step)) // key_step
         begin = tl.maximum(begin, 0) // key_step
@@ -109,10 +114,11 @@ def _reach(
 @triton.jit
 def _step(
     queries, k, keys_at, batch, kv_head, values_at, key_stride, dim_stride, values_stride,
-    lo, hi, q_label, k_label, bits, clause_row, bits_row, row_ok, clause_stride, label_stride, label_stride_k, label_at,
-    tile, num_keys, num_columns, key_step, head_dim, scale_log2, largest, total,
+    lo, hi, q_label, k_label, bits, listed, clause_row, bits_row, listed_row, row_ok, clause_stride, label_stride,
+    label_stride_k, label_at, tile, num_keys, num_columns, key_step, k_cell, head_dim, scale_log2, largest, total,
     MASKED: tl.constexpr, POSITIVE: tl.constexpr, SUMS: tl.constexpr, NUM_CLAUSES: tl.constexpr,
-    HAS_LABELS: tl.constexpr, COLUMN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_LISTED: tl.constexpr, COLUMN: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     WHOLE_D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: writes its columns, returns the running maximum and sum of the rows."""
@@ -135,8 +141,9 @@ def _step(
         scale = 1.0
     if MASKED:
         ok = _allowed(
-            lo, hi, q_label, k_label, bits, clause_row, bits_row, row_ok, key, key < num_keys,
-            clause_stride, label_stride, label_stride_k, label_at, key_step, NUM_CLAUSES, HAS_LABELS,
+            lo, hi, q_label, k_label, bits, listed, clause_row, bits_row, listed_row, row_ok, key, key < num_keys,
+            clause_stride, label_stride, label_stride_k, label_at, key_step, k_cell, NUM_CLAUSES, HAS_LABELS,
+            HAS_LISTED,
         )  # fmt: skip
         # A maximum drops what is not a number: among -inf, such a block would seem one that is not seen.
         logits = tl.where(logits == logits, logits, float("inf"))
@@ -167,22 +174,24 @@ def _step(
 NUMBERS = [
     "row_index_stride_b", "row_index_stride_h", "lo_stride_c", "lo_stride_b", "lo_stride_s",
     "k_label_stride_c", "k_label_stride_b", "k_label_stride_s", "bits_stride_b", "bits_stride_h", "bits_stride_s",
-    "summary_stride_b", "summary_stride_h", "first_row", "num_rows", "num_keys", "num_columns", "rows_in_buffer",
-    "steps", "heads", "group", "key_step", "q_cell", "k_cell", "head_dim", "scale_log2",
+    "listed_stride_b", "listed_stride_h", "listed_stride_r", "summary_stride_b", "summary_stride_h", "first_row",
+    "num_rows", "num_keys", "num_columns", "rows_in_buffer", "steps", "heads", "group", "key_step", "q_cell", "k_cell",
+    "listed_cell", "head_dim", "scale_log2",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _block_logits_kernel(
-    q, k, row_index, lo, hi, q_label, k_label, bits, summary, values, partial,
+    q, k, row_index, lo, hi, q_label, k_label, bits, listed, summary, values, partial,
     q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     row_index_stride_b, row_index_stride_h, lo_stride_c, lo_stride_b, lo_stride_s,
     k_label_stride_c, k_label_stride_b, k_label_stride_s, bits_stride_b, bits_stride_h, bits_stride_s,
-    summary_stride_b, summary_stride_h, first_row, num_rows, num_keys, num_columns, rows_in_buffer,
-    steps, heads, group, key_step, q_cell, k_cell, head_dim, scale_log2,
+    listed_stride_b, listed_stride_h, listed_stride_r, summary_stride_b, summary_stride_h,
+    first_row, num_rows, num_keys, num_columns, rows_in_buffer, steps, heads, group, key_step, q_cell, k_cell,
+    listed_cell, head_dim, scale_log2,
     HAS_INDEX: tl.constexpr, HAS_SUMMARY: tl.constexpr, POSITIVE: tl.constexpr, SUMS: tl.constexpr,
-    NUM_CLAUSES: tl.constexpr, HAS_LABELS: tl.constexpr, COLUMN: tl.constexpr, BLOCK_D: tl.constexpr,
-    WHOLE_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    NUM_CLAUSES: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_LISTED: tl.constexpr, COLUMN: tl.constexpr,
+    BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
     bh = tl.program_id(2).to(tl.int64)
@@ -203,9 +212,10 @@ def _block_logits_kernel(
     )
     clause_row = b * lo_stride_b + source * lo_stride_s
     bits_row = b * bits_stride_b + h * bits_stride_h + row.to(tl.int64) * bits_stride_s
+    listed_row = b * listed_stride_b + h * listed_stride_h + (row // listed_cell).to(tl.int64) * listed_stride_r
     begin, end, full_begin, full_end = _reach(
         lo, hi, summary, b * summary_stride_b + h * summary_stride_h, clause_row, row, row_ok, lo_stride_c, num_keys,
-        key_step, q_cell, k_cell, NUM_CLAUSES, HAS_LABELS, HAS_SUMMARY,
+        key_step, q_cell, k_cell, NUM_CLAUSES, HAS_LABELS, HAS_LISTED, HAS_SUMMARY,
     )  # fmt: skip
     first = tl.maximum(begin // BLOCK_N, split * steps)
     last = tl.maximum(tl.minimum(tl.cdiv(end, BLOCK_N), (split + 1) * steps), first)
@@ -222,18 +232,20 @@ def _block_logits_kernel(
     for tile in tl.range(full_first, full_last):
         largest, total = _step(
             queries, k, keys_at, batch, kv_head, values_at, k_stride_s, k_stride_d, q_cell,
-            lo, hi, q_label, k_label, bits, clause_row, bits_row, row_ok, lo_stride_c, k_label_stride_c,
-            k_label_stride_s, label_at, tile, num_keys, num_columns, key_step, head_dim, scale_log2, largest, total,
-            False, POSITIVE, SUMS, NUM_CLAUSES, HAS_LABELS, COLUMN, BLOCK_N, BLOCK_D, WHOLE_D, TMA,
+            lo, hi, q_label, k_label, bits, listed, clause_row, bits_row, listed_row, row_ok, lo_stride_c,
+            k_label_stride_c, k_label_stride_s, label_at, tile, num_keys, num_columns, key_step, k_cell, head_dim,
+            scale_log2, largest, total,
+            False, POSITIVE, SUMS, NUM_CLAUSES, HAS_LABELS, HAS_LISTED, COLUMN, BLOCK_N, BLOCK_D, WHOLE_D, TMA,
         )  # fmt: skip
     for n in tl.range(0, last - first - (full_last - full_first), num_stages=1):
         tile = first + n
         tile = tl.where(tile < full_first, tile, tile + (full_last - full_first))
         largest, total = _step(
             queries, k, keys_at, batch, kv_head, values_at, k_stride_s, k_stride_d, q_cell,
-            lo, hi, q_label, k_label, bits, clause_row, bits_row, row_ok, lo_stride_c, k_label_stride_c,
-            k_label_stride_s, label_at, tile, num_keys, num_columns, key_step, head_dim, scale_log2, largest, total,
-            True, POSITIVE, SUMS, NUM_CLAUSES, HAS_LABELS, COLUMN, BLOCK_N, BLOCK_D, WHOLE_D, TMA,
+            lo, hi, q_label, k_label, bits, listed, clause_row, bits_row, listed_row, row_ok, lo_stride_c,
+            k_label_stride_c, k_label_stride_s, label_at, tile, num_keys, num_columns, key_step, k_cell, head_dim,
+            scale_log2, largest, total,
+            True, POSITIVE, SUMS, NUM_CLAUSES, HAS_LABELS, HAS_LISTED, COLUMN, BLOCK_N, BLOCK_D, WHOLE_D, TMA,
         )  # fmt: skip
     if SUMS:  # columns that no row may see
         nothing = tl.full([BLOCK_M, BLOCK_N // COLUMN], float("-inf"), tl.float32)
@@ -285,15 +297,16 @@ def block_logits(
 
     Args:
         q, k: ``[B, H, rows, D]`` (or, with ``row_index``, ``[B, H, Sq, D]``) and ``[B, h, keys, D]``, any strides.
-        mask: at these queries and keys; with ``row_index`` its clauses are those of all queries.
+        mask: at these queries and keys; with ``row_index`` its clauses are those of all queries, and ``listed`` has a
+            row for each of these where ``sums`` are asked for.
         scale: of the logits.
         rows: which of the rows.
         q_cell, k_cell: rows, and keys, per block. key_step: tokens from one key to the next.
         row_index: int64 ``[b, h, rows]``, the rows' places in q, -1 for none.
-        summary: int32 ``[b, h, blocks, 5]`` of ``summarize_rows``, for rows that lie in blocks of ``q_cell``.
+        summary: int32 ``[b, h, blocks, 7]`` of ``summarize_rows``, for rows that lie in blocks of ``q_cell``.
         sums: log-sum-exps of the blocks instead of their largest logits.
     """
-    lo, hi, q_label, k_label, bits, _ = mask
+    lo, hi, q_label, k_label, bits, listed = mask
     batch, heads, _, head_dim = q.shape
     num_keys = k.shape[2]
     block_d = power_of_2(head_dim, 16, 256)
@@ -317,6 +330,7 @@ def block_logits(
         q_label=q_label,
         k_label=k_label,
         bits=bits,
+        listed=listed,
         summary=summary,
         values=values,
         partial=partial,
@@ -331,6 +345,7 @@ def block_logits(
         key_step=key_step,
         q_cell=q_cell,
         k_cell=k_cell,
+        listed_cell=1 if sums else q_cell,
         head_dim=head_dim,
         scale_log2=scale * LOG2_E,
         HAS_INDEX=row_index is not None,
@@ -339,6 +354,7 @@ def block_logits(
         SUMS=sums,
         NUM_CLAUSES=0 if lo is None else lo.shape[0],
         HAS_LABELS=q_label is not None,
+        HAS_LISTED=listed is not None,
         COLUMN=column,
         BLOCK_D=block_d,
         WHOLE_D=head_dim == block_d,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexproxy.ops import row_summary
 from flexproxy.ops.kernels.launch import Options, launch, power_of_2
-from flexproxy.ops.kernels.row_summary import COLUMNS, END, FIRST, FULL_END, FULL_FIRST, NUMBER
+from flexproxy.ops.kernels.row_summary import COLUMNS, DENSE, END, FIRST, FULL_END, FULL_FIRST, NUMBER, SINK
 from flexproxy.ops.tensors import pad_to_multiple
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def classify_clauses(clauses: ClauseStack, num_keys: int, block_size: int) -> tu
 
 
 @triton.jit(do_not_specialize=["num_k_blocks"])
-def _summary_kernel(any_, full, summary, num_k_blocks, BLOCK_J: tl.constexpr):
+def _summary_kernel(any_, full, sequence, summary, num_k_blocks, BLOCK_J: tl.constexpr):
     """One row of blocks."""
     row = tl.program_id(0).to(tl.int64)
     first, end, number = num_k_blocks, 0, 0
@@ -231,11 +231,13 @@ def _summary_kernel(any_, full, summary, num_k_blocks, BLOCK_J: tl.constexpr):
     tl.store(at + FULL_FIRST, full_first)
     tl.store(at + FULL_END, full_end)
     tl.store(at + NUMBER, number)
+    tl.store(at + SINK, tl.load(sequence + row * 2))
+    tl.store(at + DENSE, tl.load(sequence + row * 2 + 1))
 
 
-def summarize_rows(any_: Tensor, full: Tensor) -> Tensor:
+def summarize_rows(any_: Tensor, full: Tensor, sequence: Tensor) -> Tensor:
     """``flexproxy.masks.blocks.summarize_rows``."""
-    any_, full = any_.contiguous(), full.contiguous()
+    any_, full, sequence = any_.contiguous(), full.contiguous(), sequence.contiguous()
     summary = torch.empty(*any_.shape[:3], row_summary.COLUMNS, dtype=torch.int32, device=any_.device)
     rows, num_k_blocks = any_.shape[:3].numel(), any_.shape[3]
     launch(
@@ -244,6 +246,7 @@ def summarize_rows(any_: Tensor, full: Tensor) -> Tensor:
         Options(warps=1),
         any_=any_,
         full=full,
+        sequence=sequence,
         summary=summary,
         num_k_blocks=num_k_blocks,
         BLOCK_J=power_of_2(num_k_blocks, 16, 1024),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexproxy.ops.kernels.block_logits import block_logits, combine_splits
 from flexproxy.ops.kernels.launch import launch, power_of_2
-from flexproxy.ops.kernels.row_summary import COLUMNS, NUMBER
+from flexproxy.ops.kernels.row_summary import COLUMNS, DENSE, NUMBER
 from flexproxy.ops.kernels.tiles import masses_tile
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def block_masses(q: Tensor, k: Tensor, probes: Tensor, mask: SampledMask, block_
     num_probes = probes.shape[2]
     num_k_blocks = -(-k.shape[2] // block_size)
     tile = masses_tile(q.dtype, head_dim, q.device, block_size)
+    mask = mask.listed_at(probes.clamp(min=0), block_size)
     values, partial = block_logits(
         q,
         k,
@@ -159,14 +160,17 @@ def _clip(count, forced, min_blocks, max_blocks, num_blocks):
 
 @triton.jit(do_not_specialize=["num_q_blocks", "num_k_blocks"])
 def _kept_kernel(summary, kept, num_q_blocks, num_k_blocks, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr):
-    """Blocks that a head keeps with count c: the sum over its rows of min(c, admissible blocks); int64, c to Nk."""
+    """Blocks that a head keeps with count c: min(c, admissible blocks) of each row, all of dense ones; int64."""
     bh = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_C], tl.int64)
     for start in tl.range(0, num_q_blocks, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
-        number = tl.load(summary + (bh * num_q_blocks + i) * COLUMNS + NUMBER, mask=i < num_q_blocks, other=0)
-        total += tl.sum(tl.minimum(number[None, :], c[:, None]), 1).to(tl.int64)
+        columns = summary + (bh * num_q_blocks + i) * COLUMNS
+        number = tl.load(columns + NUMBER, mask=i < num_q_blocks, other=0)
+        dense = tl.load(columns + DENSE, mask=i < num_q_blocks, other=0) != 0
+        limit = tl.where(dense, num_k_blocks, 0)[None, :] + c[:, None]
+        total += tl.sum(tl.minimum(number[None, :], limit), 1).to(tl.int64)
     tl.store(kept + bh * (num_k_blocks + 1) + c, total, mask=c <= num_k_blocks)
 
 
@@ -213,10 +217,13 @@ def _candidates_kernel(
     tl.store(best_gamma + out, tl.min(tl.where(distance == least, gamma, float("inf"))))
 
 
-@triton.jit(do_not_specialize=[*NUMBERS[2:8], "num_candidates", "gamma"])
+@triton.jit(
+    do_not_specialize=["summary_stride_b", "summary_stride_h", *NUMBERS[2:8], "num_q_blocks", "num_candidates", "gamma"]
+)
 def _counts_kernel(
-    cumulative, forced, best_distance, best_gamma, count,
-    forced_stride_b, forced_stride_h, num_k_blocks, min_blocks, max_blocks, heads, num_candidates, gamma,
+    cumulative, summary, forced, best_distance, best_gamma, count,
+    summary_stride_b, summary_stride_h, forced_stride_b, forced_stride_h, num_k_blocks, min_blocks, max_blocks, heads,
+    num_q_blocks, num_candidates, gamma,
     FIND_GAMMA: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(0).to(tl.int64)
@@ -241,7 +248,12 @@ def _counts_kernel(
         value = tl.load(cumulative + bh * num_k_blocks + start + lane, mask=ok, other=float("inf"))
         number += tl.sum((ok & (value < limit)).to(tl.int32))
     most = tl.load(forced + b * forced_stride_b + h * forced_stride_h)
-    tl.store(count + bh, _clip(number, most, min_blocks, max_blocks, num_k_blocks))
+    number = _clip(number, most, min_blocks, max_blocks, num_k_blocks)
+    for start in tl.range(0, num_q_blocks, BLOCK_J):
+        i = start + lane
+        at = summary + b * summary_stride_b + h * summary_stride_h + i * COLUMNS + DENSE
+        dense = tl.load(at, mask=i < num_q_blocks, other=0) != 0
+        tl.store(count + bh * num_q_blocks + i, tl.where(dense, num_k_blocks, number), mask=i < num_q_blocks)
 
 
 def count_blocks(
@@ -267,11 +279,12 @@ def count_blocks(
         BLOCK_J=block_j,
         BLOCK_R=64,
     )
-    count = torch.empty(batch, heads, dtype=torch.int32, device=masses.device)
+    summary = summary.contiguous()
+    num_q_blocks = summary.shape[2]
+    count = torch.empty(batch, heads, num_q_blocks, dtype=torch.int32, device=masses.device)
     best_distance = best_gamma = None
     programs = 0
     if density is not None:
-        summary = summary.contiguous()
         kept = torch.empty(*summary.shape[:2], num_k_blocks + 1, dtype=torch.int64, device=masses.device)
         grid = -(-(num_k_blocks + 1) // 64), summary.shape[0] * summary.shape[1], 1
         launch(
@@ -279,7 +292,7 @@ def count_blocks(
             grid,
             summary=summary,
             kept=kept,
-            num_q_blocks=summary.shape[2],
+            num_q_blocks=num_q_blocks,
             num_k_blocks=num_k_blocks,
             BLOCK_C=64,
             BLOCK_I=64,
@@ -308,6 +321,7 @@ def count_blocks(
         _counts_kernel,
         (batch * heads, 1, 1),
         cumulative=cumulative,
+        summary=summary,
         forced=forced,
         best_distance=best_distance,
         best_gamma=best_gamma,
@@ -316,6 +330,7 @@ def count_blocks(
         min_blocks=min_blocks,
         max_blocks=max_blocks,
         heads=heads,
+        num_q_blocks=num_q_blocks,
         num_candidates=programs,
         gamma=gamma,
         FIND_GAMMA=density is not None,

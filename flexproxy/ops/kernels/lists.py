@@ -46,7 +46,7 @@ def _lists_kernel(
     admissible_row = admissible
     kept_row = kept + row * num_k_blocks
     if FROM_RANK:
-        limit = tl.load(count + b * heads + h)
+        limit = tl.load(count + row)
         rank_row = rank + b * rank_stride_b + tl.load(proxy_of + h) * rank_stride_h + i * num_k_blocks
         admissible_row = admissible + b * admissible_stride_b + h * admissible_stride_h + i * num_k_blocks
     full_row = full + b * full_stride_b + h * full_stride_h + i * num_k_blocks

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexproxy.ops.kernels.launch import Options, launch, power_of_2
-from flexproxy.ops.kernels.row_summary import COLUMNS, END
+from flexproxy.ops.kernels.row_summary import COLUMNS, END, SINK
 
 if TYPE_CHECKING:
     from flexproxy.stages.ranking import ForcedRule
@@ -39,7 +39,7 @@ NUMBERS = [
 
 @triton.jit
 def _keys(
-    scores_row, admissible_row, end, position, num_queries, num_k_blocks, sink_blocks, local_blocks, block_size,
+    scores_row, admissible_row, end, sink, position, num_queries, num_k_blocks, sink_blocks, local_blocks, block_size,
     log_block_size, i, j,
 ):  # fmt: skip
     """What the blocks of a row are ranked by: forced +inf, scored by score, unscored -2e38, inadmissible -inf."""
@@ -49,21 +49,22 @@ def _keys(
     first, last = _forced_range(position, i, end, num_queries, local_blocks, block_size, log_block_size)
     unscored = (score != score) | (score == float("-inf"))
     key = tl.where(unscored, -2e38, tl.maximum(score, -1e38))
-    key = tl.where(((j >= first) & (j <= last)) | (j < sink_blocks), float("inf"), key)
+    forced = ((j >= first) & (j <= last)) | ((j >= sink) & (j < sink + sink_blocks))
+    key = tl.where(forced, float("inf"), key)
     return tl.where(some, key, float("-inf"))
 
 
 @triton.jit
 def _sort_row(
-    scores_row, admissible_row, rank_row, end, position, num_queries, num_k_blocks, sink_blocks, local_blocks,
+    scores_row, admissible_row, rank_row, end, sink, position, num_queries, num_k_blocks, sink_blocks, local_blocks,
     block_size, log_block_size, i,
     BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Ranks of the first BLOCK_J blocks of a row: keys and indices sorted as one integer each."""
     j = tl.arange(0, BLOCK_J)
     key = _keys(
-        scores_row, admissible_row, end, position, num_queries, num_k_blocks, sink_blocks, local_blocks, block_size,
-        log_block_size, i, j,
+        scores_row, admissible_row, end, sink, position, num_queries, num_k_blocks, sink_blocks, local_blocks,
+        block_size, log_block_size, i, j,
     )  # fmt: skip
     bits = tl.where(key == 0.0, 0.0, key).to(tl.int32, bitcast=True)  # one zero
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
@@ -88,20 +89,21 @@ def _rank_kernel(
     row = (bh * tl.num_programs(0) + i) * num_k_blocks
     scores_row, rank_row = scores + row, out + row
     admissible_row = admissible + b * admissible_stride_b + h * admissible_stride_h + i.to(tl.int64) * num_k_blocks
-    end = tl.load(summary + b * summary_stride_b + h * summary_stride_h + i * COLUMNS + END)
+    columns = summary + b * summary_stride_b + h * summary_stride_h + i * COLUMNS
+    end, sink = tl.load(columns + END), tl.load(columns + SINK)
     position = tl.load(offset + b * offset_stride_b)
     half: tl.constexpr = BLOCK_J // 2
     if end <= half:
         _sort_row(
-            scores_row, admissible_row, rank_row, end, position, num_queries, num_k_blocks, sink_blocks, local_blocks,
-            block_size, log_block_size, i, half,
+            scores_row, admissible_row, rank_row, end, sink, position, num_queries, num_k_blocks, sink_blocks,
+            local_blocks, block_size, log_block_size, i, half,
         )  # fmt: skip
         j = half + tl.arange(0, half)
         tl.store(rank_row + j, j, mask=j < num_k_blocks)
     else:
         _sort_row(
-            scores_row, admissible_row, rank_row, end, position, num_queries, num_k_blocks, sink_blocks, local_blocks,
-            block_size, log_block_size, i, BLOCK_J,
+            scores_row, admissible_row, rank_row, end, sink, position, num_queries, num_k_blocks, sink_blocks,
+            local_blocks, block_size, log_block_size, i, BLOCK_J,
         )  # fmt: skip
 
 
@@ -118,13 +120,14 @@ def _keys_kernel(
     row = (bh * tl.num_programs(0) + i) * num_k_blocks
     scores_row = scores + row
     admissible_row = admissible + b * admissible_stride_b + h * admissible_stride_h + i.to(tl.int64) * num_k_blocks
-    end = tl.load(summary + b * summary_stride_b + h * summary_stride_h + i * COLUMNS + END)
+    columns = summary + b * summary_stride_b + h * summary_stride_h + i * COLUMNS
+    end, sink = tl.load(columns + END), tl.load(columns + SINK)
     position = tl.load(offset + b * offset_stride_b)
     for start in tl.range(0, num_k_blocks, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         key = _keys(
-            scores_row, admissible_row, end, position, num_queries, num_k_blocks, sink_blocks, local_blocks, block_size,
-            log_block_size, i, j,
+            scores_row, admissible_row, end, sink, position, num_queries, num_k_blocks, sink_blocks, local_blocks,
+            block_size, log_block_size, i, j,
         )  # fmt: skip
         tl.store(out + row + j, key, mask=j < num_k_blocks)
 
@@ -169,7 +172,7 @@ def rank_blocks(scores: Tensor, admissible: Tensor, summary: Tensor, rule: Force
 
 @triton.jit(do_not_specialize=[*NUMBERS, "num_q_blocks"])
 def _forced_kernel(
-    admissible, summary, offset, proxy_of, forced,
+    admissible, summary, offset, forced,
     admissible_stride_b, admissible_stride_h, summary_stride_b, summary_stride_h, offset_stride_b,
     num_queries, num_q_blocks, num_k_blocks, heads, sink_blocks, local_blocks, block_size, log_block_size,
     BLOCK_I: tl.constexpr,
@@ -178,31 +181,31 @@ def _forced_kernel(
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // heads, bh % heads
     position = tl.load(offset + b * offset_stride_b)
-    summary_at = summary + b * summary_stride_b + tl.load(proxy_of + h) * summary_stride_h
+    columns = summary + b * summary_stride_b + h * summary_stride_h
     most = 0
     for start in tl.range(0, num_q_blocks, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
         ok = i < num_q_blocks
-        end = tl.load(summary_at + i * COLUMNS + END, mask=ok, other=0)
+        end = tl.load(columns + i * COLUMNS + END, mask=ok, other=0)
+        sink = tl.load(columns + i * COLUMNS + SINK, mask=ok, other=0)
         first, last = _forced_range(position, i, end, num_queries, local_blocks, block_size, log_block_size)
         row = admissible + b * admissible_stride_b + h * admissible_stride_h + i.to(tl.int64) * num_k_blocks
         number = tl.zeros([BLOCK_I], tl.int32)
-        for sink in tl.range(0, sink_blocks):
-            number += tl.load(row + sink, mask=ok & (sink < num_k_blocks), other=0).to(tl.int32)
+        for step in tl.range(0, sink_blocks):
+            number += tl.load(row + sink + step, mask=ok & (sink + step < num_k_blocks), other=0).to(tl.int32)
         for step in tl.range(0, local_blocks + 2):
             j = first + step
-            local = ok & (j <= last) & (j >= sink_blocks) & (j >= 0) & (j < num_k_blocks)
+            local = ok & (j <= last) & (j >= 0) & (j < num_k_blocks) & ((j < sink) | (j >= sink + sink_blocks))
             number += tl.load(row + j, mask=local, other=0).to(tl.int32)
         most = tl.maximum(most, tl.max(number))
     tl.store(forced + bh, most)
 
 
-def forced_counts(admissible: Tensor, summary: Tensor, proxy_of: Tensor, rule: ForcedRule) -> Tensor:
+def forced_counts(admissible: Tensor, summary: Tensor, rule: ForcedRule) -> Tensor:
     """``flexproxy.stages.ranking.forced_counts``."""
     offset, num_queries, block_size, sink_blocks, local_blocks = rule
     admissible, summary = admissible.contiguous(), summary.contiguous()
-    batch = max(admissible.shape[0], summary.shape[0], offset.shape[0])
-    heads = 1 if admissible.shape[1] == summary.shape[1] == 1 else proxy_of.shape[0]
+    batch, heads = max(len(admissible), len(offset)), admissible.shape[1]
     forced = torch.empty(batch, heads, dtype=torch.int32, device=admissible.device)
     launch(
         _forced_kernel,
@@ -210,7 +213,6 @@ def forced_counts(admissible: Tensor, summary: Tensor, proxy_of: Tensor, rule: F
         admissible=admissible,
         summary=summary,
         offset=offset,
-        proxy_of=proxy_of,
         forced=forced,
         num_queries=num_queries,
         num_q_blocks=admissible.shape[2],
