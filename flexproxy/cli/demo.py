@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,6 @@ from flexproxy.environment import processor, versions
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-_NAME = "flexproxy_demo"  # of the attention, in transformers
 _REPEATS = 3
 
 Progress = Callable[[str, int, int], None]
@@ -82,49 +82,14 @@ class DemoResult:
         return plain | nested | {"density": [list(heads) for heads in self.density], "versions": versions()}
 
 
-class _Attention:
-    """The attention function that transformers calls; ``observe``, if set, gets every selection."""
-
-    def __init__(self, config: flexproxy.ProxyConfig) -> None:
-        self.config = config
-        self.observe: Callable[[flexproxy.Selection], None] | None = None
-
-    def __call__(
-        self, _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: None, scaling: float, **_: Any
-    ) -> tuple[Tensor, None]:
-        if self.observe is not None:
-            self.observe(flexproxy.select(query, key, config=self.config, scale=scaling))
-        # The text is short: on a GPU it would be dense.
-        out = flexproxy.attention(query, key, value, config=self.config, scale=scaling, when="always")
-        return out.transpose(1, 2), None  # [B, Sq, Hq, D]
-
-
-def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
-    """The mask function: attention is causal by default; padding is an error."""
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise ValueError("the demo's attention is for sequences without padding")
-
-
 class _Prefills:
-    """Prefills of one sequence, one after another: each is timed, and its layers are counted.
-
-    Used in a ``with`` statement, which leaves the model as it was.
-    """
+    """Prefills of one sequence, one after another: each is timed, and its layers are counted."""
 
     def __init__(self, model: LlamaForCausalLM, tokens: Tensor, count: int, progress: Progress | None) -> None:
         self._model, self._tokens, self._progress = model, tokens, progress or (lambda *_: None)
         self._stage, self._done, self._total = "", 0, count * model.config.num_hidden_layers
 
-    def __enter__(self) -> _Prefills:
-        self._hooks = [layer.register_forward_hook(self._layer_done) for layer in self._model.model.layers]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._model.set_attn_implementation("sdpa")
-
-    def _layer_done(self, *_: object) -> None:
+    def layer_done(self, *_: object) -> None:
         self._done += 1
         self._progress(self._stage, self._done, self._total)
 
@@ -144,25 +109,31 @@ class _Prefills:
             torch.cuda.synchronize(self._tokens.device)
 
 
+@contextmanager
+def _prepared(model: LlamaForCausalLM, config: flexproxy.ProxyConfig, layer_done: Any) -> Iterator[None]:
+    """Configure a model, and count its layers; afterwards it is as it was."""
+    from flexproxy.integrations.transformers import configuration, configure
+
+    before = configuration(model)
+    try:
+        configure(model, config, when="always")  # the text is short: on a GPU it would be dense
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    hooks = [layer.register_forward_hook(layer_done) for layer in model.model.layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        configure(model, before)
+        model.set_attn_implementation("sdpa")
+
+
 def _measure(batch: NeedleBatch, logits: Tensor, seconds: float) -> Prefill:
     exact = exact_answers(logits.argmax(-1), batch)
     nats = F.cross_entropy(logits[0, :-1].float(), batch.tokens[0, 1:], reduction="none")
     text = ~batch.planted[0, 1:]
     return Prefill(int(exact.sum()), float(nats[text].mean()) / math.log(2), seconds)
-
-
-def _check(model: LlamaForCausalLM, config: flexproxy.ProxyConfig, layer: int | None) -> None:
-    """Validate the arguments before the prefills."""
-    shape: Any = model.config
-    head_dim = shape.head_dim or shape.hidden_size // shape.num_attention_heads
-    if layer is not None and not 0 <= layer < shape.num_hidden_layers:
-        raise InputError(f"--layer: the model has layers 0 to {shape.num_hidden_layers - 1}, got {layer}")
-    q = torch.zeros(1, shape.num_attention_heads, config.block_size, head_dim)
-    k = torch.zeros(1, shape.num_key_value_heads, config.block_size, head_dim)
-    try:
-        flexproxy.select(q, k, config=config)
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 @torch.no_grad()
@@ -193,36 +164,29 @@ def run(
     Raises:
         InputError: the config does not fit the model, or the text has no room for the needles.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    _check(model, config, layer)
+    layers = model.config.num_hidden_layers
+    if layer is not None and not 0 <= layer < layers:
+        raise InputError(f"--layer: the model has layers 0 to {layers - 1}, got {layer}")
     try:
         planted = plant(text, num_needles, torch.Generator().manual_seed(seed))
     except ValueError as error:
         raise InputError(str(error)) from error
     batch = NeedleBatch(*(tensor.to(model.device) for tensor in planted))
-    density: list[tuple[float, ...]] = []
-    selections: list[flexproxy.Selection] = []
-
-    def observe(selection: flexproxy.Selection) -> None:  # layer after layer
-        density.append(tuple(selection.density()[0].tolist()))
-        selections.append(selection)
-
-    attention = _Attention(config)
-    AttentionInterface.register(_NAME, attention)
-    AttentionMaskInterface.register(_NAME, _no_mask)
-    with _Prefills(model, batch.tokens, 3 + 2 * _REPEATS, progress) as prefills:
+    prefills = _Prefills(model, batch.tokens, 3 + 2 * _REPEATS, progress)
+    with _prepared(model, config, prefills.layer_done):
         dense, _ = prefills.run("dense, warming up", "sdpa")
-        sparse, first_seconds = prefills.run("flexproxy, compiling", _NAME)
+        sparse, first_seconds = prefills.run("flexproxy, compiling", "flexproxy")
         seconds = [
-            (prefills.run("dense, timed", "sdpa")[1], prefills.run("flexproxy, timed", _NAME)[1])
+            (prefills.run("dense, timed", "sdpa")[1], prefills.run("flexproxy, timed", "flexproxy")[1])
             for _ in range(_REPEATS)
         ]
-        attention.observe = observe
-        prefills.run("flexproxy, looking at the selections", _NAME)
+        with flexproxy.record(model, selections=True) as record:
+            prefills.run("flexproxy, looking at the selections", "flexproxy")
+    selections = record.selections
+    density = [tuple(selections[index].density()[0].tolist()) for index in range(layers)]
     dense_seconds, sparse_seconds = map(statistics.median, zip(*seconds, strict=True))
     if layer is None:
-        layer = max(range(len(density)), key=lambda index: max(density[index]) - min(density[index]))
+        layer = max(range(layers), key=lambda index: max(density[index]) - min(density[index]))
 
     return DemoResult(
         tokens=text.shape[1],

@@ -21,6 +21,7 @@ import torch
 
 import flexproxy
 from flexproxy import cli, environment
+from flexproxy.cli import demo
 from flexproxy.ops import compat, implementations
 from tests.conftest import COMMAND
 from tests.tiny_model import HEADS, LAYERS, save_tiny_model
@@ -298,6 +299,6 @@ def test_a_bug_is_not_hidden_as_a_mistake(small: list[str], monkeypatch: pytest.
     def broken(*_: Any, **__: Any) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(flexproxy, "build", broken)
+    monkeypatch.setattr(demo, "_measure", broken)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(small)

@@ -21,6 +21,8 @@ from tests.tiny_model import HEADS, LAYERS, save_tiny_model
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
+from flexproxy.integrations.transformers import configuration
+
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, NEEDLES = 512, 8
 CONFIG = flexproxy.ProxyConfig(num_proxies=2, gamma=0.5, min_budget=64)
@@ -80,25 +82,6 @@ def test_sparse_differs_from_dense_but_not_with_every_block(result: DemoResult, 
     assert full.dense.bits_per_byte == pytest.approx(result.dense.bits_per_byte, rel=1e-6)
 
 
-def test_the_registered_attention_is_causal(result: DemoResult, model: Any) -> None:
-    tokens = inputs.read_text(inputs.default_text(), LENGTH).long()
-    changed = tokens.clone()
-    changed[:, 384:] = 7
-    dense = model(input_ids=tokens, use_cache=False).logits
-    model.set_attn_implementation("flexproxy_demo")
-    try:
-        with torch.no_grad():
-            logits, other = (model(input_ids=x, use_cache=False).logits for x in (tokens, changed))
-            with pytest.raises(ValueError, match="without padding"):
-                model(input_ids=tokens, attention_mask=(tokens > 0) & (tokens != tokens[0, 0]), use_cache=False)
-    finally:
-        model.set_attn_implementation("sdpa")
-    # A block of queries keeps blocks by a budget that the last tokens set, so only what the first block sees is fixed.
-    torch.testing.assert_close(logits[:, :128], dense[:, :128], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(logits[:, :128], other[:, :128])
-    assert not torch.allclose(logits[:, 384:], other[:, 384:])
-
-
 def test_bits_per_byte_are_those_of_the_text() -> None:
     text = inputs.read_text(inputs.default_text(), LENGTH)
     batch = plant(text, NEEDLES, torch.Generator().manual_seed(0))
@@ -119,25 +102,6 @@ def test_bits_per_byte_are_those_of_the_text() -> None:
     assert sure_of_text.bits_per_byte == pytest.approx(0, abs=1e-6)
 
 
-def test_selections_are_looked_at_outside_the_timed_runs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    stage = ""
-
-    def progress(what: str, done: int, total: int) -> None:
-        nonlocal stage
-        stage = what
-
-    select = flexproxy.select
-
-    def spy(*args: Any, **kwargs: Any) -> flexproxy.Selection:
-        calls.append(stage)
-        return select(*args, **kwargs)
-
-    monkeypatch.setattr(flexproxy, "select", spy)
-    run(model, progress=progress)
-    assert calls == ["", *["flexproxy, looking at the selections"] * LAYERS]
-
-
 def test_progress_counts_every_layer_of_every_prefill(model: Any) -> None:
     seen: list[tuple[str, int, int]] = []
     run(model, progress=lambda *event: seen.append(event))
@@ -153,10 +117,13 @@ def test_the_model_is_left_as_it_was(result: DemoResult, model: Any, monkeypatch
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(flexproxy, "build", interrupted)
+    before = configuration(model)
+    monkeypatch.setattr(demo, "_measure", interrupted)
+    monkeypatch.setattr(flexproxy, "record", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(model)
     assert model.config._attn_implementation == "sdpa"
+    assert configuration(model) == before
     assert not any(layer._forward_hooks for layer in model.model.layers)
 
 
