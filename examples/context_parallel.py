@@ -50,20 +50,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, config: flexproxy.ProxyConfig) ->
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     all_k, all_v = gathered(k), gathered(v)
-    size = q.shape[2] // 2
+    size, last = q.shape[2] // 2, 2 * world - 1
+    pieces, queries = pieces_of(rank, world), q.chunk(2, dim=2)
     selections = []
-    for piece, queries in zip(pieces_of(rank, world), q.chunk(2, dim=2), strict=True):
-        # Aligned at the end: a piece sees the keys up to its own last one, and no mask is needed.
-        selections.append(flexproxy.select(queries, all_k[:, :, : (piece + 1) * size], config=config))
-    count = selections[1].count  # of the last piece, which is rank 0's
+    for piece, own in zip(pieces, queries, strict=True):
+        # Aligned at the end: a piece sees the keys up to its own last one, and no mask is needed. The rows that attend
+        # to everything are those at the end of the sequence, not of every piece.
+        of_piece = config if piece == last else dataclasses.replace(config, dense_last_blocks=0)
+        selections.append(flexproxy.select(own, all_k[:, :, : (piece + 1) * size], config=of_piece))
+    count = (
+        selections[1].count[:, :, :1].contiguous()
+    )  # of the last piece, which is rank 0's; its first row is not dense
     dist.broadcast(count, src=0)
     outputs, blocks = [], 0
-    for selection, queries in zip(selections, q.chunk(2, dim=2), strict=True):
-        shared = dataclasses.replace(selection, count=count)
-        keys = slice(selection.lengths[1])
-        mask = shared.block_mask()
-        outputs.append(attend(queries, all_k[:, :, keys], all_v[:, :, keys], block_mask=mask, enable_gqa=True))
-        blocks += int(shared.block_map().sum())
+    for piece, own, selection in zip(pieces, queries, selections, strict=True):
+        if piece != last:
+            selection = dataclasses.replace(selection, count=count.expand_as(selection.count).contiguous())
+        keys, mask = slice(selection.lengths[1]), selection.block_mask()
+        outputs.append(attend(own, all_k[:, :, keys], all_v[:, :, keys], block_mask=mask, enable_gqa=True))
+        blocks += int(selection.block_map().sum())
     return torch.cat(outputs, dim=2), blocks
 
 

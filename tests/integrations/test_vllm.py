@@ -105,7 +105,12 @@ def test_every_block_gives_the_tokens_of_vllm(folder: Path) -> None:
     assert attended[:6] == [[256, 256]] * 2 + [[256, 512]] * 2 + [[188, 700]] * 2  # chunks of LONG, two layers
     assert attended[6:8] == [[160, 672]] * 2  # SHARED, of which 512 tokens were there
     assert any(queries + keys < 512 and queries < keys for queries, keys in attended[8:])
-    assert said.count("flexproxy: layers 0-1 prefill sparsely where a prompt has 2 tokens or more: gamma=1.0") == 1
+    assert (
+        said.count(
+            "flexproxy: layers 0-1 prefill sparsely where a prompt has 2 tokens or more: num_proxies=1, gamma=1.0"
+        )
+        == 1
+    )
 
 
 def test_preemption(folder: Path) -> None:
@@ -122,7 +127,9 @@ def test_a_budget_gives_the_tokens_of_transformers(folder: Path) -> None:
     assert result["tokens"][0] == [in_transformers(folder, BUDGET, LONG, [256, 256, 188])]
     assert result["tokens"][1] == [in_transformers(folder, BUDGET, SHARED, [256, 256, 160])]
     assert result["tokens"] != stock(folder)[:2]
-    assert "flexproxy: layers 0-1 prefill sparsely where a prompt has 65 tokens or more: gamma=0.5" in said
+    assert (
+        "flexproxy: layers 0-1 prefill sparsely where a prompt has 65 tokens or more: num_proxies=1, gamma=0.5" in said
+    )
 
 
 def test_two_ranks(folder: Path) -> None:

@@ -19,7 +19,8 @@ HEADS: dict[str, Any] = {"num_heads": HQ, "num_kv_heads": HKV, "head_size": D}
 # Decodes, chunks of prompts, whole prompts; cached and new tokens. The last place is empty.
 MIXED = [(60, 1), (100, 64), (33, 1), (0, 20), (0, 96), (200, 1)]
 EVERY_BLOCK = {"gamma": 1.0, "num_proxies": 1, "when": "always"}
-BUDGET: dict[str, Any] = {"density": 0.4, "min_budget": 32, "block_size": 32, "num_proxies": 1}
+PAPER = {"sink_blocks": 0, "local_blocks": 1, "dense_last_blocks": 0}
+BUDGET: dict[str, Any] = PAPER | {"density": 0.4, "min_budget": 32, "block_size": 32, "num_proxies": 1}
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -204,7 +205,7 @@ def test_layers_that_stay_dense(sparse: Any, name: str) -> None:
     server = Server(sparse, EVERY_BLOCK, {0: {}, 1: properties, 2: {}})
     said = list(stand_in.LOG)
     assert said == [
-        "flexproxy: layers 0, 2 prefill sparsely where a prompt has 2 tokens or more: gamma=1.0",
+        "flexproxy: layers 0, 2 prefill sparsely where a prompt has 2 tokens or more: num_proxies=1, gamma=1.0",
         f"flexproxy: layers 1 stay dense: {reason}",
     ]
     step = server.step()
@@ -240,6 +241,8 @@ def test_a_rank_takes_its_share(sparse: Any) -> None:
     assert plan.share == ProxyConfig(groups=[0, 0])
     assert plan.config == ProxyConfig(groups=[0, 1, 2, 2])
     assert stand_in.LOG == []  # the first rank tells
+    server = Server(sparse, {}, heads=half, rank=1, ranks=2)
+    assert server.layers[0].impl.plan_of(server.layers[0]).share == ProxyConfig(num_proxies=1)  # of two for the model
     with pytest.raises(ValueError, match="num_proxies: expected a multiple of the 2 tensor-parallel ranks"):
         Server(sparse, {"num_proxies": 1}, heads=half, rank=1, ranks=2)
 

@@ -97,6 +97,7 @@ def use_config(settings: dict[str, Any], device: str, **changes: Any) -> Any:
     """Make a server's configuration the current one, without layers."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model: dict[str, Any] = {"dtype": dtype, "max_model_len": 1024, "hf_text_config": types.SimpleNamespace()}
+    model["get_total_num_kv_heads"] = lambda: 2
     _STATE["config"] = types.SimpleNamespace(
         additional_config={"flexproxy": settings},
         model_config=types.SimpleNamespace(**model),
