@@ -4,7 +4,7 @@
 
 bf16, B 1, Hq 32, Hkv 8, D 128, causal, stride 4, P 1, random inputs, one GPU. Columns of a row:
 - part: "scores" or "masses" (their pass over all keys, with its second kernel), "sparse" (``flex_attention``)
-- choice: the tile (rows, keys, steps of a split, warps, stages, copy engine, registers), or the kernel options, as text
+- choice: the tile (rows, keys, steps of a split, warps, stages, TMA, registers), or the kernel options, as text
 - chosen: whether flexproxy takes it
 - mask, of "sparse": "listed" (the mask of ``attention``), "built" (that of ``build``, which looks membership up)
 - median_ms, p10_ms, p90_ms, repeats, error (None if there is none: some choices do not fit in shared memory)
@@ -53,12 +53,12 @@ TILES: list[tuple[Any, ...]] = [
     (128, 128, 32, 4, 2, False),
     (64, 64, 64, 4, 3, True),
 ]
-_COPY_ENGINE = {"USE_TMA": True, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "IS_DIVISIBLE": True}
+_TMA = {"USE_TMA": True, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "IS_DIVISIBLE": True}
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"IS_DIVISIBLE": True},
-    *(_COPY_ENGINE | {"BLOCK_N": n, "num_stages": stages} for n, stages in ((128, 2), (128, 3), (64, 3))),
-    _COPY_ENGINE | {"num_stages": 3, "ROWS_GUARANTEED_SAFE": True},
+    *(_TMA | {"BLOCK_N": n, "num_stages": stages} for n, stages in ((128, 2), (128, 3), (64, 3))),
+    _TMA | {"num_stages": 3, "ROWS_GUARANTEED_SAFE": True},
     {"BACKEND": "FLASH"},
 ]
 

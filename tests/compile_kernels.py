@@ -98,7 +98,7 @@ def main(capabilities: list[int], only: list[str] | None = None) -> None:
     head_dims = (64, 80, 128, 256) if only is None else (int(only[1]),)
     launch._DIRECT = False
     for capability in capabilities:
-        block_logits.has_copy_engine = lambda device, capability=capability: capability >= 90  # type: ignore[assignment]
+        block_logits.has_tma = lambda device, capability=capability: capability >= 90  # type: ignore[assignment]
         tiles.is_hopper = lambda device, capability=capability: capability == 90  # type: ignore[assignment]
 
         def run(

@@ -78,7 +78,7 @@ class SampledMask(NamedTuple):
             shifts = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
             return ((packed >> shifts) & 1).bool().flatten(-2)[..., : keys.stop - keys.start]
         if self.lo is None or self.hi is None:
-            raise ValueError("mask: expected clauses or bits, got neither")
+            raise AttributeError("this SampledMask has neither clauses nor bits")
         position = torch.arange(keys.start, keys.stop, dtype=torch.int32, device=self.lo.device) * key_step
         q_part = self.q_label[..., rows] if self.q_label is not None else None
         k_part = self.k_label[..., keys] if self.k_label is not None else None

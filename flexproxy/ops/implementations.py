@@ -1,7 +1,7 @@
 """Which implementation carries out the operators, PyTorch or Triton: the one place that picks.
 
 By itself the fastest that can run: Triton kernels on NVIDIA GPUs of compute capability 8.0 and later where triton is
-installed, PyTorch anywhere else. ``use`` asks for one by name; it never falls back in silence.
+installed, PyTorch anywhere else. ``use`` asks for one by name; it never falls back to another.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def operator(
 class _Form:
     """What the annotations of an operator say.
 
-    names: of the parameters. tuples: their NamedTuple classes, None for others. result: likewise, of the result.
+    names: of the parameters. tuples: their NamedTuple classes, None for others. result: the same for the result.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -119,6 +119,7 @@ class _Form:
             if parameter.default is not parameter.empty
         }
         self.tuples = tuple(_named_tuple(hints[name]) for name in self.names)
+        self.is_tuple = tuple(fields is not None for fields in self.tuples)
         self.result = _named_tuple(hints["return"])
         self._hints = hints
         self._place, self._field = self._first_tensor()
@@ -144,15 +145,21 @@ class _Form:
         """All arguments of a call, as the parameters stand."""
         if len(args) == len(self.names) and not kwargs:
             return args
-        given = {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
-        if len(args) > len(self.names) or given.keys() != set(self.names) or kwargs.keys() & self.names[: len(args)]:
+        known, left = {**self.defaults, **kwargs}, self.names[len(args) :]
+        values = [*args, *[known[name] for name in left if name in known]]
+        if len(values) != len(self.names) or [name for name in kwargs if name not in left]:
             self.signature.bind(*args, **kwargs)  # raises what Python raises
-        return tuple([given[name] for name in self.names])
+        return tuple(values)
 
     def flat(self, arguments: Sequence[Any]) -> list[Any]:
         """Arguments as the schema has them."""
-        groups = [value if fields else [value] for value, fields in zip(arguments, self.tuples, strict=True)]
-        return [value for group in groups for value in group]
+        values: list[Any] = []
+        for value, is_tuple in zip(arguments, self.is_tuple, strict=True):
+            if is_tuple:
+                values.extend(value)
+            else:
+                values.append(value)
+        return values
 
     def rebuilt(self, flat: Sequence[Any]) -> list[Any]:
         """The arguments that ``flat`` took apart."""
@@ -164,7 +171,7 @@ class _Form:
         return result if self.result is None else self.result(*result)
 
     def first_tensor(self, arguments: Sequence[Any]) -> Tensor:
-        """The first argument that is a tensor in any case."""
+        """The first argument that is always a tensor."""
         value = arguments[self._place]
         tensor: Tensor = value if self._field is None else value[self._field]
         return tensor

@@ -32,7 +32,7 @@ def last_valid_queries(valid: Tensor, number: int) -> Tensor:
 def block_masses(q: Tensor, k: Tensor, probes: Tensor, mask: SampledMask, block_size: int, scale: float) -> Tensor:
     """Probability mass of every key block, the mean over the probed queries: fp32 ``[B, Hq, Nk]``.
 
-    The masses of a head sum to 1. Not-a-number counts as no mass at all.
+    The masses of a head sum to 1. NaN counts as no mass.
 
     Args:
         q: all queries ``[B, Hq, Sq, D]``.

@@ -98,8 +98,8 @@ def outlying_queries(q: Tensor, valid: Tensor, window: int) -> Tensor:
     """In every window the query that is farthest from the mean of its neighbours: int64 ``[B, P, ceil(Sq / window)]``.
 
     Neighbours are the valid queries of the ``NEIGHBOURS`` tokens, from a multiple of that number on, that the window
-    lies in. In double precision, so that the choice does not hang on an order of summation. Equals go to the first; a
-    distance that is not a number comes after all that are, and queries that are not valid come last.
+    lies in. In double precision, so that the choice does not depend on the order of summation. The first of equal
+    distances wins; a distance of NaN comes after all others, and queries that are not valid come last.
 
     Args:
         q: proxy queries ``[B, P, Sq, D]``.

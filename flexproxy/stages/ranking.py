@@ -15,7 +15,7 @@ _LOWEST_SCORE, _UNSCORED, _INADMISSIBLE = -1e38, -2e38, -torch.inf
 
 
 class ForcedRule(NamedTuple):
-    """What decides which blocks a row keeps in any case.
+    """Which blocks are forced: those that a row keeps whatever their scores, where they are admissible.
 
     offset: integers ``[b]``, the position of query 0 among the keys.
     num_queries, block_size: in tokens. sink_blocks, local_blocks: as in ProxyConfig.
@@ -29,12 +29,12 @@ class ForcedRule(NamedTuple):
 
 
 def forced_blocks(rule: ForcedRule, summary: Tensor, num_k_blocks: int) -> Tensor:
-    """Blocks that a row keeps in any case, where they are admissible: bool ``[b, h, Nq, Nk]``.
+    """Forced blocks: bool ``[b, h, Nq, Nk]``.
 
-    The blocks in which the queries of the row stand themselves (two, where query blocks straddle key blocks), the
-    ``local_blocks - 1`` before them, and the ``sink_blocks`` first of the row's sequence. A mask may end before the
-    position of a query, for example in a cache with free places behind: then the query stands in one of the last two
-    blocks that it may see.
+    The blocks that hold the positions of the row's own queries (two, where query blocks straddle key blocks), the
+    ``local_blocks - 1`` before them, and the first ``sink_blocks`` of the row's sequence. A mask may end before the
+    position of a query, for example in a cache with free space at its end: then the query counts as in one of the last
+    two blocks that it may see.
 
     summary: int32 ``[b, h, Nq, 7]`` of ``summarize_rows``.
     """
@@ -58,9 +58,9 @@ def rank_blocks(scores: Tensor, admissible: Tensor, summary: Tensor, rule: Force
     Forced blocks, then scored ones by score, then unscored ones, then inadmissible ones; equals by block index.
 
     Args:
-        scores: fp32 ``[B, P, Nq, Nk]``, -inf where there is none; not-a-number counts as none.
+        scores: fp32 ``[B, P, Nq, Nk]``, -inf where there is none; NaN counts as none.
         admissible, summary: bool ``[b, p, Nq, Nk]``, and its ``summarize_rows``.
-        rule: which blocks are forced.
+        rule: as in ``forced_blocks``.
     """
     num_k_blocks = scores.shape[-1]
     forced = forced_blocks(rule, summary, num_k_blocks)

@@ -546,5 +546,5 @@ def test_clauses_at_queries_of_each_head(device: str) -> None:
 
 
 def test_a_mask_by_nothing_is_an_error() -> None:
-    with pytest.raises(ValueError, match="mask: expected clauses or bits, got neither"):
+    with pytest.raises(AttributeError, match="neither clauses nor bits"):
         SampledMask().chunk(slice(0, 1), slice(0, 8))

@@ -30,7 +30,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "memory"), [("80", 99), ("90", 227), ("120", 99)])
 def test_every_kernel_compiles(capability: str, memory: int) -> None:
-    """Without and with the copy engine; memory: KiB that a program has on the smallest GPUs of that generation."""
+    """Without and with TMA; memory: KiB that a program has on the smallest GPUs of that generation."""
     done = run("-m", "tests.compile_kernels", capability, "--only", "bfloat16", "64")
     assert done.returncode == 0, done.stderr[-3000:]
     number, shared = (int(word) for word in done.stdout.split() if word.isdigit())

@@ -195,7 +195,7 @@ def test_the_same_twice(device: str) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2, 20, 28])
 def test_nothing_is_read_beyond_the_inputs(seed: int, device: str) -> None:
-    """q and k as parts of larger tensors full of not-a-number give what they give alone."""
+    """q and k as parts of larger tensors full of NaN give what they give alone."""
     case = random_case(seed, device, bf16=False)
 
     def guarded(x: Tensor) -> Tensor:

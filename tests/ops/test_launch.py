@@ -59,7 +59,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=gpu.stream))
     monkeypatch.setattr(launching, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver)))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: gpu.device)
-    monkeypatch.setattr(launching, "_kept", {})
+    monkeypatch.setattr(launching, "_cached", {})
     monkeypatch.setattr(launching, "_layouts", {})
     monkeypatch.setattr(launching, "_DIRECT", True)
     return gpu
@@ -176,12 +176,12 @@ def test_what_differs_is_launched_anew(name: str, gpu: Gpu) -> None:
 
 
 def test_no_more_is_kept_than_the_cap(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching, "MAX_KEPT", 4)
+    monkeypatch.setattr(launching, "MAX_CACHED", 4)
     log: list[Any] = []
     kernel = Kernel(log)
     for number in range(11):
         start(kernel, **arguments(number=number))
-        assert len(launching._kept) <= 4
+        assert len(launching._cached) <= 4
         start(kernel, **arguments(number=number))
     assert [entry[0] for entry in log] == ["ordinary", "direct"] * 11
 
@@ -199,7 +199,7 @@ def test_interpreted_kernels_take_the_ordinary_way(gpu: Gpu) -> None:
     for _ in range(2):
         start(interpreted, **arguments())
     assert [entry[0] for entry in log] == ["ordinary", "ordinary"]
-    assert not launching._kept
+    assert not launching._cached
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_unknown_versions_take_the_ordinary_way(version: str, direct: bool, gpu:
     for _ in range(2):
         start(kernel, launch=module.launch, **arguments())
     assert [entry[0] for entry in log] == ["ordinary", "ordinary"]
-    assert not module._kept
+    assert not module._cached
 
 
 def test_run_takes_what_it_is_given() -> None:

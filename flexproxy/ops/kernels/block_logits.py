@@ -36,8 +36,8 @@ LOG2_E = math.log2(math.e)
 
 
 class Tile(NamedTuple):
-    """The work of one program: rows, keys of a step, steps of a split, warps, pipeline stages, whether keys come by the
-    copy engine, and the most registers of a thread (None leaves it to the compiler)."""
+    """The work of one program: rows, keys of a step, steps of a split, warps, pipeline stages, whether TMA loads the
+    keys, and the most registers of a thread (None leaves it to the compiler)."""
 
     rows: int
     keys: int
@@ -145,13 +145,13 @@ def _step(
             clause_stride, label_stride, label_stride_k, label_at, key_step, k_cell, NUM_CLAUSES, HAS_LABELS,
             HAS_LISTED,
         )  # fmt: skip
-        # A maximum drops what is not a number: among -inf, such a block would seem one that is not seen.
+        # A maximum drops NaN: a block of NaN and -inf would look like one that no query sees.
         logits = tl.where(logits == logits, logits, float("inf"))
         logits = tl.where(ok, logits, float("-inf"))
     C: tl.constexpr = BLOCK_N // COLUMN
     by_column = tl.max(tl.reshape(logits, [logits.shape[0], C, COLUMN]), 2)  # [M, C]
     row_max = tl.max(by_column, 1) * scale
-    new_largest = tl.maximum(largest, row_max)  # never -inf, for rows that see nothing: -inf - -inf is not a number
+    new_largest = tl.maximum(largest, row_max)  # never -inf, for rows that see nothing: -inf - -inf is NaN
     # The sum of a column stands alone: under the maximum of all tiles it could vanish.
     base = tl.maximum(row_max, -3e38) if SUMS else new_largest
     weights = tl.exp2(logits * scale - base[:, None])
@@ -270,7 +270,7 @@ def combine_splits(partial_at, splits, stride, ok, BLOCK_S: tl.constexpr):
         at = partial_at[None, :] + (start + split)[:, None].to(tl.int64) * stride
         part = tl.load(at, mask=(start + split < splits)[:, None] & ok[None, :], other=float("-inf"))
         new_largest = tl.maximum(largest, tl.max(part, 0))
-        # A part that is not a number is lost in a maximum, and not in a sum.
+        # A maximum drops NaN, a sum keeps it.
         total = total * tl.exp2(largest - new_largest) + tl.sum(tl.exp2(part - new_largest[None, :]), 0)
         largest = new_largest
     return largest + tl.log2(total)
@@ -366,16 +366,16 @@ def block_logits(
 
 
 @functools.cache
-def has_copy_engine(device: torch.device) -> bool:
-    """Whether the device, or what stands in for it, can load tiles by descriptor: Hopper and later."""
+def has_tma(device: torch.device) -> bool:
+    """Whether the device can load tiles with TMA: Hopper and later, and the interpreter."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _descriptor(x: Tensor, block: list[int]) -> Any:
-    """For the copy engine of Hopper and later; None without one, or where the layout does not suit it."""
+    """A descriptor for TMA; None where the device has none, or the layout does not fit."""
     strides = x.stride()
     aligned = all(stride * x.element_size() % 16 == 0 for stride in strides[:-1])
-    if TensorDescriptor is None or not has_copy_engine(x.device):
+    if TensorDescriptor is None or not has_tma(x.device):
         return None
     if strides[-1] != 1 or not aligned or x.data_ptr() % 16:
         return None

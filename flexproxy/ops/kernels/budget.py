@@ -55,23 +55,18 @@ def last_valid_queries(valid: Tensor, number: int) -> Tensor:
     return index
 
 
-@triton.jit(
-    do_not_specialize=[
-        "probes_stride_b",
-        "probes_stride_h",
-        "num_probes",
-        "num_columns",
-        "num_k_blocks",
-        "splits",
-        "heads",
-    ]
-)
+MASSES_NUMBERS = [
+    "probes_stride_b", "probes_stride_h", "num_probes", "num_columns", "num_k_blocks", "splits", "heads",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=MASSES_NUMBERS)
 def _masses_kernel(
     values, partial, probes, masses,
     probes_stride_b, probes_stride_h, num_probes, num_columns, num_k_blocks, splits, heads,
     PER_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Masses of BLOCK_J key blocks: the mean over the probes of exp(value - lse); not-a-number counts as nothing."""
+    """Masses of BLOCK_J key blocks: the mean over the probes of exp(value - lse); NaN counts as 0."""
     j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
@@ -174,13 +169,13 @@ def _kept_kernel(summary, kept, num_q_blocks, num_k_blocks, BLOCK_C: tl.constexp
     tl.store(kept + bh * (num_k_blocks + 1) + c, total, mask=c <= num_k_blocks)
 
 
-NUMBERS = [
+CANDIDATES_NUMBERS = [
     "kept_stride_b", "kept_stride_h", "forced_stride_b", "forced_stride_h", "num_k_blocks", "min_blocks", "max_blocks",
     "heads", "search_steps", "density",
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=CANDIDATES_NUMBERS)
 def _candidates_kernel(
     cumulative, kept, forced, best_distance, best_gamma,
     kept_stride_b, kept_stride_h, forced_stride_b, forced_stride_h, num_k_blocks, min_blocks, max_blocks, heads,
@@ -217,9 +212,12 @@ def _candidates_kernel(
     tl.store(best_gamma + out, tl.min(tl.where(distance == least, gamma, float("inf"))))
 
 
-@triton.jit(
-    do_not_specialize=["summary_stride_b", "summary_stride_h", *NUMBERS[2:8], "num_q_blocks", "num_candidates", "gamma"]
-)
+COUNTS_NUMBERS = [
+    "summary_stride_b", "summary_stride_h", *CANDIDATES_NUMBERS[2:8], "num_q_blocks", "num_candidates", "gamma",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=COUNTS_NUMBERS)
 def _counts_kernel(
     cumulative, summary, forced, best_distance, best_gamma, count,
     summary_stride_b, summary_stride_h, forced_stride_b, forced_stride_h, num_k_blocks, min_blocks, max_blocks, heads,

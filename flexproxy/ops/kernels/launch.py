@@ -1,13 +1,13 @@
 """Launching Triton kernels at little cost to the host.
 
-An ordinary launch inspects every argument anew, which on a slow host takes longer than most of these kernels. The
-layers of a model repeat the same shapes, so the compiled kernel of a call is kept under the values of its numbers and
-the kinds of its tensors, and started directly.
+An ordinary launch inspects every argument, which on a slow host takes longer than most of these kernels run. The layers
+of a model repeat the same shapes. So the compiled kernel of a call is cached by its numbers and the layouts of its
+tensors, and started directly the next time.
 
 NOTE [Parameters of kernels]
 A kernel's parameters are pointers, then strides of these, then numbers and constants (``tl.constexpr``). A stride is
 called ``NAME_stride_DIM``: those of a pointer NAME are the strides of its first dimensions, in order, and ``launch``
-takes them from the tensor. Along a dimension of size 1, which is broadcast, they are 0.
+takes them from the tensor. A dimension of size 1 is broadcast: its stride is 0.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from triton.runtime.jit import JITFunction
 
 from flexproxy.ops import compat
 
-MAX_KEPT = 2**14
-_kept: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # compiled kernels, and their strides and numbers
+MAX_CACHED = 2**14
+_cached: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # compiled kernels, and their strides and numbers
 _layouts: dict[Any, _Layout] = {}
 # CompiledKernel.run has taken the same arguments from 3.4 to 3.8; with others, launches stay ordinary ones.
 _DIRECT = (3, 4) <= compat.triton_release() <= (3, 8)
@@ -69,7 +69,7 @@ def launch(kernel: Any, grid: tuple[int, int, int], options: Options = DEFAULT, 
     if _DIRECT and isinstance(kernel, JITFunction):  # the interpreter's are something else
         device = torch.cuda.current_device()
         key = kernel.fn, device, options, rest, *map(_kind, pointers, layout.strides)
-        entry = _kept.get(key)
+        entry = _cached.get(key)
     if entry is None:
         numbers = (*_strides(pointers, layout.strides), *rest)
         given = {"num_warps": options.warps, "num_stages": options.stages, "maxnreg": options.registers}
@@ -77,9 +77,9 @@ def launch(kernel: Any, grid: tuple[int, int, int], options: Options = DEFAULT, 
             *pointers, *numbers, **{name: value for name, value in given.items() if value is not None}
         )
         if key is not None:
-            if len(_kept) >= MAX_KEPT:
-                _kept.clear()
-            _kept[key] = compiled, numbers
+            if len(_cached) >= MAX_CACHED:
+                _cached.clear()
+            _cached[key] = compiled, numbers
         return
     compiled, numbers = entry
     stream = triton.runtime.driver.active.get_current_stream(device)

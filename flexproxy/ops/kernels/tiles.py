@@ -12,7 +12,7 @@ from flexproxy.ops.kernels.block_logits import Tile
 
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether the device, or what stands in for it, is one that the large tiles were measured on, and fit."""
+    """Whether the large tiles were measured on this device; the interpreter takes them too."""
     return device.type != "cuda" or compat.is_hopper(device)
 
 
