@@ -1,0 +1,39 @@
+"""The benchmark of serving, without a GPU and without vLLM."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bench_vllm, vllm_engine
+
+
+def test_cases() -> None:
+    """Steps always; engines where vLLM is: FlashAttention, and flexproxy at the density asked for."""
+    steps = bench_vllm.cases_of([8192, 32768], 16384, 0.2, engines=False)
+    assert {case.part for case in steps} == {"step"}
+    assert [case.requests for case in steps[:3]] == [((8192, 8192),), ((16384, 32768),), ((2048, 16384),) * 8]
+    engines = bench_vllm.cases_of([8192, 32768], 16384, 0.2, engines=True)[len(steps) :]
+    assert [(case.part, case.contender, case.density) for case in engines] == [
+        ("equality", "flexproxy", None),
+        ("engine", "FlashAttention", None),
+        ("engine", "flexproxy", 0.2),
+    ]
+
+
+def test_the_shape_of_the_models() -> None:
+    large, small = (vllm_engine.model_config(1024, small) for small in (False, True))
+    assert large.keys() == small.keys()
+    for config in (large, small):
+        assert config["hidden_size"] == config["num_attention_heads"] * config["head_dim"]
+        assert config["num_attention_heads"] % config["num_key_value_heads"] == 0
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_an_engine_that_fails_says_why(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(vllm_engine.model_config(1024, small=True)))
+    with pytest.raises(RuntimeError, match="No module named 'vllm'"):
+        bench_vllm.run_engine(tmp_path, None, {})
