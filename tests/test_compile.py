@@ -565,6 +565,8 @@ def test_operators(device: str) -> None:
     torch.compile(dense, fullgraph=True, backend=backend)(x)
     torch.compile(compensated, fullgraph=True, backend=backend)(x)
     torch.compile(lambda x: flexproxy.select(x.q, x.k).block_map(), fullgraph=True, backend=backend)(x)
+    listed = create_block_mask(masks.causal, 1, 1, LENGTH, LENGTH, device=device)
+    torch.compile(lambda x: flexproxy.select(x.q, x.k, block_mask=listed).rank, fullgraph=True, backend=backend)(x)
     different = {(str(target), signature(args)): (target, args, kwargs) for target, args, kwargs in backend.calls}
     assert {name.split(".")[1] for name, _ in different} == operators()
     for target, args, kwargs in different.values():

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 import flexproxy
 from flexproxy import ProxyConfig, masks
@@ -135,12 +136,10 @@ def test_every_operator_takes_keywords(monkeypatch: pytest.MonkeyPatch) -> None:
         for mask_mod, config in calls.values():
             selection = flexproxy.select(q, k, mask_mod=mask_mod, config=config)
             found += [selection.rank, selection.count, selection.block_mask().kv_indices]
-        found.append(flexproxy.attention(q, k, k, config=calls["default"][1], compensate=True))
-        found.append(
-            flexproxy.build(
-                q, k, block_mask=flexproxy.build(q, k, config=calls["default"][1]), config=calls["default"][1]
-            ).kv_indices
-        )
+        config = calls["default"][1]
+        listed = create_block_mask(masks.causal, 1, 1, 70, 70, device="cpu", BLOCK_SIZE=16)
+        found.append(flexproxy.select(q, k, block_mask=listed, config=config).rank)
+        found.append(flexproxy.attention(q, k, k, config=config, when="always", compensate=True))
         return found
 
     by_order = everything()
