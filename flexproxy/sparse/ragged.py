@@ -99,4 +99,5 @@ def attend_requests(
         k, v = keys.of(request)
         result = attention(q[rows].transpose(0, 1)[None], k, v, config=config, scale=scale, when=when)
         out[rows] = result[0].transpose(0, 1)
+        del k, v, result  # before the keys of the next request are gathered
     return out

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -89,6 +91,25 @@ def test_no_request() -> None:
     made = Made("cpu")
     requests: Sequence[Request] = ()
     assert bool((attend_requests(made.q, made.paged(), requests, torch.ones_like(made.q), config=SETTINGS) == 1).all())
+
+
+def test_one_request_is_gathered_at_a_time() -> None:
+    """The memory of a step is that of its longest request."""
+    made = Made("cpu")
+    alive: list[weakref.ref[Tensor]] = []
+
+    class Watched(NamedTuple):
+        keys: Keys
+
+        def of(self, request: Request) -> tuple[Tensor, Tensor]:
+            assert all(reference() is None for reference in alive)
+            k, v = self.keys.of(request)
+            alive.extend((weakref.ref(k), weakref.ref(v)))
+            return k, v
+
+    with torch.compiler.set_stance("force_eager"):
+        attend_requests(made.q, Watched(made.paged()), REQUESTS, torch.empty_like(made.q), config=SETTINGS)
+    assert len(alive) == 2 * len(REQUESTS)
 
 
 @pytest.mark.gpu
