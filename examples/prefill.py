@@ -149,7 +149,9 @@ def main(
     gamma: Annotated[float, typer.Option(help="Attention mass that every budget must reach.")] = 0.95,
     density: Annotated[float | None, typer.Option(help="Mean density to reach, instead of --gamma.")] = None,
     min_budget: Annotated[int, typer.Option(help="Tokens that a row keeps at least.")] = 512,
-    num_proxies: Annotated[int | None, typer.Option(help="Proxy heads; by default one, or one a process.")] = None,
+    num_proxies: Annotated[
+        int | None, typer.Option(help="Proxy heads; by default one for each key/value head.")
+    ] = None,
     stride: Annotated[int | None, typer.Option(help="Every how many tokens one is sampled; by default 4.")] = None,
     outliers: Annotated[bool, typer.Option("--outliers", help="Every key, the outlier of every 8 queries.")] = False,
     tensor_parallel: Annotated[
@@ -161,10 +163,8 @@ def main(
     loaded = load_model(model, tensor_parallel)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     first = not distributed or torch.distributed.get_rank() == 0
-    processes = torch.distributed.get_world_size() if distributed else 1
     settings: dict[str, Any] = {"gamma": gamma, "density": density, "min_budget": min_budget}
-    settings |= {"num_proxies": num_proxies or max(processes, 2 if outliers else 1)}
-    settings |= {} if stride is None else {"stride": stride}
+    settings |= {"num_proxies": num_proxies} | ({} if stride is None else {"stride": stride})
     configure(loaded, ProxyConfig.outliers(**settings) if outliers else ProxyConfig(**settings))
     tokens = read_tokens(text, length, model, loaded.config.get_text_config().vocab_size)
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import torch
+
 import flexproxy
 
 try:
@@ -88,6 +90,9 @@ def main(args: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else list(args)
     if _missing is not None:
         return _without_typer(args)
+    from flexproxy.calibration import CalibrationError
+    from flexproxy.cli.inputs import ImpossibleError, InputError
+
     try:
         code: Any = _app()(args or ["--help"], prog_name="flexproxy", standalone_mode=False)
         sys.stdout.flush()
@@ -97,12 +102,20 @@ def main(args: Sequence[str] | None = None) -> int:
         return _no_stdout(error)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
+    except ImpossibleError as error:
+        return _say(error, 1)
+    except (InputError, CalibrationError) as error:
+        return _say(error, 2)
+    except torch.OutOfMemoryError:
+        return _say("out of memory; use a lower --length, or another --device", 1)
     except Exception as error:
         # A usage error; typer's class for it has moved from release to release.
         if not hasattr(error, "format_message"):
             raise
-        print(f"flexproxy: {' '.join(error.format_message().split())}", file=sys.stderr)
-        return int(getattr(error, "exit_code", 2))
-    if code == _INTERRUPTED:
-        print("flexproxy: interrupted", file=sys.stderr)
-    return code if isinstance(code, int) else 0
+        return _say(error.format_message(), 2)
+    return _say("interrupted", code) if code == _INTERRUPTED else int(code or 0)
+
+
+def _say(message: object, code: int) -> int:
+    print(f"flexproxy: {' '.join(str(message).split())}", file=sys.stderr)
+    return code

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,16 +15,19 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from flexproxy.cli.inputs import ImpossibleError, InputError
 from flexproxy.files import replacing, write_problem
 
 Advance: TypeAlias = Callable[[str, int, int], None]
 """Called as ``advance(what is being done, how much of it is done, how much there is)``."""
 
-
+# Options of several commands.
 Outliers: TypeAlias = Annotated[
     bool,
     typer.Option("--outliers", help="Score every key with the outlier of every 8 queries: ProxyConfig.outliers()."),
 ]
+Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 
 
 class Device(str, Enum):
@@ -34,54 +36,28 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
-def fail(message: object) -> typer.BadParameter:
-    """An error for wrong options or files, in one line; the exit code is 2."""
-    return typer.BadParameter(" ".join(str(message).split()))
-
-
-def impossible(message: object) -> typer.Exit:
-    """An error for what cannot be done here, in one line; the exit code is 1."""
-    print(f"flexproxy: {' '.join(str(message).split())}", file=sys.stderr)
-    return typer.Exit(1)
-
-
-@contextmanager
-def input_errors() -> Iterator[None]:
-    """Turn errors about a model, a text or a device into one line."""
-    import torch
-
-    from flexproxy.calibration import CalibrationError
-    from flexproxy.cli.inputs import ImpossibleError, InputError
-
-    try:
-        yield
-    except ImpossibleError as error:
-        raise impossible(error) from error
-    except (InputError, CalibrationError) as error:
-        raise fail(error) from error
-    except torch.OutOfMemoryError as error:
-        raise impossible("out of memory; use a lower --length, or another --device") from error
+Where: TypeAlias = Annotated[Device, typer.Option(help="Where to run; auto takes a GPU if there is one.")]
 
 
 def require(extra: str, *modules: str) -> None:
     """End the command if a package of an extra is missing."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise impossible(f'{module} is not installed: pip install "flexproxy[{extra}]"')
+            raise ImpossibleError(f'{module} is not installed: pip install "flexproxy[{extra}]"')
 
 
 def check_output(option: str, path: Path, force: bool) -> None:
     """End the command before the work is done if its result cannot be written."""
     problem = write_problem(path, force)
     if problem is not None:
-        raise fail(f"{option} {path}: {problem}")
+        raise InputError(f"{option} {path}: {problem}")
 
 
 def check_outputs(option: str, folder: Path, names: Sequence[str], force: bool) -> list[Path]:
     """The same for files in a folder, which may have to be made; gives their paths."""
     paths = [folder / name for name in names]
     if folder.exists() and not folder.is_dir():
-        raise fail(f"{option}: expected a folder, got the file {folder}; name a folder")
+        raise InputError(f"{option}: expected a folder, got the file {folder}; name a folder")
     for path in paths if folder.exists() else [folder]:
         check_output(option, path, force)
     return paths
@@ -93,7 +69,7 @@ def writing(option: str, path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise impossible(f"{option} {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise ImpossibleError(f"{option} {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def write_json(option: str, path: Path, data: Any) -> None:

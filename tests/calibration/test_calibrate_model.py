@@ -203,7 +203,7 @@ def test_the_needle_model_recovers_more_than_with_the_same_settings_everywhere()
     model = inputs.load_model(Path("examples/needle"), torch.device("cpu"))
     sources = [inputs.read_text(Path(str(module.__file__)), 1024).long() for module in (typing, subprocess)]
     texts = [plant(text, 16, torch.Generator().manual_seed(seed)).tokens for seed, text in enumerate(sources)]
-    config = ProxyConfig(block_size=64, min_budget=64)
+    config = ProxyConfig.paper(block_size=64, min_budget=64)
     found = flexproxy.calibrate(model, texts, density=0.3, config=config, max_proxies=2, rows=256)
     ours, uniform = found.evidence["mean"]["confirmed_on"], found.evidence["mean"]["uniform"]
     assert ours["density"] <= uniform["density"] + 0.005

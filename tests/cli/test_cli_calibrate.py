@@ -41,10 +41,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(model_folder: Path, tmp_path: Path) -> list[str]:
     """A calibration that takes a second."""
     text = tmp_path / "text.txt"
-    text.write_bytes(TEXT[:1300])
+    text.write_bytes(TEXT[:2600])
     options = {
         "--text": text,
-        "--density": 0.6,
+        "--density": 0.8,
         "--min-budget": 128,
         "--max-proxies": 2,
         "--output": tmp_path / "out" / "calibration.json",
@@ -95,8 +95,8 @@ def test_json_is_all_of_stdout(command: list[str], tmp_path: Path, capsys: pytes
     out, err = capsys.readouterr()
     data = json.loads(out)
     assert data == json.loads((tmp_path / "out" / "calibration.json").read_text())
-    assert data["evidence"]["target"] == {"quality": 0.6}
-    assert data["evidence"]["mean"]["confirmed_on"]["recovered_worst_layer"] >= 0.6
+    assert data["evidence"]["target"] == {"quality": 0.8}
+    assert data["evidence"]["mean"]["confirmed_on"]["recovered_worst_layer"] >= 0.8
     assert "reaching the quality" in err
 
 

@@ -25,7 +25,7 @@ from flexproxy.integrations.transformers import configuration
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, NEEDLES = 512, 8
-CONFIG = flexproxy.ProxyConfig(num_proxies=2, gamma=0.5, min_budget=64)
+CONFIG = flexproxy.ProxyConfig.paper(num_proxies=2, gamma=0.5, min_budget=64)
 CPU = torch.device("cpu")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexproxy.cli.common import Device, Outliers, check_output, fail, input_errors, progress_bar, require, writing
+from flexproxy.cli.common import AsJson, Device, Force, Outliers, Where, check_output, progress_bar, require, writing
+from flexproxy.cli.inputs import ImpossibleError, InputError
 
 if TYPE_CHECKING:
     from flexproxy.calibration import Calibration
@@ -57,9 +57,9 @@ def calibrate(
         "calibration.json"
     ),
     picture: Annotated[Path | None, typer.Option(help="Where to draw what was found (.png, .svg, .pdf).")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
-    device: Annotated[Device, typer.Option(help="Where to run; auto takes a GPU if there is one.")] = Device.auto,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the file's content, and nothing else.")] = False,
+    force: Force = False,
+    device: Where = Device.auto,
+    as_json: AsJson = False,
 ) -> None:
     require("transformers", "transformers", "safetensors")
     if picture is not None:
@@ -76,33 +76,31 @@ def calibrate(
 
         problem = save_problem(picture, force)
         if problem is not None:
-            raise fail(f"--picture {picture}: {problem}")
+            raise InputError(f"--picture {picture}: {problem}")
     try:
         Target.of(density, quality)
         sampling: dict[str, Any] = {} if stride is None else {"stride": stride}
-        make = functools.partial(ProxyConfig.outliers, num_proxies=1) if outliers else ProxyConfig
-        config = make(min_budget=min_budget, **sampling)
+        config = (ProxyConfig.outliers if outliers else ProxyConfig)(min_budget=min_budget, **sampling)
     except ValueError as error:
-        raise fail(error) from error
+        raise InputError(error) from error
 
     notes = Console(stderr=True, highlight=False)
-    with input_errors():
-        where = inputs.pick_device(device.value)
-        loaded = inputs.load_decoder(model, where, "sdpa")
-        inputs.check_decoder(loaded, length)
-        texts = [inputs.read_tokens(path, loaded, model, None) for path in text]
-        with progress_bar(notes) as progress:
-            found = run(
-                loaded,
-                texts,
-                density=density,
-                quality=quality,
-                config=config,
-                length=length,
-                sequences=sequences,
-                max_proxies=max_proxies,
-                progress=progress,
-            )
+    where = inputs.pick_device(device.value)
+    loaded = inputs.load_decoder(model, where, "sdpa")
+    inputs.check_decoder(loaded, length)
+    texts = [inputs.read_tokens(path, loaded, model, None) for path in text]
+    with progress_bar(notes) as progress:
+        found = run(
+            loaded,
+            texts,
+            density=density,
+            quality=quality,
+            config=config,
+            length=length,
+            sequences=sequences,
+            max_proxies=max_proxies,
+            progress=progress,
+        )
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
     else:
@@ -110,7 +108,7 @@ def calibrate(
     try:
         with writing("--output", output):
             found.save(output, force)
-    except typer.Exit:
+    except ImpossibleError:
         if not as_json:  # the result of minutes of work
             print(json.dumps(found.to_json()))
         raise

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexproxy.cli.common import Device, fail, input_errors, progress_bar, require, writing
+from flexproxy.cli.common import AsJson, Device, Force, Where, progress_bar, require, writing
+from flexproxy.cli.inputs import InputError
 
 if TYPE_CHECKING:
     from flexproxy.cli import demo as demo_module
@@ -50,9 +51,9 @@ def demo(
     picture: Annotated[Path, typer.Option(help="Where to write the picture (.png, .svg, .pdf).")] = Path(
         "flexproxy-demo.png"
     ),
-    force: Annotated[bool, typer.Option("--force", help="Replace the picture if the file exists.")] = False,
-    device: Annotated[Device, typer.Option(help="Where to run; auto takes a GPU if there is one.")] = Device.auto,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
+    force: Force = False,
+    device: Where = Device.auto,
+    as_json: AsJson = False,
 ) -> None:
     require("transformers", "transformers", "safetensors")
     require("plot", "matplotlib")
@@ -63,30 +64,29 @@ def demo(
 
     problem = save_problem(picture, force)
     if problem is not None:
-        raise fail(f"--picture {picture}: {problem}")
+        raise InputError(f"--picture {picture}: {problem}")
     try:
         config = ProxyConfig(gamma=gamma, min_budget=min_budget, num_proxies=num_proxies, stride=stride)
     except ValueError as error:
-        raise fail(error) from error
+        raise InputError(error) from error
 
     notes = Console(stderr=True, highlight=False)
-    with input_errors():
-        text = text or inputs.default_text()
-        data = inputs.read_text(text, length)
-        where = inputs.pick_device(device.value)
-        inputs.check_compiler(where)
-        processor = "Runs on the GPU" if where.type == "cuda" else "Runs on the CPU"
-        notes.print(f"{processor}; the text is {text}", soft_wrap=True)
-        needle_model = inputs.load_model(model, where)
-        with progress_bar(notes) as progress:
-            result = demo_module.run(
-                needle_model, data, config, num_needles=needles, seed=seed, layer=layer, progress=progress
-            )
-        title = (
-            f"Blocks that the heads of layer {result.layer} keep: {length} tokens, blocks of {config.block_size}, "
-            f"gamma {gamma:g}"
+    text = text or inputs.default_text()
+    data = inputs.read_text(text, length)
+    where = inputs.pick_device(device.value)
+    inputs.check_compiler(where)
+    processor = "Runs on the GPU" if where.type == "cuda" else "Runs on the CPU"
+    notes.print(f"{processor}; the text is {text}", soft_wrap=True)
+    needle_model = inputs.load_model(model, where)
+    with progress_bar(notes) as progress:
+        result = demo_module.run(
+            needle_model, data, config, num_needles=needles, seed=seed, layer=layer, progress=progress
         )
-        figure = plot.block_map(result.selection, title=title)
+    title = (
+        f"Blocks that the heads of layer {result.layer} keep: {length} tokens, blocks of {config.block_size}, "
+        f"gamma {gamma:g}"
+    )
+    figure = plot.block_map(result.selection, title=title)
     with writing("--picture", picture):
         plot.save(figure, picture, force)
 

@@ -14,17 +14,19 @@ from rich.console import Console
 
 from flexproxy.cli.common import (
     Advance,
+    AsJson,
     Device,
+    Force,
     Outliers,
+    Where,
     check_output,
     check_outputs,
-    fail,
-    input_errors,
     progress_bar,
     require,
     write_json,
     writing,
 )
+from flexproxy.cli.inputs import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,15 +79,15 @@ def inspect(
         typer.Option(min=0, help="Layer whose blocks are drawn; by default the one whose heads differ most."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="File to write the JSON to.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
-    device: Annotated[Device, typer.Option(help="Where to run; auto takes a GPU if there is one.")] = Device.auto,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
+    force: Force = False,
+    device: Where = Device.auto,
+    as_json: AsJson = False,
 ) -> None:
     require("transformers", "transformers", "safetensors")
     if pictures is not None:
         require("plot", "matplotlib")
     elif layer is not None:
-        raise fail("--pictures: expected a folder for the pictures, got none beside --layer; name one")
+        raise InputError("--pictures: expected a folder for the pictures, got none beside --layer; name one")
     if output is not None:
         check_output("--output", output, force)
     paths = [] if pictures is None else check_outputs("--pictures", pictures, ("record.png", "blocks.png"), force)
@@ -107,7 +109,7 @@ def inspect(
             print(path)
     if pictures is not None and problem is not None:
         if layer is not None:
-            raise fail(problem)
+            raise InputError(problem)
         print(f"flexproxy: {problem}", file=sys.stderr)
 
 
@@ -116,16 +118,16 @@ def _settings(options: dict[str, Any], file: Path | None) -> ProxyConfig | Path:
 
     if "gamma" in options and "density" in options:
         got = ", ".join(f"{name}={options[name]}" for name in ("gamma", "density"))
-        raise fail(f"gamma, density: expected one of the two, got {got}; leave one of them out")
+        raise InputError(f"gamma, density: expected one of the two, got {got}; leave one of them out")
     if file is None:
         try:
             make = ProxyConfig.outliers if options.pop("outliers", False) else ProxyConfig
             return make(**options)
         except ValueError as error:
-            raise fail(error) from error
+            raise InputError(error) from error
     if options:
         names = ", ".join("--" + name.replace("_", "-") for name in options)
-        raise fail(f"--config: expected all settings in the file, got {names} besides; leave one of them out")
+        raise InputError(f"--config: expected all settings in the file, got {names} besides; leave one of them out")
     return file
 
 
@@ -143,24 +145,23 @@ def _run(
     from flexproxy.integrations.transformers import configuration, configure
 
     notes = Console(stderr=True, highlight=False)
-    with input_errors():
-        path = text or inputs.default_text()
-        where = inputs.pick_device(device.value)
-        inputs.check_compiler(where)
-        model = inputs.load_decoder(name, where, "flexproxy")
-        inputs.check_decoder(model, length)
-        tokens = _read(path, model, name, length, where.type)
-        try:
-            configure(model, settings)
-        except ValueError as error:
-            raise fail(error) from error
-        layers = configuration(model)
-        if layer is not None and layer not in layers:
-            raise fail(f"--layer: expected one of {min(layers)} to {max(layers)}, got {layer}; counted from 0")
-        taken = {"path": str(path), "tokens": tokens.shape[1]}
-        notes.print(f"The first {taken['tokens']} tokens of {path}, on the {where.type.upper()}", soft_wrap=True)
-        with progress_bar(notes) as progress:
-            return prefill(model, tokens.to(where), mass, progress), taken
+    path = text or inputs.default_text()
+    where = inputs.pick_device(device.value)
+    inputs.check_compiler(where)
+    model = inputs.load_decoder(name, where, "flexproxy")
+    inputs.check_decoder(model, length)
+    tokens = _read(path, model, name, length, where.type)
+    try:
+        configure(model, settings)
+    except ValueError as error:
+        raise InputError(error) from error
+    layers = configuration(model)
+    if layer is not None and layer not in layers:
+        raise InputError(f"--layer: expected one of {min(layers)} to {max(layers)}, got {layer}; counted from 0")
+    taken = {"path": str(path), "tokens": tokens.shape[1]}
+    notes.print(f"The first {taken['tokens']} tokens of {path}, on the {where.type.upper()}", soft_wrap=True)
+    with progress_bar(notes) as progress:
+        return prefill(model, tokens.to(where), mass, progress), taken
 
 
 def prefill(model: PreTrainedModel, tokens: Tensor, mass: bool, progress: Advance) -> Record:
