@@ -37,7 +37,7 @@ q, k, _ = layers[LAYER]  # [1, 8, S, 64] and [1, 2, S, 64]
 
 config = flexproxy.ProxyConfig(gamma=0.90, num_proxies=2, stride=2, block_size=64, min_budget=128)
 selection = flexproxy.select(q, k, config=config)
-print(selection.summary())  # .as_dict() is the same as numbers
+print(selection.summary())  # dataclasses.asdict gives the same as numbers
 
 kept = selection.block_map()  # [B, Hq, Nq, Nk], what each row of blocks keeps
 mass = stats.recovered_mass(q, k, selection)  # [B, Hq], of the attention of 256 queries from all parts

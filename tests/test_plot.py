@@ -131,16 +131,6 @@ def test_ranking_beside_the_true_mass() -> None:
     assert float(ranked[0]) < float(best[0])
 
 
-def test_recovered_mass_begins_where_the_least_is() -> None:
-    masses = torch.tensor([[0.97, 0.72], [0.99, torch.nan]])
-    figure = plot.recovered_mass(masses, title="mine")
-    axis = figure.axes[0]
-    torch.testing.assert_close(drawn(axis), masses, equal_nan=True)
-    assert list(axis.images[0].get_clim()) == pytest.approx([0.7, 1.0])
-    assert figure.axes[1].get_ylabel() == "recovered attention mass"
-    assert figure.get_suptitle() == "mine"
-
-
 def pass_of(kept: tuple[int, ...], mass: tuple[float, ...] | None, times: tuple[float, float]) -> Pass:
     masses = None if mass is None else (mass,)
     return Pass(640, 640, None, ProxyConfig(), (kept,), ((10,) * len(kept),), masses, *times)
@@ -219,7 +209,6 @@ def test_long_titles_are_wrapped(words: str) -> None:
         plot.block_map(selection, title=title),
         plot.ranking(selection, q, k, title=title),
         plot.density(shares, title=title),
-        plot.recovered_mass(shares, title=title),
         plot.record(record_of({0: [dense_pass(1.0)]}), title=title),
     ):
         assert sticks_out(figure) == 0
@@ -310,7 +299,6 @@ def test_mistakes_are_named() -> None:
         (lambda: plot.density(5), r"densities: expected a Selection for each layer, .* got int; use"),  # type: ignore[arg-type]
         (lambda: plot.density(other), "densities: expected a Selection for each layer, .* got BlockMask; use"),  # type: ignore[arg-type]
         (lambda: plot.density(torch.ones([])), r"densities: expected a tensor \[layers, Hq\], got shape \[\]"),
-        (lambda: plot.recovered_mass([1.0]), r"masses: expected a tensor \[layers, Hq\], got list; use torch\.stack"),  # type: ignore[arg-type]
         (lambda: plot.block_map(masks.causal), "mask: expected a Selection or a BlockMask, got function"),  # type: ignore[arg-type]
         (lambda: plot.block_map(selection, heads=[2]), "heads: expected an index from 0 to 1, got 2"),
         (lambda: plot.block_map(selection, heads=[]), "heads: expected indices of heads, got none"),
@@ -319,7 +307,6 @@ def test_mistakes_are_named() -> None:
         (lambda: plot.density([]), "densities: expected a Selection for each layer"),
         (lambda: plot.record(selection), "record: expected what flexproxy.record gives, got Selection"),  # type: ignore[arg-type]
         (lambda: plot.record(record_of({})), "record: expected at least one forward pass, got none"),
-        (lambda: plot.recovered_mass(torch.ones(3)), r"masses: expected a tensor \[layers, Hq\]"),
         (lambda: plot.ranking(selection, q, k, head=9), "head: expected an index from 0 to 1, got 9"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,10 +44,6 @@ class Summary:
     forced: PerHeadCount
     dense_rows: PerHeadCount
     rows: PerHeadCount
-
-    def as_dict(self) -> dict[str, Any]:
-        """The summary as plain numbers and lists, for JSON."""
-        return {name: _as_lists(value) for name, value in asdict(self).items()}
 
     def __str__(self) -> str:
         sequences = "1 sequence" if self.batch == 1 else f"{self.batch} sequences"
@@ -114,7 +110,3 @@ def _row(name: str, values: Sequence[Sequence[float]], form: str) -> str:
 
 def as_tuples(values: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:
     return tuple(tuple(heads) for heads in values)
-
-
-def _as_lists(value: Any) -> Any:
-    return [list(heads) for heads in value] if isinstance(value, tuple) else value

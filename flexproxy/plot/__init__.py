@@ -7,6 +7,6 @@ is imported when it is first used. Like ``flexproxy.stats``, these functions wai
 from flexproxy.plot.blocks import block_map, ranking
 from flexproxy.plot.calibrations import calibration
 from flexproxy.plot.figures import save
-from flexproxy.plot.layers import density, record, recovered_mass
+from flexproxy.plot.layers import density, record
 
-__all__ = ["block_map", "calibration", "density", "ranking", "record", "recovered_mass", "save"]
+__all__ = ["block_map", "calibration", "density", "ranking", "record", "save"]

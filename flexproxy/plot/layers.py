@@ -40,22 +40,17 @@ def density(
         ModuleNotFoundError: matplotlib is not installed.
     """
     layers, values = _layers(densities, batch)
-    return _one_map(layers, values, "Density", _DENSITY, 0.0, title)
+    found = values[~values.isnan()]
+    with plain_style():
+        from matplotlib.figure import Figure
 
-
-def recovered_mass(masses: Tensor, *, title: str | None = None) -> Figure:
-    """A heat map of the attention mass that is kept, a row for every layer and a column for every head.
-
-    Args:
-        masses: ``[layers, Hq]``, of ``flexproxy.stats.recovered_mass``; NaN where it is not known.
-        title: line above the map; None describes it.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message says which, and what to do.
-        ModuleNotFoundError: matplotlib is not installed.
-    """
-    values = _checked("masses", masses)
-    return _one_map(range(len(values)), values, "Recovered mass", _MASS, _lowest(values), title)
+        figure = Figure(figsize=_size(*values.shape), layout="constrained")
+        axis = figure.subplots()
+        _heat_map(figure, axis, values, _DENSITY, 0.0)
+        _name_layers(axis, layers)
+        span = f"mean {found.mean():.3f}, from {found.min():.3f} to {found.max():.3f}"
+        add_title(figure, title or f"Density of every layer and head: {span}")
+    return figure
 
 
 def record(record: Record, *, title: str | None = None) -> Figure:
@@ -103,20 +98,6 @@ def _title(record: Record, all_layers: Totals) -> str:
     means = [f"{name} {mean(values):.3f}" for name, values in shares.items() if values]
     time = all_layers.sparse_ms + all_layers.dense_ms
     return ", ".join([f"{record.model['class']}: attention of {len(record.layers)} layers in {time:.1f} ms", *means])
-
-
-def _one_map(layers: Sequence[int], values: Tensor, what: str, label: str, lowest: float, title: str | None) -> Figure:
-    found = values[~values.isnan()]
-    span = f"mean {found.mean():.3f}, from {found.min():.3f} to {found.max():.3f}" if found.numel() else "no layers"
-    with plain_style():
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=_size(*values.shape), layout="constrained")
-        axis = figure.subplots()
-        _heat_map(figure, axis, values, label, lowest)
-        _name_layers(axis, layers)
-        add_title(figure, title or f"{what} of every layer and head: {span}")
-    return figure
 
 
 def _size(num_layers: int, num_heads: int) -> tuple[float, float]:
@@ -171,24 +152,15 @@ def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
     return torch.tensor([[*row, *[math.nan] * (width - len(row))] for row in rows], dtype=torch.float32)
 
 
-def _checked(name: str, values: Tensor) -> Tensor:
-    if not isinstance(values, Tensor):
-        raise TypeError(
-            f"{name}: expected a tensor [layers, Hq], got {type(values).__name__}; use "
-            "torch.stack([stats.recovered_mass(q, k, mask)[0], ...])"
-        )
-    if values.dim() != 2 or 0 in values.shape:
-        raise ValueError(
-            f"{name}: expected a tensor [layers, Hq], got shape {list(values.shape)}; take one sequence of every layer"
-        )
-    return values.detach().float().cpu()
-
-
 def _layers(densities: Any, batch: int) -> tuple[list[int], Tensor]:
     """Indices of the layers, and fp32 ``[layers, Hq]``, NaN where a layer has fewer heads than others."""
     if isinstance(densities, Tensor):
-        values = _checked("densities", densities)
-        return list(range(len(values))), values
+        if densities.dim() != 2 or 0 in densities.shape:
+            raise ValueError(
+                f"densities: expected a tensor [layers, Hq], got shape {list(densities.shape)}; take one sequence of "
+                "every layer"
+            )
+        return list(range(len(densities))), densities.detach().float().cpu()
     if isinstance(densities, Selection):
         densities = [densities]
     several = isinstance(densities, Iterable)

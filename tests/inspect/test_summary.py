@@ -37,7 +37,7 @@ def test_summary_is_that_of_the_specification(seed: int) -> None:
             assert summary.budget[b][h] == min(summary.count[b][h] * size, case.lengths[1])
             share = int(kept[b, h].sum()) / max(1, int(admissible[b, h].sum())) if rows else 1.0
             assert summary.density[b][h] == pytest.approx(share, rel=1e-6)
-    assert json.loads(json.dumps(summary.as_dict()))["density"] == [list(heads) for heads in summary.density]
+    assert json.loads(json.dumps(dataclasses.asdict(summary)))["density"] == [list(heads) for heads in summary.density]
 
 
 def test_the_table() -> None:

@@ -18,7 +18,7 @@ NAMES = {
     "select stats why_dense",
     ".masks": "and_masks causal document full or_masks padding prefix_lm shift sliding_window",
     ".stats": "block_mass density recovered_mass",
-    ".plot": "block_map calibration density ranking record recovered_mass save",
+    ".plot": "block_map calibration density ranking record save",
 }
 PARAMETERS = {
     "build": "q, k, *, mask_mod=None, block_mask=None, config=None, scale=None",
@@ -46,7 +46,7 @@ PARAMETERS = {
     "Selection.summary": "self",
 }
 FIELDS = {
-    "num_proxies": 1,
+    "num_proxies": None,
     "groups": None,
     "gamma": 0.95,
     "density": None,
@@ -56,8 +56,9 @@ FIELDS = {
     "block_size": 128,
     "min_budget": 2048,
     "max_budget": None,
-    "sink_blocks": 0,
-    "local_blocks": 1,
+    "sink_blocks": 1,
+    "local_blocks": 2,
+    "dense_last_blocks": 1,
 }
 
 
