@@ -100,4 +100,4 @@ def test_parameters(name: str) -> None:
 def test_fields() -> None:
     assert {field.name: field.default for field in dataclasses.fields(ProxyConfig)} == FIELDS
     public = " ".join(field.name for field in dataclasses.fields(Selection) if not field.name.startswith("_"))
-    assert public == "rank count proxy_of admissible full forced allowed block_size lengths gradients"
+    assert public == "rank head_rank count proxy_of admissible full forced allowed block_size lengths gradients"
