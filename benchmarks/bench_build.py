@@ -20,6 +20,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ LENGTHS = "8192,16384,32768,65536,131072,262144,524288,1048576"
 class Case(NamedTuple):
     length: int
     num_proxies: int
-    outlier_of: int | None = None  # so many queries, as in ProxyConfig.outliers
+    outlier_of: int | None = None  # queries, as in ProxyConfig.outliers
 
     def __str__(self) -> str:
         outliers = "" if self.outlier_of is None else f", outliers of {self.outlier_of}"
@@ -65,7 +66,7 @@ class Case(NamedTuple):
         config = config_for(density, self.length, self.num_proxies)
         if self.outlier_of is None:
             return config
-        return ProxyConfig.outliers(query_stride=self.outlier_of, density=density, min_budget=config.min_budget)
+        return replace(config, stride=1, query_stride=self.outlier_of, query_choice="outlier")
 
 
 def cpu_ms(run: Callable[[], Any], repeats: int = 5) -> float:
@@ -123,7 +124,7 @@ def bench(
     for config in (ProxyConfig(), ProxyConfig(num_proxies=4), ProxyConfig.outliers()):
         gate.check_selection(config)
     kinds = [(p, None) for p in num_proxies]
-    kinds += [(ProxyConfig.outliers().num_proxies, stride) for stride in outliers]
+    kinds += [(2, stride) for stride in outliers]
     cases = [Case(length, *kind) for length in lengths for kind in kinds]
     path = result_path("build", out, quick)
     run_cases(cases, lambda case: measure(case, density, dense_up_to, budget_ms), path, settings)

@@ -266,7 +266,7 @@ def test_the_gate_stops_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     def dense(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    def not_compensated(q: Tensor, k: Tensor, v: Tensor, *, config: Any, compensate: bool = False) -> Tensor:
+    def not_compensated(q: Tensor, k: Tensor, v: Tensor, *, config: Any, **_: Any) -> Tensor:
         return eager_attention(q, k, v, config=config)
 
     def other_blocks(blocks: Tensor, length: int) -> BlockMask:
