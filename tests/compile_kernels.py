@@ -8,11 +8,11 @@ mean nothing. The interpreter accepts much that the compiler does not.
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import triton
+import typer
 from torch.nn.attention.flex_attention import and_masks, or_masks
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -93,9 +93,9 @@ def calls(dtype: torch.dtype, head_dim: int) -> None:
     lists.block_lists(torch.zeros(1, 1, 3, 4, dtype=torch.bool), torch.zeros(1, 1, 3, 4, dtype=torch.bool))
 
 
-def main(capabilities: list[int], only: list[str] | None = None) -> None:
+def main(capabilities: list[int], only: Annotated[tuple[str, int] | None, typer.Option()] = None) -> None:
     dtypes = (torch.bfloat16, torch.float32) if only is None else (getattr(torch, only[0]),)
-    head_dims = (64, 80, 128, 256) if only is None else (int(only[1]),)
+    head_dims = (64, 80, 128, 256) if only is None else (only[1],)
     launch._DIRECT = False
     for capability in capabilities:
         block_logits.has_tma = lambda device, capability=capability: capability >= 90  # type: ignore[assignment]
@@ -116,8 +116,4 @@ def main(capabilities: list[int], only: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("capabilities", type=int, nargs="+")
-    parser.add_argument("--only", nargs=2, metavar=("DTYPE", "HEAD_DIM"))
-    arguments = parser.parse_args()
-    main(arguments.capabilities, arguments.only)
+    typer.run(main)

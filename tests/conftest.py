@@ -36,7 +36,7 @@ sys.exit(main())
 # Single parameters that take more than about five seconds on a CPU; whole tests carry the mark themselves.
 SLOW = re.compile(
     r"""
-      test_selection_equals_the_reference\[interpreter-(?!24\])
+      test_selection_equals_the_reference\[interpreter-(?!(24|228)\])
     | test_(new_masks_do_not_recompile|new_values_do_not_recompile|masks_made_inside|masks_made_outside
            |new_block_masks_do_not_recompile_flex_attention)\[cpu-(?!(default|documents|closure\ of\ tensors)\])
     | test_new_lengths_recompile_once\[cpu-(?!documents\])
