@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,24 +101,24 @@ def load_decoder(name: str, device: torch.device, attention: str) -> PreTrainedM
     local = Path(name).exists()
     loading: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     where = f"the model in {name}" if local else f"the model {name}"
-    with _quiet_transformers():
-        try:
-            config: Any = AutoConfig.from_pretrained(name, **loading)
-        except Exception as error:
-            missing = isinstance(error, OSError) and not local
-            begin = f"no folder {name} here, and not on the Hugging Face hub" if missing else f"cannot load {where}"
-            raise InputError(f"{begin}: {_reason(error)}") from error
-        try:
-            # What transformers before 4.56 calls torch_dtype.
-            argument = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
-            own = getattr(config, argument)
-            half = own if own in (torch.float16, torch.bfloat16) else torch.bfloat16
-            loading |= {argument: half if device.type == "cuda" else torch.float32}
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, attn_implementation=attention, use_safetensors=True, output_loading_info=True, **loading
-            )
-        except Exception as error:  # a damaged file shows as any of a dozen types
-            raise InputError(f"cannot load {where}: {_reason(error)}") from error
+    _quiet_transformers()
+    try:
+        config: Any = AutoConfig.from_pretrained(name, **loading)
+    except Exception as error:
+        missing = isinstance(error, OSError) and not local
+        begin = f"no folder {name} here, and not on the Hugging Face hub" if missing else f"cannot load {where}"
+        raise InputError(f"{begin}: {_reason(error)}") from error
+    try:
+        # What transformers before 4.56 calls torch_dtype.
+        argument = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
+        own = getattr(config, argument)
+        half = own if own in (torch.float16, torch.bfloat16) else torch.bfloat16
+        loading |= {argument: half if device.type == "cuda" else torch.float32}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, attn_implementation=attention, use_safetensors=True, output_loading_info=True, **loading
+        )
+    except Exception as error:  # a damaged file shows as any of a dozen types
+        raise InputError(f"cannot load {where}: {_reason(error)}") from error
     model, found = loaded
     if found["missing_keys"]:
         raise InputError(f"{where} lacks weights: {', '.join(sorted(found['missing_keys'])[:3])}")
@@ -168,9 +166,7 @@ def read_tokens(path: Path, model: PreTrainedModel, name: str, length: int | Non
         raise InputError(f"cannot read the text {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"the text {path} is not UTF-8, at byte {error.start}; pass a text file") from error
-    tokenizer = load_tokenizer(name)
-    with _quiet_transformers():
-        tokens: Tensor = tokenizer(text, return_tensors="pt").input_ids.long()
+    tokens: Tensor = load_tokenizer(name)(text, return_tensors="pt").input_ids.long()
     _check_length(path, tokens.shape[1], "tokens", length)
     return tokens[:, :length]
 
@@ -184,11 +180,11 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, as ``load_decoder`` loads the model."""
     from transformers import AutoTokenizer
 
-    with _quiet_transformers():
-        try:
-            return AutoTokenizer.from_pretrained(name, local_files_only=Path(name).exists(), trust_remote_code=False)
-        except Exception as error:
-            raise InputError(f"cannot load the tokenizer of {name}: {_reason(error)}") from error
+    _quiet_transformers()
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=Path(name).exists(), trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"cannot load the tokenizer of {name}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -196,24 +192,12 @@ def _reason(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Switch off progress bars and warnings of transformers and of the libraries that it downloads with."""
+def _quiet_transformers() -> None:
+    """Switch off the progress bars and warnings of transformers and of the libraries that it downloads with."""
     from transformers.utils import logging as transformers_logging
 
     logging: Any = transformers_logging
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    downloading = [getLogger(library) for library in ("huggingface_hub", "urllib3")]
-    levels = [logger.level for logger in downloading]
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    for logger in downloading:
-        logger.setLevel(ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(downloading, levels, strict=True):
-            logger.setLevel(level)
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    for library in ("huggingface_hub", "urllib3"):
+        getLogger(library).setLevel(ERROR)

@@ -113,10 +113,7 @@ def _show_demo(result: demo_module.DemoResult, picture: Path) -> None:
     console.print(table)
     console.print(f"The first prefill with flexproxy, its kernels being compiled, took {result.first_seconds:.1f} s.")
 
-    table = Table(title="Blocks kept / admissible")
-    for heading in ("layer", "mean", "sparsest head", "densest head"):
-        table.add_column(heading, justify="right")
     for index, heads in enumerate(result.density):
-        table.add_row(str(index), *(f"{x:.3f}" for x in (sum(heads) / len(heads), min(heads), max(heads))))
-    console.print(table)
+        mean = sum(heads) / len(heads)
+        console.print(f"layer {index}: {mean:.3f} of the blocks; {min(heads):.3f} to {max(heads):.3f} of a head")
     console.print(f"The blocks of layer {result.layer}, head by head: {picture}", soft_wrap=True)
