@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flexproxy
 from flexproxy import ProxyConfig, masks, reference
-from flexproxy.masks import and_masks, blocks, or_masks
+from flexproxy.masks import and_masks, or_masks, sampled
 from flexproxy.masks.structure import MaskMod
 from flexproxy.ops import compat
 from tests.accuracy import assert_accurate, skip_unless_flex_compiles
 
 BATCH, HEADS, KV_HEADS, LENGTH, HEAD_DIM, BLOCK = 2, 4, 2, 300, 32, 64
-CONFIG = ProxyConfig(num_proxies=KV_HEADS, gamma=0.6, min_budget=0, block_size=BLOCK)
+CONFIG = ProxyConfig.paper(num_proxies=KV_HEADS, gamma=0.6, min_budget=0, block_size=BLOCK)
 OUTLIERS = ProxyConfig.outliers(num_proxies=KV_HEADS, gamma=0.6, min_budget=0, block_size=BLOCK)
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -298,7 +298,7 @@ def test_a_traced_nest_is_not_evaluated(inside: bool, device: str, monkeypatch: 
 
     wanted = flexproxy.build(x.q, x.k, mask_mod=nest(), config=CONFIG)
     made = nest()
-    monkeypatch.setattr(blocks, "create_mask", never)
+    monkeypatch.setattr(sampled, "create_mask", never)
 
     def build() -> Lists:
         return lists_of(flexproxy.build(x.q, x.k, mask_mod=nest() if inside else made, config=CONFIG))

@@ -36,7 +36,7 @@ from tests.accuracy import allowed_pairs, assert_accurate, skip_unless_flex_comp
 # A length that is no multiple of the block, and heads that share keys. One shape for all: each new one is compiled.
 BATCH, HEADS, KV_HEADS, LENGTH, HEAD_DIM, BLOCK = 2, 8, 2, 777, 64, 128
 NUM_BLOCKS = -(-LENGTH // BLOCK)
-CONFIG = ProxyConfig(num_proxies=KV_HEADS, density=0.5, min_budget=0, block_size=BLOCK)
+CONFIG = ProxyConfig.paper(num_proxies=KV_HEADS, density=0.5, min_budget=0, block_size=BLOCK)
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 

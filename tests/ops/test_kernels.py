@@ -273,7 +273,7 @@ def test_the_ends_of_block_size_and_stride(block_size: int, stride: str, device:
     num_queries, num_keys = (70, 100) if block_size == 16 else (block_size + 30, 2 * block_size + 9)
     q, k = (torch.randn(1, 2, n, 32, generator=generator).to(device, torch.float16) for n in (num_queries, num_keys))
     step = 1 if stride == "one" else block_size
-    config = ProxyConfig(block_size=block_size, stride=step, min_budget=0, gamma=0.6)
+    config = ProxyConfig(num_proxies=1, block_size=block_size, stride=step, min_budget=0, gamma=0.6)
     case = Case(q, k, k, config, "default", None, [num_keys - num_queries])
     groups, k_groups = head_groups(1, None, 2, 2)
     expected = expect(case, pool_heads(q, groups, step), pool_heads(k, k_groups, step))
