@@ -312,10 +312,10 @@ PLOTS: dict[str, tuple[str, Callable[[Row, Wanted], Figure]]] = {
 }
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Write a PNG whole or not at all."""
     with replacing(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=150)
+        figure.savefig(unfinished, format="png", dpi=dpi)
 
 
 def draw(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from benchmarks import harness, plots
+from benchmarks.quality import report
 from flexproxy import plot
 from flexproxy.files import replacing
 
@@ -32,6 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "concepts.md"
 IMAGES = ROOT / "docs" / "images"
 DRAWN = IMAGES / "drawn.json"
+QUALITY = "quality_smollm2"
+SOURCES = {name: source for name, (source, _) in plots.PLOTS.items()} | {"quality": QUALITY}
+QUALITY_PANELS = (8192, "prose"), (8192, "code"), (8192, "single"), (32768, "prose")
 
 
 def blocks_of(page: Path, language: str) -> list[str]:
@@ -74,6 +78,11 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def draw_quality() -> None:
+    data = json.loads((harness.RESULTS / f"{QUALITY}.json").read_text())
+    report.draw(data, IMAGES / "quality.png", QUALITY_PANELS, dpi=100)
+
+
 def main() -> None:
     drawn: dict[str, Any] = {}
     _, figures = run(PAGE)
@@ -81,9 +90,10 @@ def main() -> None:
         plot.save(figure, ROOT / path, force=True)
         drawn[path] = {"sha256": digest(ROOT / path), "panels": data_of(figure)}
         print(f"wrote {path}")
-    sources = {name: harness.RESULTS / f"{source}.json" for name, (source, _) in plots.PLOTS.items()}
+    sources = {name: harness.RESULTS / f"{source}.json" for name, source in SOURCES.items()}
     measured = [name for name, source in sources.items() if source.exists()]
-    plots.main([*measured, "--unfinished", "--out", str(IMAGES)])
+    plots.main([*(name for name in measured if name in plots.PLOTS), "--unfinished", "--out", str(IMAGES)])
+    draw_quality()
     for name in measured:
         drawn[f"docs/images/{name}.png"] = {"sha256": digest(IMAGES / f"{name}.png"), "source": digest(sources[name])}
     with replacing(DRAWN) as unfinished:

@@ -93,14 +93,22 @@ def shown(row: Row, dense: Row | None) -> Estimate | None:
 
 
 def series(rows: Sequence[Row]) -> dict[str, list[tuple[float, Estimate]]]:
-    """One line for each method but dense and trials: density and what is shown, by density."""
+    """One line for each method but dense and trials: density and what is shown, by density.
+
+    A variant of flexproxy whose points are all those of another line of flexproxy would lie under it, and has none.
+    """
     dense = dense_of(rows)
     lines: dict[str, list[tuple[float, Estimate]]] = {}
     for row in rows:
         drawn = shown(row, dense)
         if drawn is not None and row is not dense and not row["method"].startswith("trial"):
             lines.setdefault(row["method"], []).append((row["density"], drawn))
-    return {name: sorted(points) for name, points in lines.items()}
+    found: dict[str, list[tuple[float, Estimate]]] = {}
+    for name, points in sorted(lines.items(), key=lambda line: -len(set(line[1]))):
+        ours = (set(other) for earlier, other in found.items() if earlier.startswith("flexproxy"))
+        if not (name.startswith("flexproxy") and any(set(points) <= other for other in ours)):
+            found[name] = sorted(set(points))
+    return {name: found[name] for name in lines if name in found}
 
 
 # Tables
@@ -153,6 +161,27 @@ def markdown(rows: Sequence[Row], length: int, task: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def columns_markdown(rows: Sequence[Row], columns: Sequence[tuple[int, str, str]], intervals: bool = True) -> str:
+    """A line for each method that was measured at all columns: length, task and setting."""
+    found = panels(rows)
+    names = [f"{task}, {tokens(length)}, {setting.removeprefix('density ')}" for length, task, setting in columns]
+    dense = [dense_of(found[length, task]) for length, task, _ in columns]
+    measured = [
+        {row["method"]: row for row in found[length, task] if row["setting"] == setting}
+        for length, task, setting in columns
+    ]
+    lines = [
+        ["method", *names],
+        ["---"] * (1 + len(names)),
+        ["dense", *("" if x is None else _alone(x) for x in dense)],
+    ]
+    for method in measured[0]:
+        if all(method in column for column in measured):
+            pairs = zip(measured, dense, strict=True)
+            lines.append([method, *(_short(column[method], other, intervals) for column, other in pairs)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def lengths_markdown(rows: Sequence[Row], task: str, setting: str = "defaults") -> str:
     """What every method keeps with its own settings, and what it loses, by length: a line for each method."""
     found = {length: members for (length, name), members in sorted(panels(rows).items()) if name == task}
@@ -177,8 +206,14 @@ def _kept_and_lost(row: Row, drawn: Estimate, sign: str) -> str:
     return f"{row['density']:.3f}, {drawn.mean:{sign}.{DECIMALS[row['metric']]}f}"
 
 
-def _short(row: Row, dense: Row | None) -> str:
+def _alone(row: Row) -> str:
+    return f"{estimate(row).mean:.{DECIMALS[row['metric']]}f}{' bits' if row['metric'] != 'exact' else ''}"
+
+
+def _short(row: Row, dense: Row | None, intervals: bool = True) -> str:
     drawn = shown(row, dense)
+    if drawn is not None and not intervals:
+        drawn = Estimate(drawn.mean, None, None)
     text = "" if drawn is None else drawn.text(DECIMALS[row["metric"]], "" if row["metric"] == "exact" else "+")
     target = row["setting"].removeprefix("density ")
     met = not target.replace(".", "", 1).isdecimal() or abs(row["density"] - float(target)) <= 0.01
@@ -188,35 +223,37 @@ def _short(row: Row, dense: Row | None) -> str:
 # The plot
 
 
-def draw(data: Row, path: Path) -> None:
-    """Write the plot of a result as a PNG, whole or not at all."""
-    found = panels(data["rows"])
+def draw(data: Row, path: Path, only: Sequence[tuple[int, str]] | None = None, dpi: int = 150) -> None:
+    """Write the plot of a result as a PNG, whole or not at all.
+
+    only: lengths and tasks to show; None is all.
+    """
+    found = {place: rows for place, rows in panels(data["rows"]).items() if only is None or place in only}
     if found:
-        save(figure(data, found), path)
+        save(figure(data, found), path, dpi)
 
 
 def figure(data: Row, found: dict[tuple[int, str], list[Row]]) -> Figure:
-    """One panel for each length and task, tasks side by side."""
+    """One panel for each length and task."""
     from matplotlib.figure import Figure
 
-    lengths = list(dict.fromkeys(length for length, _ in found))
-    tasks = list(dict.fromkeys(task for _, task in found))
-    drawing = Figure(figsize=(max(6.4 * len(tasks), 8.0), 4.6 * len(lengths) + 1.6), facecolor="white")
+    columns = min(len(found), 3 if len(found) != 4 else 2)
+    lines = -(-len(found) // columns)
+    drawing = Figure(figsize=(max(4.8 * columns, 8.0), 3.4 * lines + 1.4), facecolor="white")
     drawing.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
     model, device = data["settings"]["model"]["name"], data["environment"]["device"]
-    drawing.suptitle(f"Quality against density: {model}, {device}; bars are intervals of 95 %", fontsize=12)
-    axes = drawing.subplots(len(lengths), len(tasks), squeeze=False)
+    drawing.suptitle(f"Quality against density: {model}, {device}; bars are intervals of 95 %", fontsize=11)
+    axes = drawing.subplots(lines, columns, squeeze=False)
     style = styles([row["method"] for row in data["rows"]])
-    for n, length in enumerate(lengths):
-        for m, task in enumerate(tasks):
-            draw_panel(axes[n][m], found.get((length, task), []), style)
-            axes[n][m].set_title(f"{task}, {tokens(length)} tokens", fontsize=11)
+    for pane in list(axes.flat)[len(found) :]:
+        pane.remove()
     known: dict[str, Any] = {}
-    for pane in axes.flat:
+    for pane, ((length, task), rows) in zip(axes.flat, found.items(), strict=False):
+        draw_panel(pane, rows, style)
+        pane.set_title(f"{task}, {tokens(length)} tokens", fontsize=10)
         handles, labels = pane.get_legend_handles_labels()
         known |= dict(zip(labels, handles, strict=True))
-    columns = 5 if len(tasks) > 1 else 3
-    drawing.legend(known.values(), known.keys(), loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    drawing.legend(known.values(), known.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return drawing
 
 
@@ -256,7 +293,8 @@ def draw_panel(axes: Axes, rows: Sequence[Row], style: dict[str, dict[str, Any]]
         y = [drawn.mean for _, drawn in points]
         below = [0.0 if drawn.low is None else drawn.mean - drawn.low for _, drawn in points]
         above = [0.0 if drawn.high is None else drawn.high - drawn.mean for _, drawn in points]
-        axes.errorbar(x, y, yerr=(below, above), label=name, markersize=6, elinewidth=0.7, alpha=0.95, **style[name])
-    axes.set_xlabel("density (kept / causal blocks)", fontsize=10)
-    if rows:
-        axes.set_ylabel(AXES[rows[0]["metric"]], fontsize=10)
+        axes.errorbar(x, y, yerr=(below, above), label=name, markersize=5, elinewidth=0.7, alpha=0.95, **style[name])
+    axes.set_xlabel("density (kept / causal blocks)", fontsize=9)
+    axes.set_ylabel(AXES[rows[0]["metric"]], fontsize=9)
+    if rows[0]["metric"] != "exact":  # losses of a hundredth stand beside those of a quarter
+        axes.set_yscale("symlog", linthresh=0.01)

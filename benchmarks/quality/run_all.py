@@ -99,8 +99,8 @@ class Plan:
             yield from self._over([32768], ("prose",), methods)
 
     def trials(self) -> Iterator[Cell]:
-        """Other choices, and flexproxy's own variants."""
-        for target in (0.12, 0.25):
+        """Other choices, and flexproxy's own variants. At 0.12 the forced blocks are all that is kept."""
+        for target in (0.25, 0.18):
             variants = [
                 ours(num_proxies=self.proxies, stride=1, query_stride=8, query_choice="outlier", **self._at(target)),
                 ours(num_proxies=self.proxies, stride=2, query_stride=8, **self._at(target)),
@@ -136,7 +136,7 @@ class Plan:
 
     def corrections(self) -> Iterator[Cell]:
         """Means of dropped blocks, and dense rows, where little is kept."""
-        for target in (0.05, 0.1, 0.25):
+        for target in (0.25, 0.15):
             plain = self._ours(target)[0]
             yield from self._over([LENGTH], USUAL, [plain, *corrected(plain)])
 
