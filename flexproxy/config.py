@@ -138,7 +138,7 @@ class ProxyConfig:
         """The scores of every key with the outlier of every 8 queries. [ours]
 
         ``query_stride=16`` scores half as many pairs, and loses where several things are looked for in 16 tokens. What
-        both find, and take, is in docs/quality.md and docs/performance.md.
+        both take is in docs/performance.md.
 
         Args:
             changes: fields to set otherwise, by name.

@@ -2,7 +2,7 @@
 
 Each is a function of q, k and ``min_budget`` to levels (NOTE [Levels] in ``benchmarks.baselines.blocks``), in plain
 PyTorch. What helps on the real models goes into the package; the others stay here with their figures in
-docs/quality.md. A name says what is scored: ``kv`` are queries and keys pooled to one proxy for each key/value head,
+NOTEBOOK.md. A name says what is scored: ``kv`` are queries and keys pooled to one proxy for each key/value head,
 ``all`` every query head by itself; ``16:4`` every 16th query and 4th key. ``max`` is the paper's score, the largest
 probability of a pair; ``sums`` the largest of a query's sum over a block; ``mass`` the sum over all pairs. Blocks are
 kept by the paper's counts, one for each head, unless a rule says otherwise.

@@ -8,7 +8,7 @@ import heapq
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
@@ -18,7 +18,9 @@ import pytest
 import torch
 
 import flexproxy
-from benchmarks import plots
+from benchmarks.quality import report
+from benchmarks.quality.trials import TRIALS
+from docs.draw import SOURCES
 from flexproxy.sparse import kernel as sparse_kernel
 from tests.accuracy import skip_unless_flex_compiles
 from tests.tiny_model import LAYERS, save_tiny_model
@@ -107,7 +109,7 @@ def test_files_of_the_pictures() -> None:
     for path, entry in drawn.items():
         assert hashlib.sha256(files[path]).hexdigest() == entry["sha256"], path
         if "source" in entry:
-            source = ROOT / "benchmarks" / "results" / f"{plots.PLOTS[Path(path).stem][0]}.json"
+            source = ROOT / "benchmarks" / "results" / f"{SOURCES[Path(path).stem]}.json"
             assert hashlib.sha256(source.read_bytes()).hexdigest() == entry["source"], "run python -m docs.draw"
 
 
@@ -170,37 +172,55 @@ def test_names_exist(page: str) -> None:
             found = getattr(found, part)
 
 
-@pytest.mark.parametrize(("name", "number"), [("quality_32k", 5), ("quality_32k_demo", 2), ("quality_means_cpu", 2)])
-def test_figures_of_quality(name: str, number: int) -> None:
-    """The tables are those of the committed result, and its plot is there."""
-    report = pytest.importorskip("benchmarks.quality.report")
-    data = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
-    assert data["complete"]
+def test_figures_of_quality() -> None:
+    """Tables of the page and of the notebook are those of the committed result."""
+    rows = json.loads((ROOT / "benchmarks/results/quality_smollm2.json").read_text())["rows"]
+    assert (ROOT / "benchmarks/results/quality_smollm2.png").exists()
     page = (DOCS / "quality.md").read_text()
-    tables = [report.markdown(data["rows"], length, task) for length, task in report.panels(data["rows"])]
-    assert len(tables) == number
-    assert all(table in page for table in tables)
-    assert (ROOT / f"benchmarks/results/{name}.png").exists()
+    usual, others = ("prose", "code", "single"), ("multikey", "multivalue", "multiquery")
+    settings: dict[str, set[str]] = {}
+    for row in rows:
+        settings.setdefault(row["method"], {row["setting"]}).add(row["setting"])
+    compared = [r for r in rows if r["method"] == "dense" or {"density 0.25", "density 0.12"} <= settings[r["method"]]]
+    for shown, columns in (
+        (compared, [(8192, task, "density 0.25") for task in usual]),
+        (compared, [(8192, task, "density 0.12") for task in usual]),
+        (compared, [(8192, task, "density 0.25") for task in others]),
+        (rows, [(32768, "prose", f"density {density}") for density in ("0.05", "0.1")]),
+    ):
+        assert report.columns_markdown(shown, columns) in page
+    assert report.lengths_markdown(rows, "prose") in page
+    words, share = " ".join(page.split()), shares_lost(rows)
+    assert f"{share('prose', '0.25')} % of the bits per byte on prose and {share('code', '0.25')} % on code" in words
+    assert f"at 0.12, {share('prose', '0.12')} %, {share('code', '0.12')} %" in words
+    notebook = (ROOT / "benchmarks/quality/NOTEBOOK.md").read_text()
+    for name in TRIALS:
+        assert f"| {name} |" in notebook, name
+    own = [columns_of(rows, task, "density 0.12") for task in usual]
+    measured = {row["method"] for row in rows if row["method"].startswith("trial: ")}
+    for line in (line for line in notebook.splitlines() if line.count("|") == 4):
+        name, _, figures = (cell.strip() for cell in line.strip("|").split("|"))
+        if f"trial: {name}" in measured:
+            assert figures == " / ".join(column[f"trial: {name}"] for column in own), name
 
 
-def test_figures_against_dense_and_the_oracle() -> None:
-    """The table of what outliers lose is that of the committed result."""
-    rows = json.loads((ROOT / "benchmarks/results/quality_32k.json").read_text())["rows"]
-    percent = {(row["task"], row["setting"], row["method"]): 100 * row["mean"] for row in rows}
-    table = re.findall(r"^\| `(\w+)` \|((?: [+-][\d.]+ \|){6})$", (DOCS / "quality.md").read_text(), re.MULTILINE)
-    assert [task for task, _ in table] == ["single", "variables", "multiquery", "multivalue"]
-    for task, shown in table:
-        wanted = []
-        for window in (8, 16):
-            ours = f"flexproxy P 2, outlier {window}:1"
-            wanted.append(percent[task, "density 0.25", ours] - percent[task, "", "dense"])
-            settings = ("density 0.1", "density 0.04")
-            wanted += [percent[task, setting, ours] - percent[task, setting, "oracle"] for setting in settings]
-        assert shown.split(" |")[:-1] == [f" {x:+.1f}" for x in wanted], task
+def shares_lost(rows: list[Any]) -> Callable[[str, str], str]:
+    """What flexproxy loses of the bits per byte at 8K tokens, in percent."""
+
+    def share(task: str, density: str) -> str:
+        found = {(r["method"], r["setting"]): r["mean"] for r in rows if (r["length"], r["task"]) == (8192, task)}
+        return f"{100 * (found['flexproxy P 3, stride 4', f'density {density}'] / found['dense', ''] - 1):.1f}"
+
+    return share
+
+
+def columns_of(rows: list[Any], task: str, setting: str) -> dict[str, str]:
+    lines = report.columns_markdown(rows, [(8192, task, setting)], intervals=False).splitlines()[3:]
+    return dict(tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines)  # type: ignore[misc]
 
 
 def test_figures_of_outliers() -> None:
-    """What outliers take at 128K tokens, on three pages."""
+    """What outliers take at 128K tokens, on two pages."""
     rows = json.loads((ROOT / "benchmarks/results/build_outliers.json").read_text())["rows"]
     at = [row for row in rows if row["length"] == 131072]
     (plain,) = [r["median_ms"] for r in at if (r["num_proxies"], r["query_choice"]) == (1, "first")]
@@ -213,7 +233,6 @@ def test_figures_of_outliers() -> None:
     assert f"add {eight - plain:.2f} ms, those of 16 {sixteen - plain:.2f}" in page
     more = f"{eight - plain:.1f} ms more than the default"
     assert more in " ".join((DOCS / "choosing.md").read_text().split())
-    assert more in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_figures_of_the_stages() -> None:

@@ -101,18 +101,30 @@ def test_figures_of_a_model() -> None:
 
 
 def test_figures_of_quality() -> None:
-    """The table of answers is a part of that in docs/quality.md, which is the committed result's."""
-    lines = re.findall(r"^\| (?:flexproxy P|oracle|XAtt|Fl|Prism|mean|sink).*\([\d.]+ to .*$", README, re.MULTILINE)
-    assert len(lines) == 11
-    single = (
-        (ROOT / "docs/quality.md").read_text().partition("Exact answers of `single`")[2].partition("`variables`")[0]
-    )
-    assert all(line in single for line in lines)
-    rows = json.loads((ROOT / "benchmarks/results/quality_32k.json").read_text())["rows"]
-    dense = next(row for row in rows if (row["task"], row["method"]) == ("single", "dense"))
-    shown = f"{100 * dense['mean']:.1f} ({100 * dense['low']:.1f} to {100 * dense['high']:.1f})"
-    assert f"of {dense['number']}, by" in README
-    assert f"dense: {shown}" in README
+    """The table and the sentences are those of the committed result."""
+    report = pytest.importorskip("benchmarks.quality.report")
+    rows = json.loads((ROOT / "benchmarks/results/quality_smollm2.json").read_text())["rows"]
+    found = {(row["length"], row["task"], row["method"], row["setting"]): row for row in rows}
+    compared = [
+        r
+        for r in rows
+        if r["method"] == "dense"
+        or found.keys() >= {(8192, "prose", r["method"], f"density {density}") for density in ("0.25", "0.12")}
+    ]
+    columns = [(8192, task, f"density {x}") for x in ("0.25", "0.12") for task in ("prose", "code", "single")]
+    assert report.columns_markdown(compared, columns, intervals=False) in README
+
+    def lost(length: int, task: str, setting: str) -> float:
+        dense, ours = found[length, task, "dense", ""], found[length, task, "flexproxy P 3, stride 4", setting]
+        return 100 * (ours["mean"] / dense["mean"] - 1)
+
+    prose, code = (lost(8192, task, "density 0.25") for task in ("prose", "code"))
+    kept = [found[length, "prose", "flexproxy P 3, stride 4", "defaults"]["density"] for length in (4096, 32768)]
+    text = " ".join(README.split())
+    assert f"lose {prose:.1f} % of the bits on prose and {code:.1f} % on code" in text
+    assert f"prose loses {lost(4096, 'prose', 'defaults'):.1f} % at 4K tokens and less than 0.5 % up to 32K" in text
+    assert max(lost(length, "prose", "defaults") for length in (8192, 16384, 32768)) < 0.5
+    assert f"with {kept[0]:.2f} of the blocks kept at 4K and {kept[1]:.2f} at 32K" in text
 
 
 def test_links_lead_somewhere() -> None:
