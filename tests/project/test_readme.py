@@ -116,7 +116,7 @@ def test_figures_of_quality() -> None:
 
     def lost(length: int, task: str, setting: str) -> float:
         dense, ours = found[length, task, "dense", ""], found[length, task, "flexproxy P 3, stride 4", setting]
-        return 100 * (ours["mean"] / dense["mean"] - 1)
+        return float(100 * (ours["mean"] / dense["mean"] - 1))
 
     prose, code = (lost(8192, task, "density 0.25") for task in ("prose", "code"))
     kept = [found[length, "prose", "flexproxy P 3, stride 4", "defaults"]["density"] for length in (4096, 32768)]
