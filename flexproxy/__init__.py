@@ -10,8 +10,9 @@ from flexproxy import masks
 from flexproxy.config import ProxyConfig
 from flexproxy.pipeline import build, select
 from flexproxy.selection import Selection
-from flexproxy.sparse.attention import attention, why_dense
+from flexproxy.sparse.attention import attention
 from flexproxy.sparse.kernel_options import kernel_options
+from flexproxy.sparse.plan import why_dense
 from flexproxy.stages.lists import and_block_masks
 
 __version__ = "0.1.0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
+from types import NoneType
 from typing import Any
 
 import torch
@@ -90,33 +91,43 @@ def check_masks(mask_mod: Any, block_mask: Any, q: Tensor, k: Tensor, block_size
             "combine them with and_masks before create_block_mask, or with flexproxy.and_block_masks"
         )
     if mask_mod is not None:
-        check_mask_mod(
-            "mask_mod",
-            mask_mod,
-            "pass it as block_mask=",
-            "masks are in flexproxy.masks, those with parameters are made by a call, for example masks.padding(mask)",
-        )
+        check_mask_function(mask_mod)
     if block_mask is not None:
         _check_block_mask(block_mask, q, k, block_size)
 
 
-def check_attention_options(
-    q: Tensor, k: Tensor, v: Tensor, score_mod: Any, kernel_options: Any, return_lse: Any, compensate: Any
-) -> None:
-    if score_mod is not None and not callable(score_mod):
-        raise TypeError(
-            f"score_mod: expected a function of (score, b, h, q_idx, kv_idx) or None, got {type(score_mod).__name__}; "
-            "a mask goes to mask_mod"
-        )
-    if kernel_options is not None and not isinstance(kernel_options, dict):
+def check_mask_function(mask_mod: Any) -> None:
+    check_mask_mod(
+        "mask_mod",
+        mask_mod,
+        "pass it as block_mask=",
+        "masks are in flexproxy.masks, those with parameters are made by a call, for example masks.padding(mask)",
+    )
+
+
+def check_kernel_options(kernel_options: Any) -> tuple[tuple[str, Any], ...] | None:
+    """Returns their items."""
+    if kernel_options is None:
+        return None
+    if not isinstance(kernel_options, dict):
         raise TypeError(
             f"kernel_options: expected a dict or None, got {type(kernel_options).__name__}; "
             "None takes flexproxy.kernel_options(q, k)"
         )
+    return tuple(kernel_options.items())
+
+
+def check_attention_options(q: Tensor, k: Tensor, v: Tensor, score_mod: type, return_lse: Any, compensate: Any) -> None:
+    """score_mod: its type."""
+    if score_mod is not NoneType and not any("__call__" in vars(base) for base in score_mod.__mro__):
+        raise TypeError(
+            f"score_mod: expected a function of (score, b, h, q_idx, kv_idx) or None, got {score_mod.__name__}; "
+            "a mask goes to mask_mod"
+        )
     for name, flag in (("return_lse", return_lse), ("compensate", compensate)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}; pass True or False")
-    if compensate and score_mod is not None:
+    if compensate and score_mod is not NoneType:
         raise ValueError(
             "compensate: expected False beside a score_mod, which changes the scores of tokens and not of means of "
             "blocks, got True; leave one of them out"
@@ -141,19 +152,13 @@ def check_when(when: Any) -> None:
         raise ValueError(f'when: expected "auto" or "always", got {when!r}; "auto" is dense where sparse cannot pay')
 
 
-def check_memory(q: Tensor, k: Tensor, config: ProxyConfig, gradients: bool) -> None:
-    """Raise before memory is taken, where the BlockMask of a long sequence cannot fit on its GPU.
+def check_free_memory(q: Tensor, k: Tensor, config: ProxyConfig, gradients: bool) -> None:
+    """Check that a BlockMask fits in the memory of its GPU that is free.
 
     A list has a place for every block pair of every head: with 32 heads and blocks of 128, 8 GiB at 1M tokens.
     """
-    block_size = config.block_size
-    pooled = _pooled_bytes(q, k, config)
+    block_size, pooled = config.block_size, _pooled_bytes(q, k, config)
     needed = _mask_bytes(q, k, block_size, gradients) + pooled
-    # Asking the driver takes longer than a small mask is worth, and is impossible while a graph is captured.
-    if needed < MEMORY_WORTH_ASKING or not q.is_cuda or torch.compiler.is_compiling():
-        return
-    if torch.cuda.is_current_stream_capturing():
-        return
     cached = torch.cuda.memory_reserved(q.device) - torch.cuda.memory_allocated(q.device)
     free = torch.cuda.mem_get_info(q.device)[0] + cached
     if needed <= free:
@@ -170,6 +175,13 @@ def check_memory(q: Tensor, k: Tensor, config: ProxyConfig, gradients: bool) -> 
 
 
 MEMORY_WORTH_ASKING = 2**30
+
+
+def needs_much_memory(q: Tensor, k: Tensor, config: ProxyConfig, gradients: bool) -> bool:
+    """Whether asking the driver for the memory that is free is worth its time."""
+    if not q.is_cuda or torch.compiler.is_compiling():
+        return False
+    return _mask_bytes(q, k, config.block_size, gradients) + _pooled_bytes(q, k, config) >= MEMORY_WORTH_ASKING
 
 
 def _mask_bytes(q: Tensor, k: Tensor, block_size: int, gradients: bool) -> int:
@@ -243,6 +255,20 @@ def _check_block_mask(block_mask: Any, q: Tensor, k: Tensor, block_size: int) ->
             "ProxyConfig(block_size=...)"
         )
     check_fit("block_mask", block_mask, q, k)
+
+
+def check_selection(made_for: tuple[int, ...], device: torch.device, q: Tensor, k: Tensor) -> None:
+    """Check that a selection was made for tensors like q and k. made_for: B, Hq, Sq, Skv."""
+    given = *q.shape[:3], k.shape[2]
+    if made_for != given:
+        raise ValueError(
+            f"q, k: expected B, Hq, Sq, Skv = {made_for}, for which the selection was made, got {given}; select blocks "
+            "for these lengths"
+        )
+    if q.device != device:
+        raise ValueError(
+            f"q: expected a tensor on {device}, where the selection is, got one on {q.device}; move one of them"
+        )
 
 
 def check_fit(name: str, block_mask: BlockMask, q: Tensor, k: Tensor) -> None:

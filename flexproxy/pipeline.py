@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy import masks
-from flexproxy.checks import check_config, check_masks, check_memory, check_queries_and_keys, check_scale
+from flexproxy.checks import check_free_memory
 from flexproxy.config import ProxyConfig
 from flexproxy.masks.blocks import (
     Admissible,
@@ -32,10 +32,11 @@ from flexproxy.masks.sequences import sequence_rows
 from flexproxy.masks.structure import MaskMod, check_tables, clauses_of, documents_of, structure_of
 from flexproxy.ops.cache import kept
 from flexproxy.ops.operators import capturable
+from flexproxy.plan import Frame, Plan, plan_estimate
 from flexproxy.selection import Selection
 from flexproxy.stages.budget import block_masses, clip_counts, count_blocks, last_valid_queries, rows_with_count
 from flexproxy.stages.lists import compile_block_mask, dense_maps
-from flexproxy.stages.proxy import Groups, head_groups, merge_heads, outlying_queries, pool_heads, proxy_of_heads
+from flexproxy.stages.proxy import merge_heads, outlying_queries, pool_heads, proxy_of_heads
 from flexproxy.stages.ranking import ForcedRule, forced_counts, rank_blocks
 from flexproxy.stages.scores import Sampling, block_scores
 
@@ -67,63 +68,37 @@ def select(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
     """
-    return select_for(q, k, mask_mod, block_mask, config, scale, gradients=False, lists=False)
+    plan = plan_estimate((q, k), mask_mod, block_mask, (config, scale))
+    return estimate(q, k, read_mask(mask_mod, block_mask, plan.frame, q.device), plan)
 
 
-def select_for(
-    q: Tensor,
-    k: Tensor,
-    mask_mod: MaskMod | None,
-    block_mask: BlockMask | None,
-    config: ProxyConfig | None,
-    scale: float | None,
-    gradients: bool,
-    lists: bool,
-) -> Selection:
-    """``select``, for a BlockMask.
-
-    Args:
-        gradients: the BlockMask has the lists for them also if neither q nor k requires them.
-        lists: the BlockMask will be made; where it would not fit in memory, say so now.
-    """
-    config = check_config(config)
-    check_queries_and_keys(q, k)
-    check_masks(mask_mod, block_mask, q, k, config.block_size)
-    scale = check_scale(scale, q.shape[3])
-    groups, k_groups = head_groups(config.num_proxies, config.groups, q.shape[1], k.shape[1])
-    needs_gradients = torch.is_grad_enabled() and (gradients or q.requires_grad or k.requires_grad)
-    if lists:
-        check_memory(q, k, config, needs_gradients)
-    q, k = q.detach(), k.detach()
-
-    proxy_of = proxy_of_heads(groups, q.device)
-    sizes = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+def estimate(q: Tensor, k: Tensor, mask: PreparedMask, plan: Plan) -> Selection:
+    """``select`` by its plan, under a mask prepared for it."""
+    config, groups = plan.config, plan.frame.groups
     q_stride, k_stride = config.strides
-    strides = (None if config.chooses_queries else q_stride), k_stride
-    frame = _Frame(
-        *sizes, config.block_size, strides, (config.sink_blocks, config.local_blocks), config.dense_last_blocks
-    )
-    mask = _read_mask(mask_mod, block_mask, q, frame, groups)
+    chooses = config.chooses_queries
+    q, k = q.detach(), k.detach()
+    proxy_of = proxy_of_heads(groups, q.device)
 
     # 1. Proxy heads, and their scores: one ranking of blocks for all heads of a proxy.
-    q_proxy, k_proxy = pool_heads(q, groups, strides[0] or 1), pool_heads(k, k_groups, k_stride)
+    q_proxy, k_proxy = pool_heads(q, groups, 1 if chooses else q_stride), pool_heads(k, plan.key_groups, k_stride)
     chosen, sampled = None, mask.sampled
-    if config.chooses_queries:
+    if chooses:
         chosen = outlying_queries(q_proxy, merge_heads(mask.admissible.valid, groups), q_stride)
         if sampled.lo is None:
-            sampled = _evaluated_at(chosen, mask, frame, groups, proxy_of)
+            sampled = _evaluated_at(chosen, mask, plan.frame, proxy_of)
     q_cell, k_cell = (config.block_size // stride for stride in config.strides)
     sampling = Sampling(q_cell, k_cell, k_stride, chosen)
     # As much as one of the lists of the BlockMask will take, so that it does not show in the peak.
     workspace = min(max(4 * q.shape[0] * q.shape[1] * mask.some.shape[2] * mask.some.shape[3], 2**25), 2**30)
-    scores = block_scores(q_proxy, k_proxy, sampled, mask.some, mask.rows, sampling, scale, workspace)
+    scores = block_scores(q_proxy, k_proxy, sampled, mask.some, mask.rows, sampling, plan.scale, workspace)
     rank = rank_blocks(scores, mask.some, mask.rows, mask.rule)
     head_rank = None
     if mask.admissible.any.shape[1] > 1:  # a head walks the ranking of its proxy over its own blocks
         head_rank = rank_blocks(-rank[:, proxy_of].float(), mask.admissible.any, mask.head_rows, mask.rule)
 
     # 2. Dynamic budgets: a count for every row of a head, from the last queries of its sequence.
-    count = _count_blocks(q, k, mask, config, scale)
+    count = _count_blocks(q, k, mask, config, plan.scale)
 
     return Selection(
         rank=rank,
@@ -136,7 +111,8 @@ def select_for(
         allowed=mask.mask_mod,
         block_size=config.block_size,
         lengths=(q.shape[2], k.shape[2]),
-        gradients=needs_gradients,
+        gradients=plan.gradients,
+        scale=plan.scale,
     )
 
 
@@ -157,7 +133,15 @@ def build(
         BlockMask ``[B, Hq, Sq, Skv]`` of every head's kept blocks, and within them the mask that was given. It has the
         lists that gradients need if q or k requires them.
     """
-    return select_for(q, k, mask_mod, block_mask, config, scale, gradients=False, lists=True).block_mask()
+    plan = plan_estimate((q, k), mask_mod, block_mask, (config, scale))
+    check_memory(q, k, plan)
+    return estimate(q, k, read_mask(mask_mod, block_mask, plan.frame, q.device), plan).block_mask()
+
+
+def check_memory(q: Tensor, k: Tensor, plan: Plan) -> None:
+    """Raise before memory is taken, where the BlockMask of a long sequence cannot fit on its GPU."""
+    if plan.much_memory and not torch.cuda.is_current_stream_capturing():  # in a graph the driver cannot be asked
+        check_free_memory(q, k, plan.config, plan.gradients)
 
 
 def dense_block_mask(
@@ -174,30 +158,11 @@ def classify(q: Tensor, k: Tensor, mask_mod: MaskMod | None, block_size: int) ->
     mask_mod = causal_at_end(q, k) if mask_mod is None else mask_mod
     check_tables(structure_of(mask_mod).tables, q)
     # No samples are needed: one token of each block is as few as there can be.
-    frame = _Frame(q.shape[0], q.shape[1], q.shape[2], k.shape[2], block_size, (block_size, block_size), (0, 1), 0)
-    return mask_mod, _classify(mask_mod, None, frame, None, q.device).admissible
+    frame = Frame(q.shape[0], q.shape[1], q.shape[2], k.shape[2], block_size, (block_size, block_size), (0, 1), 0, ())
+    return mask_mod, _classify(mask_mod, None, frame, q.device).admissible
 
 
-class _Frame(NamedTuple):
-    """What of a call its mask is read for, besides the device."""
-
-    batch: int
-    num_heads: int
-    num_queries: int
-    num_keys: int
-    block_size: int
-    strides: tuple[int | None, int]  # of sampled queries, None where they are chosen later, and of keys
-    forced: tuple[int, int]  # sink_blocks, local_blocks
-    dense_last_blocks: int
-
-    def rule(self, offset: Tensor) -> ForcedRule:
-        return ForcedRule(offset, self.num_queries, self.block_size, *self.forced)
-
-    def num_blocks(self) -> tuple[int, int]:
-        return -(-self.num_queries // self.block_size), -(-self.num_keys // self.block_size)
-
-
-class _Mask(NamedTuple):
+class PreparedMask(NamedTuple):
     """The mask, as the stages need it: all that does not depend on the values of q and k."""
 
     mask_mod: MaskMod
@@ -211,6 +176,10 @@ class _Mask(NamedTuple):
     probes: Tensor  # int64 [b, h, block_size], the last valid queries, -1 where there are fewer
     probed: SampledMask  # by clauses at every query and key, or by bits at the probes and every key
     evaluated: MaskMod  # the mask, with the lists that confine it
+
+    @property
+    def differs_between_heads(self) -> bool:
+        return self.admissible.any.shape[1] > 1 or self.admissible.valid.shape[1] > 1
 
 
 class _Classified(NamedTuple):
@@ -229,9 +198,7 @@ def _causal_at_end(device: torch.device, batch: int, num_before: int) -> MaskMod
     return shifted(masks.causal, torch.full((batch,), num_before, dtype=torch.int32, device=device))
 
 
-def _classify(
-    mask_mod: MaskMod, listed: Tensor | None, frame: _Frame, groups: Groups | None, device: torch.device
-) -> _Classified:
+def _classify(mask_mod: MaskMod, listed: Tensor | None, frame: Frame, device: torch.device) -> _Classified:
     """listed: bool ``[b, h, Nq, Nk]``, the blocks to which lists confine the mask; None for all."""
     clauses = clauses_of(structure_of(mask_mod), frame.num_queries, frame.num_keys, device)
     if clauses is not None:
@@ -251,29 +218,28 @@ def _classify(
         shape,
         frame.block_size,
         (q_stride or frame.block_size, k_stride),
-        lambda mask: mask if groups is None else merge_heads(mask, groups),
+        lambda mask: merge_heads(mask, frame.groups) if frame.groups else mask,
         device,
     )
     return _Classified(admissible, mask, mask_mod)
 
 
-def _read_mask(
-    mask_mod: MaskMod | None, block_mask: BlockMask | None, q: Tensor, frame: _Frame, groups: Groups
-) -> _Mask:
+def read_mask(
+    mask_mod: MaskMod | None, block_mask: BlockMask | None, frame: Frame, device: torch.device
+) -> PreparedMask:
+    """The mask of a call, causal where none is given, as the stages need it."""
     if block_mask is not None:
         mask_mod = block_mask.mask_mod
     elif mask_mod is None:
         # A trace keeps nothing, and would be made again where the size passes the limit.
         keep = not torch.compiler.is_compiling() and frame.batch * math.prod(frame.num_blocks()) <= MAX_KEPT_PAIRS
-        return (_kept_causal if keep else _read_causal)(q.device, frame._replace(num_heads=1))
-    check_tables(structure_of(mask_mod).tables, q)
-    return _prepare(mask_mod, block_mask, frame, groups, q.device)
+        return (_kept_causal if keep else _read_causal)(device, frame.of_all_heads())
+    return _prepare(mask_mod, block_mask, frame, device)
 
 
-def _read_causal(device: torch.device, frame: _Frame) -> _Mask:
+def _read_causal(device: torch.device, frame: Frame) -> PreparedMask:
     """The mask where none is given, which is the same for all heads."""
-    mask_mod = _causal_at_end(device, frame.batch, frame.num_keys - frame.num_queries)
-    return _prepare(mask_mod, None, frame, ((0,),), device)
+    return _prepare(_causal_at_end(device, frame.batch, frame.num_keys - frame.num_queries), None, frame, device)
 
 
 # Of blocks: with more the device takes longer than the host. A mask of so many takes 3 MiB with blocks of 128.
@@ -281,13 +247,11 @@ MAX_KEPT_PAIRS = 2**20
 _kept_causal = kept(8)(_read_causal)
 
 
-def _prepare(
-    mask_mod: MaskMod, block_mask: BlockMask | None, frame: _Frame, groups: Groups, device: torch.device
-) -> _Mask:
+def _prepare(mask_mod: MaskMod, block_mask: BlockMask | None, frame: Frame, device: torch.device) -> PreparedMask:
     """block_mask: its lists are part of the mask, whose function ``mask_mod`` is."""
-    structure = structure_of(mask_mod)
+    structure, groups = structure_of(mask_mod), frame.groups
     listed = None if block_mask is None else dense_maps(block_mask, *frame.num_blocks())[0]
-    admissible, known, evaluated = _classify(mask_mod, listed, frame, groups, device)
+    admissible, known, evaluated = _classify(mask_mod, listed, frame, device)
     is_known = known.lo is not None
     begin = torch.zeros(1, dtype=torch.int32, device=device) if is_known else first_blocks(admissible.any)
     q_label, k_label = documents_of(structure, frame.num_queries, frame.num_keys, device) or (None, None)
@@ -313,20 +277,20 @@ def _prepare(
     else:
         sampled = SampledMask() if frame.strides[0] is None else known
         probed = evaluated_at(evaluated, probes.clamp(min=0), frame.num_keys)
-    return _Mask(
+    return PreparedMask(
         mask_mod, admissible, of_proxies.any, rows, head_rows, rule, forced, sampled, probes, probed, evaluated
     )
 
 
-def _evaluated_at(chosen: Tensor, mask: _Mask, frame: _Frame, groups: Groups, proxy_of: Tensor) -> SampledMask:
+def _evaluated_at(chosen: Tensor, mask: PreparedMask, frame: Frame, proxy_of: Tensor) -> SampledMask:
     """The mask at the chosen queries of every proxy, merged over its heads where these differ, and the sampled keys."""
     merge = None
     if mask.admissible.valid.shape[1] > 1:
-        chosen, merge = chosen[:, proxy_of], lambda x: merge_heads(x, groups)
+        chosen, merge = chosen[:, proxy_of], lambda x: merge_heads(x, frame.groups)
     return evaluated_at(mask.evaluated, chosen, frame.num_keys, frame.strides[1], merge)
 
 
-def _count_blocks(q: Tensor, k: Tensor, mask: _Mask, config: ProxyConfig, scale: float) -> Tensor:
+def _count_blocks(q: Tensor, k: Tensor, mask: PreparedMask, config: ProxyConfig, scale: float) -> Tensor:
     """int32 ``[B, Hq, Nq]``."""
     num_blocks = mask.some.shape[-1]
     max_blocks = num_blocks if config.max_blocks is None else config.max_blocks

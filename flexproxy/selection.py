@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexproxy.checks import check_kernel_options
 from flexproxy.inspect.summary import Summary, density_of, summarize
 from flexproxy.masks.structure import MaskMod, Recipe, recipe_of
+from flexproxy.ops.cache import place_of
 from flexproxy.ops.operators import Output, operator
+from flexproxy.sparse.plan import Settings, plan_kernel
 from flexproxy.stages.lists import Lists, block_lists, of_lists
 
 
@@ -37,6 +40,7 @@ class Selection:
         block_size: tokens per block, of queries and of keys.
         lengths: Sq and Skv, in tokens.
         gradients: whether ``block_mask()`` has the lists that gradients need.
+        scale: factor of the scores that the blocks were selected by.
     """
 
     rank: Tensor
@@ -50,6 +54,8 @@ class Selection:
     block_size: int
     lengths: tuple[int, int]
     gradients: bool
+    scale: float
+    _kept: dict[Any, BlockMask] = field(default_factory=dict, init=False)  # of ``attention``, by what they depend on
 
     def block_map(self) -> Tensor:
         """Kept blocks: bool ``[B, Hq, Nq, Nk]``."""
@@ -77,19 +83,21 @@ class Selection:
         return str(self.summary())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)} | {"allowed": recipe_of(self.allowed)}
+        return {**self._values(), "allowed": recipe_of(self.allowed)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         allowed = state["allowed"]
-        self.__dict__.update(state, allowed=allowed.make() if isinstance(allowed, Recipe) else allowed)
+        self.__dict__.update(state, allowed=allowed.make() if isinstance(allowed, Recipe) else allowed, _kept={})
 
     def __copy__(self) -> Selection:
         return replace(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Selection:
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        copies: Any = {name: copy.deepcopy(value, memo) for name, value in values if isinstance(value, Tensor)}
+        copies: Any = {name: copy.deepcopy(x, memo) for name, x in self._values().items() if isinstance(x, Tensor)}
         return replace(self, **copies)
+
+    def _values(self) -> dict[str, Any]:
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.init}
 
     def mask_mod(self) -> MaskMod:
         """Membership alone, ``mask_mod(b, h, q_idx, kv_idx)``, for ``and_masks`` and ``create_block_mask``.
@@ -113,6 +121,54 @@ class Selection:
         """The same for a compiled kernel alone: it visits the listed blocks, and need not look up which are kept."""
         _, lists = self._lists()
         return of_lists(lists, self.allowed, self.block_size, self.lengths, self.gradients)
+
+    @overload
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *, score_mod: Any = ..., kernel_options: dict[str, Any] | None = ...,
+        return_lse: Literal[False] = ...,
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *, score_mod: Any = ..., kernel_options: dict[str, Any] | None = ...,
+        return_lse: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        score_mod: Any = None,
+        kernel_options: dict[str, Any] | None = None,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention to the kept blocks, under the mask and with the scale that they were selected for.
+
+        The lists are made by the first call, and kept with the selection.
+
+        Args:
+            q, k, v: as in ``flexproxy.attention``, of the shapes that the blocks were selected for.
+            score_mod, kernel_options, return_lse: as in ``flexproxy.attention``.
+
+        Returns:
+            ``[B, Hq, Sq, D]``, or that and the log-sum-exp, fp32 ``[B, Hq, Sq]``.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message says which, and what to do.
+        """
+        options = check_kernel_options(kernel_options)
+        settings = Settings(None, self.scale, type(score_mod), options, return_lse)
+        made_for = *self.count.shape[:2], *self.lengths
+        target = made_for, self.count.device, self.block_size
+        plan = plan_kernel((q, k, v), self.allowed, None, (*settings, *target))
+        place = place_of(q.device)
+        key = place, plan.listed, plan.gradients
+        block_mask = self._kept.get(key)
+        if block_mask is None:
+            block_mask = plan.mask_of(replace(self, gradients=plan.gradients))
+            if place is not None:
+                self._kept[key] = block_mask
+        return plan.run(q, k, v, block_mask, score_mod, self.block_mask)
 
     def _lists(self) -> tuple[Tensor, Lists]:
         kept, partial_number, partial_index, full_number, full_index = selected_lists(

@@ -42,10 +42,16 @@ def kept(maximum: int) -> Callable[[Function], Function]:
 
 
 def _place(device: torch.device) -> Hashable | None:
+    return place_of(device) if device.type == "cuda" else None  # elsewhere nothing waits for the host
+
+
+def place_of(device: torch.device) -> Hashable | None:
     """What else tensors depend on that are made now; None if they may not be kept."""
-    if device.type != "cuda" or torch.compiler.is_compiling() or compat.in_a_mode():
+    if torch.compiler.is_compiling() or compat.in_a_mode():
         return None
-    if torch.cuda.is_current_stream_capturing():
-        return None
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = None
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        stream = torch.cuda.current_stream(device).cuda_stream
     return stream, torch.is_inference_mode_enabled(), implementations.chosen()

@@ -23,9 +23,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy.masks.blocks import whole_blocks
+from flexproxy.ops import compat
 from flexproxy.ops.operators import Output, capturable, operator
 from flexproxy.ops.tensors import pad_to_multiple
 from flexproxy.selection import Selection, membership
+from flexproxy.sparse.kernel import Result
+from flexproxy.sparse.plan import AttentionPlan, KernelPlan
 from flexproxy.stages.lists import compile_block_mask
 
 NEG_INF = -torch.inf
@@ -61,6 +64,33 @@ class Means(NamedTuple):
         lengths = num_queries, self.keys.shape[2]
         mask_mod = membership(self.dropped, block_size, 1)
         return compile_block_mask(self.some, self.every, mask_mod, block_size, lengths, compute_q_blocks)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, selection: Selection, plan: AttentionPlan) -> Result:
+    """Attention to kept tokens and to the means of dropped blocks in one softmax."""
+    if plan.means is None or q.device.type == "cpu":  # whose kernel returns no log-sum-exp to merge by
+        return joined(q, k, v, selection, plan.kernel)
+    result = merged(q, k, v, selection, plan.kernel, plan.means)
+    return result if plan.return_lse else result[0]
+
+
+def joined(q: Tensor, k: Tensor, v: Tensor, selection: Selection, kernel: KernelPlan) -> Tensor:
+    """By one ``flex_attention``."""
+    keys, values, block_mask, score_mod = join(k, v, means_of(k, v, selection), selection)
+    out: Any = kernel.run(q, keys, values, block_mask, score_mod)
+    return out  # type: ignore[no-any-return]
+
+
+def merged(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, kernel: KernelPlan, of_means: KernelPlan
+) -> tuple[Tensor, Tensor]:
+    """By two, merged by their log-sum-exps: each in the kernel, and with the options, that suit it."""
+    means = means_of(k, v, selection)
+    out, lse = kernel.run(q, k, v, kernel.mask_of(selection), None, selection.block_mask)
+    block_mask = means.block_mask(selection.block_size, q.shape[2], kernel.gradients)
+    other, other_lse = of_means.run(q, means.keys, means.values, block_mask, means.score_mod())
+    fuse = q.is_cuda and not torch.compiler.is_compiling()  # a trace around it fuses by itself
+    return (compat.fused(merge) if fuse else merge)(out, lse, other, other_lse)
 
 
 def means_of(k: Tensor, v: Tensor, selection: Selection) -> Means:

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexproxy.ops import compat
 
-Output: TypeAlias = Tensor | tuple[Tensor, Tensor]  # the latter: output and log-sum-exp, a natural logarithm
+Result: TypeAlias = Tensor | tuple[Tensor, Tensor]  # the latter: output and log-sum-exp, a natural logarithm
 
 MAX_COMPILED = 256  # a kernel of a CPU takes about 1 MiB
 _flash_factors: dict[torch.device, float] = {}
@@ -39,7 +39,7 @@ def run_flex(
     block_mask: BlockMask | None,
     arguments: dict[str, Any],
     eager_mask: Callable[[], BlockMask] | None = None,
-) -> Output:
+) -> Result:
     """``flex_attention`` of q ``[B, Hq, Sq, D]``, k and v ``[B, Hkv, Skv, D]``.
 
     Args:

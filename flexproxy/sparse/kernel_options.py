@@ -33,7 +33,7 @@ def kernel_options(q: Tensor, k: Tensor) -> dict[str, Any]:
         Options for ``flex_attention(kernel_options=...)``; empty where torch's own choice is the best there is.
     """
     check_queries_and_keys(q, k)
-    return fastest(q, _needs_gradients(q, k))[0]
+    return fastest(q, torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))[0]
 
 
 def fastest(q: Tensor, gradients: bool) -> tuple[dict[str, Any], str]:
@@ -69,26 +69,27 @@ def _why_torchs_own(q: Tensor, gradients: bool) -> str | None:
 
 def options_for(
     q: Tensor,
-    k: Tensor,
+    num_keys: int,
     mask: Structure | None,
-    membership: bool,
-    has_score_mod: bool,
     block_size: int,
     gradients: bool,
+    *,
+    membership: bool,
+    has_score_mod: bool,
     lse: bool,
 ) -> dict[str, Any]:
     """``kernel_options`` for a certain mask of certain blocks, as ``attention`` runs it.
 
     Args:
-        k: the keys; fewer than queries where they are means of blocks.
+        num_keys: fewer than queries where they are means of blocks.
         mask: what is known of the caller's mask; None is the default mask.
+        block_size: tiles must divide the blocks.
+        gradients: they are needed.
         membership: the ``mask_mod`` looks up which blocks are kept.
         has_score_mod: there is a ``score_mod``; what it captures is not known.
-        block_size: tiles must divide the blocks.
-        gradients: they are needed, also if neither q nor k requires them.
         lse: the log-sum-exp is wanted.
     """
-    options, _ = fastest(q, gradients or _needs_gradients(q, k))
+    options, _ = fastest(q, gradients)
     if block_size != 128 or not options:
         return tiles_of(block_size, q.device.type)
     tables = () if mask is None else mask.tables
@@ -102,7 +103,7 @@ def options_for(
     by_token = any(table.value.dim() > table.per_sequence for table in tables) or membership
     if known and not has_score_mod and not by_token:
         options["num_stages"] = 3  # without tables to look up, shared memory has room for one more
-    if q.shape[2] % 128 == 0 and k.shape[2] % 128 == 0:
+    if q.shape[2] % 128 == 0 and num_keys % 128 == 0:
         # Said because torch does not see it where lengths are dynamic, and then has every index checked.
         options["IS_DIVISIBLE"] = True
     return options
@@ -113,7 +114,3 @@ def tiles_of(block_size: int, device_type: str) -> dict[str, Any]:
     if block_size >= 128 or device_type == "cpu":  # the CPU kernel has no such tiles
         return {}
     return dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), block_size)
-
-
-def _needs_gradients(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

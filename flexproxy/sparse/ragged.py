@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from flexproxy.config import ProxyConfig
-from flexproxy.sparse.attention import When, attention
+from flexproxy.sparse.attention import attention
+from flexproxy.sparse.plan import When
 
 
 class Request(NamedTuple):

@@ -21,8 +21,7 @@ import flexproxy
 from benchmarks import bench_prefill, harness
 from benchmarks.harness import Row
 from flexproxy import ProxyConfig
-from flexproxy.integrations.transformers import attention as hf_attention
-from flexproxy.sparse.attention import attend
+from flexproxy.sparse.plan import KernelPlan
 from tests.transformers_models import interpreted
 
 if not hasattr(transformers.PreTrainedModel, "set_attn_implementation"):
@@ -107,12 +106,11 @@ def test_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     with interpreted("cpu"):
         bench_prefill.check_correctness(model, 1024)
 
-    def dense(
-        q: Tensor, k: Tensor, v: Tensor, _: None, block_mask: Any, config: Any, scale: Any, *rest: Any, **others: Any
-    ) -> Any:
-        others.pop("built")(flexproxy.select(q, k, block_mask=block_mask, config=config, scale=scale))
-        return attend(q, k, v, None, block_mask, ProxyConfig(gamma=1.0), scale, *rest, **others)
+    run = KernelPlan.run
 
-    monkeypatch.setattr(hf_attention, "attend", dense)
+    def with_more(plan: KernelPlan, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
+        return run(plan, q, k, v, flexproxy.build(q, k, config=ProxyConfig(gamma=1.0)))
+
+    monkeypatch.setattr(KernelPlan, "run", with_more)
     with interpreted("cpu"), pytest.raises(SystemExit, match="correctness gate failed: error"):
         bench_prefill.check_correctness(model, 1024)

@@ -23,6 +23,7 @@ from flexproxy import ProxyConfig, stats
 from flexproxy.inspect.record import Pass, Record, totals_of
 from flexproxy.integrations.transformers import attention as hf_attention
 from flexproxy.integrations.transformers import configure, observing
+from flexproxy.pipeline import estimate
 from tests.tiny_model import save_tiny_model
 from tests.transformers_models import interpreted, make_model, make_tokens, use
 
@@ -70,14 +71,14 @@ def test_a_sparse_and_a_dense_layer(model: Any) -> None:
 
 def test_attention_estimates_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is recorded is the selection that attention used, and not another one like it."""
-    attention: Any = sys.modules["flexproxy.sparse.attention"]
-    select_for, made = attention.select_for, []
+    made = []
 
-    def counted(*args: Any, **others: Any) -> Any:
-        made.append(select_for(*args, **others))
+    def counted(*args: Any) -> Any:
+        made.append(estimate(*args))
         return made[-1]
 
-    monkeypatch.setattr(attention, "select_for", counted)
+    for module in ("flexproxy.sparse.attention", "flexproxy.integrations.transformers.attention"):
+        monkeypatch.setattr(f"{module}.estimate", counted)
     with flexproxy.record(model, selections=True) as record, flexproxy.record(model):
         run(model)
     assert len(made) == 1
@@ -137,7 +138,7 @@ def test_an_exception_leaves_the_model_as_it_was_and_the_record_as_far_as_it_cam
             collected.append(noted)
             assert len(observers(model)) == 2
             run(model)
-            monkeypatch.setattr(hf_attention, "_flex", broken)
+            monkeypatch.setattr(hf_attention, "_by_blocks", broken)
             run(model)
 
     record, collected = flexproxy.record(model), list[Record]()

@@ -25,6 +25,7 @@ from flexproxy import ProxyConfig
 from flexproxy.integrations.transformers import attention as hf_attention
 from flexproxy.integrations.transformers import configuration, configure
 from flexproxy.integrations.transformers import masks as hf_masks
+from flexproxy.sparse.plan import plan_attention
 from tests.accuracy import skip_unless_flex_compiles
 from tests.transformers_models import (
     FAMILIES,
@@ -301,13 +302,12 @@ def test_a_window_that_the_least_budget_covers_is_dense(monkeypatch: pytest.Monk
     model, tokens = model_of("gemma3"), make_tokens(1, 300)  # a window of 100 in layer 0
     estimated = []
 
-    def recorded(*arguments: Any, **others: Any) -> Any:
-        estimated.append(not arguments[5].keeps_all)
-        return attend(*arguments, **others)
+    def recorded(*arguments: Any) -> Any:
+        plan = plan_attention(*arguments)
+        estimated.append(plan.dense is None)
+        return plan
 
-    from flexproxy.sparse.attention import attend
-
-    monkeypatch.setattr(hf_attention, "attend", recorded)
+    monkeypatch.setattr(hf_attention, "plan_attention", recorded)
     monkeypatch.setattr(hf_attention, "_MAX_TOKEN_PAIRS", 0)
     # Blocks of 32 queries and a window of 100 reach over 131 tokens, so over 6 blocks at most.
     for min_budget, expected in ((5 * BLOCK, [True, True]), (6 * BLOCK, [False, True])):

@@ -44,6 +44,7 @@ PARAMETERS = {
     "Selection.mask_mod": "self",
     "Selection.block_mask": "self",
     "Selection.summary": "self",
+    "Selection.attention": "self, q, k, v, *, score_mod=None, kernel_options=None, return_lse=False",
 }
 FIELDS = {
     "num_proxies": None,
@@ -100,4 +101,5 @@ def test_parameters(name: str) -> None:
 def test_fields() -> None:
     assert {field.name: field.default for field in dataclasses.fields(ProxyConfig)} == FIELDS
     public = " ".join(field.name for field in dataclasses.fields(Selection) if not field.name.startswith("_"))
-    assert public == "rank head_rank count proxy_of admissible full forced allowed block_size lengths gradients"
+    fields = "rank head_rank count proxy_of admissible full forced allowed block_size lengths gradients scale"
+    assert public == fields

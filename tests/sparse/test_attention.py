@@ -146,7 +146,7 @@ def test_attention_is_dense_where_sparse_cannot_pay(
     lengths: tuple[int, int], config: ProxyConfig, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The default mask goes to SDPA: no estimate is made, and nothing is compiled."""
-    monkeypatch.setattr(sys.modules["flexproxy.sparse.attention"], "select_for", _must_not_run)
+    monkeypatch.setattr("flexproxy.sparse.attention.estimate", _must_not_run)
     monkeypatch.setattr("flexproxy.sparse.kernel.compiled_flex_attention", _must_not_run)
     case = case_of(2, 4, 2, lengths, 64, torch.float32, device)
     out = flexproxy.attention(case.q, case.k, case.v, config=config)

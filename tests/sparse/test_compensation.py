@@ -6,8 +6,8 @@ dense stand-in of the compiled kernel, which, as that does, goes by the lists of
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -24,14 +24,13 @@ from flexproxy import ProxyConfig, Selection, masks, reference
 from flexproxy.masks.blocks import whole_blocks
 from flexproxy.masks.structure import MaskMod
 from flexproxy.ops import compat
-from flexproxy.pipeline import select_for
 from flexproxy.sparse import compensation
 from flexproxy.sparse import kernel as sparse_kernel
+from flexproxy.sparse.plan import KernelPlan
 from flexproxy.stages.lists import dense_maps
 from tests.accuracy import cpu_kernel_exists, skip_unless_flex_compiles
 from tests.oracle import random_case
 
-attention: Any = sys.modules["flexproxy.sparse.attention"]  # the module, whose name the function has
 BLOCK = 16
 LOW = ProxyConfig.paper(
     block_size=BLOCK, min_budget=2 * BLOCK, max_budget=2 * BLOCK
@@ -100,14 +99,14 @@ def dense_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 Way = Callable[[Tensor, Tensor, Tensor, Selection], Tensor]
 
 
-def arguments_of(q: Tensor, k: Tensor) -> dict[str, Any]:
+def plan_of(q: Tensor, k: Tensor, lse: bool = True, gradients: bool = False, listed: bool = True) -> KernelPlan:
     gqa = q.shape[1] != k.shape[1]
-    return {"score_mod": None, "scale": q.shape[3] ** -0.5, "enable_gqa": gqa, "kernel_options": {}}
+    return KernelPlan(q.shape[3] ** -0.5, gqa, gradients, detach=False, listed=listed, lse=lse, kernel_options={})
 
 
 def merged_with_lse(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-    out, lse = attention._run_merged(q, k, v, selection, arguments_of(q, k), True, False)
-    return out, lse
+    plan = plan_of(q, k, listed=not torch.compiler.is_compiling())
+    return compensation.merged(q, k, v, selection, plan, plan)
 
 
 def merged(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
@@ -115,8 +114,7 @@ def merged(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
 
 
 def joined(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
-    out: Tensor = attention._run_joined(q, k, v, selection, arguments_of(q, k))
-    return out
+    return compensation.joined(q, k, v, selection, plan_of(q, k, lse=False))
 
 
 both_ways = pytest.mark.parametrize("way", [merged, joined])
@@ -238,7 +236,7 @@ def test_is_the_correction_of_the_baseline() -> None:
     """Our reading of FlashPrefill V2 (benchmarks/baselines), which is causal and eager, gives the same."""
     x = inputs((1, 4, 2), (150, 150))
     selection = flexproxy.select(x.q, x.k, config=LOW)
-    out, lse = attention._run_selected(*x, selection, arguments_of(x.q, x.k) | compat.lse_arguments())
+    out, lse = plan_of(x.q, x.k).run(*x, selection.listed_block_mask())
     corrected = mean_correction(*x, out, lse, selection.block_map(), BLOCK)
     assert not torch.allclose(out, corrected, atol=0.1)
     torch.testing.assert_close(merged(*x, selection), corrected)
@@ -333,8 +331,9 @@ def test_what_is_not_finite_stays_hidden(part: str, value: float) -> None:
 
     def to_means(x: Inputs) -> Tensor:
         means = compensation.means_of(x.k, x.v, selection)
-        arguments = arguments_of(x.q, x.k) | {"score_mod": means.score_mod()}
-        out: Tensor = attention.run_flex(x.q, means.keys, means.values, means.block_mask(BLOCK, 150, False), arguments)
+        block_mask = means.block_mask(BLOCK, 150, False)
+        out = plan_of(x.q, x.k, lse=False).run(x.q, means.keys, means.values, block_mask, means.score_mod())
+        assert isinstance(out, Tensor)
         return out
 
     clean, got = to_means(x), to_means(bad)
@@ -355,7 +354,8 @@ def test_nothing_dropped_is_plain_attention(dtype: torch.dtype) -> None:
     x = inputs((1, 4, 2), (150, 197), dtype=dtype)
     everything = ProxyConfig(block_size=BLOCK, gamma=1.0)
     selection = flexproxy.select(x.q, x.k, config=everything)
-    plain = attention._run_selected(*x, selection, arguments_of(x.q, x.k))
+    plain = plan_of(x.q, x.k, lse=False).run(*x, selection.listed_block_mask())
+    assert isinstance(plain, Tensor)
     assert torch.equal(merged(*x, selection), plain)
     torch.testing.assert_close(joined(*x, selection), plain)
     dense = flexproxy.attention(*x, config=everything)
@@ -472,8 +472,9 @@ def test_lists_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse_kernel, "run_compiled", watched)
     x = inputs((1, 2, 1), (64, 64))
     for gradients in (False, True):
-        selection = select_for(x.q, x.k, None, None, LOW, None, gradients, lists=True)
-        attention._run_merged(*x, selection, arguments_of(x.q, x.k), True, gradients)
+        selection = dataclasses.replace(flexproxy.select(x.q, x.k, config=LOW), gradients=gradients)
+        plan = plan_of(x.q, x.k, gradients=gradients)
+        compensation.merged(*x, selection, plan, plan)
     if "compute_q_blocks" in compat._FROM_KV_BLOCKS:  # else they are always made
         assert [mask.q_indices is not None for mask in seen] == [False, False, True, True]
     assert all(mask.BLOCK_SIZE == (BLOCK, BLOCK) for mask in seen)
@@ -487,7 +488,7 @@ def test_under_a_trace() -> None:
     want = expect(x, mask_mod, selection.block_map(), BLOCK)
 
     def on_gpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        selection = select_for(q, k, mask_mod, None, LOW, None, False, lists=True)
+        selection = flexproxy.select(q, k, mask_mod=mask_mod, config=LOW)
         return merged_with_lse(q, k, v, selection)
 
     on_cpu = functools.partial(flexproxy.attention, mask_mod=mask_mod, config=LOW, compensate=True)

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 import flexproxy
-from flexproxy import ProxyConfig, checks, masks
-from flexproxy.checks import check_memory
+from flexproxy import ProxyConfig, checks, masks, pipeline
 from flexproxy.masks.structure import MaskMod, structure_of
+from flexproxy.plan import new_plan
 from tests.accuracy import cpu_kernel_exists
 
-attention: Any = importlib.import_module("flexproxy.sparse.attention")
+planning: Any = importlib.import_module("flexproxy.sparse.plan")
 options: Any = importlib.import_module("flexproxy.sparse.kernel_options")
-SPARSE_COST = attention.SPARSE_COST
+SPARSE_COST = planning.SPARSE_COST
 
 COPY_ENGINE = {"USE_TMA": True, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
 FLASH = {"BACKEND": "FLASH"}
@@ -57,6 +57,12 @@ def hopper_with_flash(monkeypatch: pytest.MonkeyPatch) -> None:
 def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], flash: bool) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(options.compat, "flash_backend_exists", lambda: flash)
+
+
+def options_for(q: Tensor, block_size: int, num_keys: int | None = None, **changes: Any) -> dict[str, Any]:
+    given = {"mask": None, "gradients": False, "membership": False, "has_score_mod": False, "lse": False} | changes
+    found: dict[str, Any] = options.options_for(q, num_keys or q.shape[2], block_size=block_size, **given)
+    return found
 
 
 @pytest.mark.parametrize("flash", [False, True])
@@ -100,8 +106,8 @@ def test_torch_chooses_where_gradients_are_needed() -> None:
         with torch.no_grad():
             assert options.kernel_options(q, k) == FLASH
         x.requires_grad_(False)
-    assert options.options_for(q, k, None, False, False, 128, gradients=True, lse=False) == {}
-    assert options.options_for(q, k, None, False, False, 64, gradients=True, lse=False)["BLOCK_M"] == 64
+    assert options_for(q, 128, gradients=True) == {}
+    assert options_for(q, 64, gradients=True)["BLOCK_M"] == 64
 
 
 @pytest.mark.usefixtures("hopper")
@@ -109,7 +115,7 @@ def test_options_are_the_callers() -> None:
     """A change of them changes no later call."""
     options.kernel_options(*pair())["num_stages"] = 7
     assert options.kernel_options(*pair()) == COPY_ENGINE
-    options.options_for(*pair(), None, False, False, 128, gradients=False, lse=False)["BLOCK_M"] = 7
+    options_for(pair()[0], 128)["BLOCK_M"] = 7
     assert options.kernel_options(*pair()) == COPY_ENGINE
 
 
@@ -117,7 +123,7 @@ def test_nothing_on_a_cpu() -> None:
     q = torch.zeros(1, 2, 256, 64, dtype=torch.bfloat16)
     assert options.kernel_options(q, q) == {}
     for block_size in (16, 64, 128, 256):
-        assert options.options_for(q, q, None, False, False, block_size, gradients=False, lse=False) == {}
+        assert options_for(q, block_size) == {}
 
 
 def unknown(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -144,8 +150,7 @@ NUMBER: dict[str, MaskMod | None] = {"shift by []": masks.shift(masks.causal, to
 
 def chosen(mask_mod: MaskMod | None, length: int = 1024, **changes: Any) -> Any:
     structure = None if mask_mod is None else structure_of(mask_mod)
-    given = {"membership": False, "has_score_mod": False, "block_size": 128, "gradients": False, "lse": False} | changes
-    return options.options_for(*pair(length), structure, **given)
+    return options_for(pair(length)[0], **{"mask": structure, "block_size": 128} | changes)
 
 
 @pytest.mark.usefixtures("hopper_with_flash")
@@ -185,8 +190,8 @@ def test_stages_by_what_a_mask_looks_up() -> None:
 def test_divisible_only_where_both_lengths_are() -> None:
     assert chosen(None, 1024)["IS_DIVISIBLE"] is True
     assert "IS_DIVISIBLE" not in chosen(None, 1000)
-    q, k = OnGpu(2, 8, 128, 128), OnGpu(2, 2, 1000, 128)
-    assert "IS_DIVISIBLE" not in options.options_for(q, k, None, False, False, 128, gradients=False, lse=False)
+    q = OnGpu(2, 8, 128, 128)
+    assert "IS_DIVISIBLE" not in options_for(q, 128, num_keys=1000)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -239,11 +244,11 @@ def test_dense_by_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ProxyConfig(min_budget=0, density=0.5)
     flops = 4 * 32 * 128 * 2**14 * 2**14 / 2 * (1 - SPARSE_COST * 0.5)
     for factor, dense in ((1.01, True), (0.99, False)):
-        monkeypatch.setattr(attention, "BUILD_FLOPS", flops * factor)
+        monkeypatch.setattr(planning, "BUILD_FLOPS", flops * factor)
         assert is_dense(2**14, 2**14, config) is dense
     # A chunk of queries at the end of long keys does nearly the work of a rectangle.
     saved = 4 * 32 * 128 * 2**10 * 2**17 * (1 - 2**10 / 2**18) * (1 - SPARSE_COST * 0.5) * 0.99
-    monkeypatch.setattr(attention, "BUILD_FLOPS", saved)
+    monkeypatch.setattr(planning, "BUILD_FLOPS", saved)
     assert is_dense(2**10, 2**17, config) is False
 
 
@@ -274,6 +279,10 @@ def free_memory(monkeypatch: pytest.MonkeyPatch, free: float, cached: float = 0.
     return asked
 
 
+def check_memory(q: Tensor, k: Tensor, config: ProxyConfig, gradients: bool) -> None:
+    pipeline.check_memory(q, k, new_plan(q, k, config, 1.0, gradients))
+
+
 def long(length: int) -> tuple[Any, Any]:
     return OnGpu(1, 32, length, 128), OnGpu(1, 8, length, 128)
 
@@ -291,26 +300,26 @@ def test_memory_that_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     ):
         free_memory(monkeypatch, free)
         with pytest.raises(torch.OutOfMemoryError) as caught:
-            check_memory(q, k, ProxyConfig(), False)
+            check_memory(q, k, ProxyConfig.paper(), False)
         message = str(caught.value)
         assert message.startswith("q, k: expected the BlockMask to fit in the memory that is free, ")
         assert f"{free:.1f} GiB of cuda:0" in message
         assert "Hq = 32, Sq = 1048576, Skv = 1048576, which need 18.1 GiB with blocks of 128" in message
         assert f"; {remedy}, or give fewer sequences" in message
         if "=" in remedy:  # and it does
-            check_memory(q, k, ProxyConfig(block_size=int(remedy.partition("=")[2])), False)
+            check_memory(q, k, ProxyConfig.paper(block_size=int(remedy.partition("=")[2])), False)
 
 
 def test_memory_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch has cached counts as free; gradients need two more lists."""
     q, k = long(2**20)
     asked = free_memory(monkeypatch, 10.0, cached=9.0)
-    check_memory(q, k, ProxyConfig(), False)
+    check_memory(q, k, ProxyConfig.paper(), False)
     assert asked == ["cuda:0"]
     with pytest.raises(torch.OutOfMemoryError, match=r"34\.1 GiB"):
-        check_memory(q, k, ProxyConfig(), True)
+        check_memory(q, k, ProxyConfig.paper(), True)
     with pytest.raises(torch.OutOfMemoryError, match=r"35\.0 GiB"):  # two proxies, every query and key
-        check_memory(q, k, ProxyConfig.outliers(), True)
+        check_memory(q, k, ProxyConfig.outliers(num_proxies=2), True)
 
 
 def test_small_masks_ask_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -18,6 +17,7 @@ from flexproxy.masks.structure import MaskMod
 from flexproxy.ops.compat import seq_lengths_of
 from flexproxy.selection import membership
 from flexproxy.sparse import kernel as sparse_kernel
+from flexproxy.sparse.plan import plan_attention
 from flexproxy.stages.lists import compile_block_mask, dense_maps
 from tests.lists import full_blocks, partial_blocks
 
@@ -162,7 +162,8 @@ def test_lists_for_gradients_in_attention(trained: str, device: str, monkeypatch
         return q
 
     monkeypatch.setattr(sparse_kernel, "compiled_flex_attention", lambda *variant: kernel)
-    monkeypatch.setattr(sys.modules["flexproxy.sparse.attention"], "check_attention_options", lambda *args: None)
+    monkeypatch.setattr("flexproxy.sparse.plan.check_attention_options", lambda *args: None)
+    monkeypatch.setattr("flexproxy.sparse.attention.plan_attention", inspect.unwrap(plan_attention))  # keeps nothing
     (q, k), (_, v) = tensors(device, 256, 256), tensors(device, 256, 256)
     if trained != "none":
         {"q": q, "k": k, "v": v}[trained].requires_grad_()

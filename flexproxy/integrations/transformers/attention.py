@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,11 @@ from flexproxy import ProxyConfig
 from flexproxy.integrations.transformers.masks import BLOCK_SIZE, ForwardMask, forward_mask_of
 from flexproxy.integrations.transformers.observing import Call, now, observers_of
 from flexproxy.integrations.transformers.settings import is_decoder_attention, local_config, when_of
-from flexproxy.pipeline import select_for
-from flexproxy.sparse.attention import Built, When, attend, why_dense
+from flexproxy.ops.cache import place_of
+from flexproxy.pipeline import PreparedMask, check_memory, estimate, read_mask
+from flexproxy.plan import Frame, plan_estimate
+from flexproxy.sparse.attention import attend_densely
+from flexproxy.sparse.plan import Settings, When, plan_attention, reason_to_be_dense
 
 # Token pairs up to which a dense layer takes a mask token by token, as it does in transformers.
 _MAX_TOKEN_PAIRS = 2048**2
@@ -32,6 +35,7 @@ def attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | BlockMask | None,
+    *,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -64,67 +68,67 @@ def attention_forward(
             "output_attentions: expected False, for no attention weights are ever formed, got True; use "
             'model.set_attn_implementation("eager") for them'
         )
-    arguments = module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, others
+    inputs = _Inputs(module, query, key, value, scaling, dropout, softcap, s_aux, others)
     observers = observers_of(module)
     if not observers:
-        return _forward(*arguments), None
+        return _forward(inputs, attention_mask), None
     call = Call(module, query, key, attention_mask, now(query.device))
-    out = _forward(*arguments, call=call)
+    out = _forward(inputs, attention_mask, call)
     call.end = now(query.device)
     for observer in observers:
         observer(call)
     return out, None
 
 
-def _forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | BlockMask | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-    s_aux: Tensor | None,
-    others: dict[str, Any],
-    call: Call | None = None,
-) -> Tensor:
+class _Inputs(NamedTuple):
+    """What a layer attends with, besides its mask: as in ``attention_forward``."""
+
+    module: nn.Module
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float | None
+    dropout: float
+    softcap: float | None
+    sinks: Tensor | None
+    others: dict[str, Any]
+
+
+def _forward(x: _Inputs, mask: Tensor | BlockMask | None, call: Call | None = None) -> Tensor:
     """``attention_forward``, ``[B, Sq, Hq, Dv]``; call: where it is told what is done and why."""
-    if not isinstance(attention_mask, BlockMask):
-        why = _why_no_blocks(module, query, attention_mask)
-        if query.shape[2] >= BLOCK_SIZE and not torch.compiler.is_compiling():
+    if not isinstance(mask, BlockMask):
+        why = _why_no_blocks(x, mask)
+        if x.q.shape[2] >= BLOCK_SIZE and not torch.compiler.is_compiling():
             _warn_once(why)
         if call is not None:
             call.dense = why
-        return _dense(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, others)
+        return _dense(x, mask)
     _check_parallelism()
-    config = local_config(module, query.shape[1])
-    shared = forward_mask_of(attention_mask)
-    when = when_of(module)
-    why_all = _why_all_blocks(module, query, key, config, shared, when)
+    config, when = local_config(x.module, x.q.shape[1]), when_of(x.module)
+    shared = forward_mask_of(mask)
+    why_all = _why_all_blocks(x, config, shared, when)
     if call is not None:
-        call.config, call.scale, call.dense = config, scaling, why_all
+        call.config, call.scale, call.dense = config, x.scale, why_all
     if why_all is not None:
-        plain = softcap is None and s_aux is None and shared is not None and shared.is_causal
-        if shared is not None and (plain or query.shape[2] * key.shape[2] <= _MAX_TOKEN_PAIRS):
+        plain = x.softcap is None and x.sinks is None and shared is not None and shared.is_causal
+        if shared is not None and (plain or x.q.shape[2] * x.k.shape[2] <= _MAX_TOKEN_PAIRS):
             tokens = shared.token_mask()
-            tokens = tokens if tokens is None else tokens.to(query.device)
-            return _dense(module, query, key, value, tokens, scaling, dropout, softcap, s_aux, others)
+            return _dense(x, tokens if tokens is None else tokens.to(x.q.device))
         config, when = dataclasses.replace(config, gamma=1.0, density=None, max_budget=None), "auto"
-    _check(dropout, others)
-    block_mask = attention_mask
-    if shared is not None and (query.device, config.block_size) != (block_mask.kv_indices.device, BLOCK_SIZE):
-        block_mask = shared.block_mask(query.device, config.block_size)
-    built = None if call is None else call.note
-    out = _flex(query, key, value, block_mask, config, scaling, softcap, _local(s_aux), built, when)
+    _check(x)
+    if shared is not None and (x.q.device, config.block_size) != (mask.kv_indices.device, BLOCK_SIZE):
+        mask = shared.block_mask(x.q.device, config.block_size)
+    owned = shared is not None and not torch.compiler.is_compiling()
+    kept = vars(mask).setdefault("flexproxy_prepared", {}) if owned else {}
+    out = _by_blocks(x._replace(sinks=_local(x.sinks)), mask, kept, config, when, call)
     return out.transpose(1, 2).contiguous()
 
 
-def _why_no_blocks(module: nn.Module, query: Tensor, mask: Tensor | None) -> str:
+def _why_no_blocks(x: _Inputs, mask: Tensor | None) -> str:
     """Why a layer without a mask by blocks is dense."""
-    if query.shape[2] < BLOCK_SIZE:
+    if x.q.shape[2] < BLOCK_SIZE:
         return f"fewer than {BLOCK_SIZE} new tokens"
-    if not is_decoder_attention(module):
+    if not is_decoder_attention(x.module):
         return "encoders, cross-attention and other attention that is not causal run dense, as sdpa runs them"
     return (
         f"a causal layer got {'no mask' if mask is None else 'a mask by tokens'} instead of one that transformers' "
@@ -132,15 +136,13 @@ def _why_no_blocks(module: nn.Module, query: Tensor, mask: Tensor | None) -> str
     )
 
 
-def _why_all_blocks(
-    module: nn.Module, q: Tensor, k: Tensor, config: ProxyConfig, shared: ForwardMask | None, when: When
-) -> str | None:
+def _why_all_blocks(x: _Inputs, config: ProxyConfig, shared: ForwardMask | None, when: When) -> str | None:
     """Why an estimate would save nothing, by lengths, settings and the mask's window; None where it may save."""
-    if not is_decoder_attention(module):
+    if not is_decoder_attention(x.module):
         return "the layer is not causal"
     if when == "always":
         return None
-    why = why_dense(q, k, config)
+    why = reason_to_be_dense(x.q, x.k, config)
     if why is not None or shared is None or shared.window is None:
         return why
     # The keys of a row of blocks lie within window + block_size - 1 tokens, which may begin anywhere in a block.
@@ -148,34 +150,58 @@ def _why_all_blocks(
     return "min_budget covers the sliding window" if blocks <= config.min_blocks else None
 
 
-def _flex(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+def _by_blocks(
+    x: _Inputs,
     block_mask: BlockMask,
+    kept: dict[Any, PreparedMask],
     config: ProxyConfig,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    built: Built | None,
     when: When,
+    call: Call | None,
 ) -> Tensor:
-    """Attention under the selection, ``[B, Hq, Sq, Dv]``; built: as in ``attend``."""
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    """Attention under the blocks that are selected, or under all of the mask, ``[B, Hq, Sq, Dv]``.
+
+    kept: the masks that layers before prepared; belongs to ``block_mask``.
+    """
+    q, k, v, scale, sinks = x.q, x.k, x.v, x.scale, x.sinks
+    gradients = torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v))
     if q.device.type == "cpu" and (sinks is not None or gradients):
         # The CPU kernel has neither a log-sum-exp nor gradients.
         if when == "always" or not config.keeps_all:
-            selection = select_for(q, k, None, block_mask, config, scale, gradients=False, lists=True)
+            plan = plan_estimate((q, k), None, block_mask, (config, scale))
+            selection = estimate(q, k, _prepared(block_mask, kept, plan.frame, q.device), plan)
             block_mask = selection.block_mask()
-            if built is not None:
-                built(selection)
+            if call is not None:
+                call.note(selection)
         batch, heads = block_mask.kv_indices.shape[:2]
-        mask = create_mask(block_mask.mask_mod, batch, heads, q.shape[2], k.shape[2], device="cpu")
-        return _with_scores(q, k, v, mask, scale, softcap, sinks)
-    score_mod = None if softcap is None else _softcap_mod(softcap)
-    wants_lse = sinks is not None
-    result: Any = attend(q, k, v, None, block_mask, config, scale, score_mod, None, wants_lse, when, built=built)
+        tokens = create_mask(block_mask.mask_mod, batch, heads, q.shape[2], k.shape[2], device="cpu")
+        return _with_scores(q, k, v, tokens, scale, x.softcap, sinks)
+    score_mod = None if x.softcap is None else _softcap_mod(x.softcap)
+    settings = Settings(config, scale, type(score_mod), None, sinks is not None, when)
+    attention = plan_attention((q, k, v), None, block_mask, settings)
+    if attention.estimate is None:
+        result: Any = attend_densely(q, k, v, None, block_mask, attention, score_mod)
+    else:
+        check_memory(q, k, attention.estimate)
+        mask = _prepared(block_mask, kept, attention.estimate.frame, q.device)
+        selection = estimate(q, k, mask, attention.estimate)
+        chosen = attention.kernel.mask_of(selection)
+        if call is not None:
+            call.note(selection)
+        result = attention.kernel.run(q, k, v, chosen, score_mod, selection.block_mask)
     return result if sinks is None else _with_sinks(result[0], result[1], sinks)
+
+
+def _prepared(block_mask: BlockMask, kept: dict[Any, PreparedMask], frame: Frame, device: torch.device) -> PreparedMask:
+    """A mask as the estimate needs it, made by the first of the layers that share it."""
+    place = place_of(device)
+    if place is None:
+        return read_mask(None, block_mask, frame, device)
+    of_all, of_these = (place, frame.of_all_heads()), (place, frame)
+    mask = kept.get(of_all) or kept.get(of_these)
+    if mask is None:
+        mask = read_mask(None, block_mask, frame, device)
+        kept[of_these if mask.differs_between_heads else of_all] = mask
+    return mask
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
@@ -194,28 +220,18 @@ def _softcap_mod(softcap: float) -> Any:
     return softcapped
 
 
-def _dense(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    others: dict[str, Any],
-) -> Tensor:
+def _dense(x: _Inputs, mask: Tensor | None) -> Tensor:
     """As transformers' ``sdpa``, ``[B, Sq, Hq, Dv]``; with softcap or sinks, which it lacks, all scores at once."""
-    if softcap is None and sinks is None:
+    q, k, v = x.q, x.k, x.v
+    if x.softcap is None and x.sinks is None:
         sdpa = AttentionInterface()["sdpa"]
-        out: Tensor = sdpa(module, query, key, value, mask, scaling=scaling, dropout=dropout, **others)[0]
+        out: Tensor = sdpa(x.module, q, k, v, mask, scaling=x.scale, dropout=x.dropout, **x.others)[0]
         return out
-    _check(dropout, others)
-    if mask is None and query.shape[2] > 1:  # as sdpa takes it: causal from the first key on
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
-    out = _with_scores(query, key, value, mask, scaling, softcap, _local(sinks))
+    _check(x)
+    if mask is None and q.shape[2] > 1:  # as sdpa takes it: causal from the first key on
+        k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+        mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    out = _with_scores(q, k, v, mask, x.scale, x.softcap, _local(x.sinks))
     return out.transpose(1, 2).contiguous()
 
 
@@ -263,14 +279,14 @@ def _local(sinks: Tensor | None) -> Tensor | None:
     return sinks if to_local is None else to_local()
 
 
-def _check(dropout: float, others: dict[str, Any]) -> None:
-    if dropout:
+def _check(x: _Inputs) -> None:
+    if x.dropout:
         raise ValueError(
-            f"dropout: expected 0.0, for flex_attention has none, got {dropout}; use model.eval(), or set "
+            f"dropout: expected 0.0, for flex_attention has none, got {x.dropout}; use model.eval(), or set "
             "attention_dropout of the model's config to 0"
         )
     for name in _NOT_SUPPORTED:
-        if others.get(name) is not None:
+        if x.others.get(name) is not None:
             raise ValueError(
                 f"{name}: expected None, for there is no sparse attention with it, got a value; use "
                 'attn_implementation="sdpa" or "eager" for this model'

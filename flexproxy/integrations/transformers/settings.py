@@ -17,7 +17,7 @@ from flexproxy.checks import check_when
 from flexproxy.config import changed_fields, read_settings
 from flexproxy.files import replacing
 from flexproxy.integrations.common import ranges, share_of_rank
-from flexproxy.sparse.attention import When
+from flexproxy.sparse.plan import When
 from flexproxy.stages.proxy import head_groups
 
 Settings: TypeAlias = "ProxyConfig | Mapping[int, ProxyConfig] | str | os.PathLike[str]"

@@ -12,7 +12,7 @@ import torch
 
 from flexproxy.config import ProxyConfig, changed_fields
 from flexproxy.integrations.common import ranges
-from flexproxy.sparse.attention import When, why_dense
+from flexproxy.sparse.plan import When, why_dense
 
 
 class Plan(NamedTuple):

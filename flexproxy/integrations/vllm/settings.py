@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from flexproxy.config import ProxyConfig, read_settings
-from flexproxy.sparse.attention import When
+from flexproxy.sparse.plan import When
 
 KEY = "flexproxy"
 """The key of the settings in vLLM's additional config."""
