@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel
 
 
+# Tokens that are taken of a longer text unless --length says more: seconds on a CPU, a long prompt on a GPU.
+_DEFAULT_LENGTH = {"cpu": 8192, "cuda": 131072}
+
+
 class InputError(ValueError):
     """A command cannot be run as asked; the message is one line that says why, and what would help."""
 
@@ -31,15 +36,19 @@ def default_text() -> Path:
     return Path(argparse.__file__)
 
 
-def read_text(path: Path, length: int | None) -> Tensor:
-    """The first ``length`` bytes of a file, or all of them: uint8 ``[1, length]``."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(length)
-    except OSError as error:
-        raise InputError(f"cannot read the text {path}: {error.strerror}") from error
+def read_text(path: Path, length: int | None, most: int | None = None) -> Tensor:
+    """The first ``length`` bytes of a file; where that is None all of them, up to ``most``: uint8 ``[1, bytes]``."""
+    text = _read_bytes(path, length or most)
     _check_length(path, len(text), "bytes", length)
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)[None]
+
+
+def _read_bytes(path: Path, number: int | None) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(number)
+    except OSError as error:
+        raise InputError(f"cannot read the text {path}: {error.strerror}") from error
 
 
 def _check_length(path: Path, found: int, unit: str, length: int | None) -> None:
@@ -153,22 +162,42 @@ def check_decoder(model: PreTrainedModel, length: int | None) -> None:
         )
 
 
-def read_tokens(path: Path, model: PreTrainedModel, name: str, length: int | None) -> Tensor:
-    """The first ``length`` tokens of a text, int64 ``[1, length]``; None is the whole text.
+def read_tokens(path: Path, model: PreTrainedModel, name: str, length: int | None, most: int | None = None) -> Tensor:
+    """The first ``length`` tokens of a text; where that is None all of them, up to ``most``: int64 ``[1, tokens]``.
 
-    A model with the needle model's vocabulary reads bytes; any other has its tokenizer beside it, under ``name``.
+    A model with the needle model's vocabulary reads bytes; any other has its tokenizer beside it, under ``name``. Of a
+    long text no more is read and tokenized than is needed.
     """
     if reads_bytes(model):
-        return read_text(path, length).long()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read the text {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"the text {path} is not UTF-8, at byte {error.start}; pass a text file") from error
-    tokens: Tensor = load_tokenizer(name)(text, return_tensors="pt").input_ids.long()
-    _check_length(path, tokens.shape[1], "tokens", length)
-    return tokens[:, :length]
+        return read_text(path, length, most).long()
+    wanted = length or most
+    number = None if wanted is None else 6 * wanted + 1024
+    while True:
+        data = _read_bytes(path, number)
+        whole = number is None or len(data) < number
+        try:
+            text = codecs.getincrementaldecoder("utf-8")().decode(data, final=whole)
+        except UnicodeDecodeError as error:
+            raise InputError(f"the text {path} is not UTF-8, at byte {error.start}; pass a text file") from error
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        tokens: Tensor = load_tokenizer(name)(text, return_tensors="pt").input_ids.long()
+        # Where the text is cut, its last tokens are not those of the whole text.
+        if number is None or wanted is None or whole or tokens.shape[1] >= wanted + 64:
+            _check_length(path, tokens.shape[1], "tokens", length)
+            return tokens[:, :wanted]
+        number *= 2
+
+
+def prompt(path: Path, model: PreTrainedModel, name: str, length: int | None) -> Tensor:
+    """The tokens that a command prefills: ``length``, or by default as many as take seconds and the model is made for.
+
+    Returns:
+        int64 ``[1, tokens]``, on the CPU.
+    """
+    from flexproxy.integrations.transformers.settings import max_positions
+
+    usual = _DEFAULT_LENGTH[model.device.type]
+    return read_tokens(path, model, name, length, min(usual, max_positions(model) or usual))
 
 
 def reads_bytes(model: PreTrainedModel) -> bool:

@@ -268,7 +268,7 @@ def test_without_the_cli_extra(module: str) -> None:
     helped = run("--help")
     assert (helped.returncode, helped.stderr) == (0, "")
     assert helped.stdout.endswith(f"To run them: {install}")
-    assert all(f"\n  {command} " in helped.stdout for command in ("calibrate", "demo", "info", "inspect"))
+    assert all(f"\n  {command} " in helped.stdout for command in ("calibrate", "compare", "demo", "info", "inspect"))
     demo = run("demo")
     assert (demo.returncode, demo.stdout, demo.stderr) == (1, "", f"flexproxy: {install}")
 

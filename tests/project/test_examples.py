@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import runpy
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 from tests.accuracy import skip_unless_flex_compiles
-from tests.tiny_model import HEADS, LAYERS, save_tiny_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the examples are in the repository, not in the sdist")
@@ -43,7 +41,7 @@ def test_script(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 def test_every_example_is_run() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*PRINTED, "prefill", "context_parallel"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*PRINTED, "context_parallel"}
 
 
 @pytest.mark.slow
@@ -64,34 +62,3 @@ def test_context_parallel() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     printed = r"2 ranks, 2048 tokens, density 0\.\d{3}\nblocks of each rank:( \d+){2}\n.* one process: \d\.\de-\d\d\n"
     assert re.search(printed, done.stdout)
-
-
-@pytest.mark.slow
-def test_prefill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("rich")
-    typer = pytest.importorskip("typer")
-    from examples import prefill
-
-    skip_unless_flex_compiles("cpu")
-    if not hasattr(transformers.PreTrainedModel, "set_attn_implementation"):
-        pytest.skip("this transformers cannot switch the attention of a model")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    arguments = ["--model", str(save_tiny_model(tmp_path)), "--length", "1024", "--min-budget", "128"]
-    settings = ["--num-proxies", "2", "--compare", "64", "--json", str(tmp_path / "result.json")]
-    app = typer.Typer()
-    app.command()(prefill.main)
-    app([*arguments, *settings, "--gamma", "0.5"], standalone_mode=False)
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert (result["tokens"], result["compared"], result["device"]) == (1024, 64, "CPU")
-    assert [len(heads) for heads in result["density"].values()] == [HEADS] * LAYERS
-    assert 0 < min(map(min, result["density"].values())) < 1
-    assert min(result["seconds"].values()) > 0
-    assert 0 <= result["same_next_token"] <= 1
-    assert result["divergence"] > 1e-6  # what is compared are two ways, not one twice
-    printed = capsys.readouterr().out
-    assert "1024 tokens, CPU; time to first token" in printed
-    assert "same next token" in printed
-
-    with pytest.raises(SystemExit, match=r"--length: expected at most .*, got 9999999; use a longer"):
-        app([*arguments, "--length", "9999999"], standalone_mode=False)

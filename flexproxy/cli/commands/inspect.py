@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from flexproxy import ProxyConfig
     from flexproxy.inspect.record import Record
 
-# Tokens that are taken of a longer text unless --length says more: seconds on a CPU, a long prompt on a GPU.
-_DEFAULT_LENGTH = {"cpu": 8192, "cuda": 131072}
-
 
 def inspect(
     *,
@@ -150,7 +147,7 @@ def _run(
     inputs.check_compiler(where)
     model = inputs.load_decoder(name, where, "flexproxy")
     inputs.check_decoder(model, length)
-    tokens = _read(path, model, name, length, where.type)
+    tokens = inputs.prompt(path, model, name, length)
     try:
         configure(model, settings)
     except ValueError as error:
@@ -182,16 +179,6 @@ def prefill(model: PreTrainedModel, tokens: Tensor, mass: bool, progress: Advanc
         ):
             model.base_model(input_ids=tokens, use_cache=False)  # logits of a long text can be larger than the model
     return found
-
-
-def _read(path: Path, model: PreTrainedModel, name: str, length: int | None, device: str) -> Tensor:
-    from flexproxy.cli import inputs
-    from flexproxy.integrations.transformers.settings import max_positions
-
-    if length is not None:
-        return inputs.read_tokens(path, model, name, length)
-    made_for = max_positions(model) or _DEFAULT_LENGTH[device]
-    return inputs.read_tokens(path, model, name, None)[:, : min(_DEFAULT_LENGTH[device], made_for)]
 
 
 def _most_varied(record: Record) -> int:
