@@ -137,8 +137,7 @@ class ForwardMask:
         function, last_query, last_key = self._function, self.num_queries - 1, self.num_keys - 1
         if device.type == "cpu" and torch.compiler.is_compiling():
             # The function may hold tensors of the graph being traced, which that kernel refuses: a table by tokens.
-            tokens = _sdpa_mask({**self._arguments, "allow_is_causal_skip": False})
-            assert tokens is not None
+            tokens: Any = _sdpa_mask({**self._arguments, "allow_is_causal_skip": False})  # never None so
             table = capturable(tokens)
 
             def tabulated_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
