@@ -22,7 +22,7 @@ from flexproxy import ProxyConfig, cli
 from flexproxy.cli import comparison, inputs
 from flexproxy.cli.comparison import SETTINGS, Comparison, Setting
 from tests.tiny_model import save_tiny_model
-from tests.transformers_models import interpreted
+from tests.transformers_models import interpreted, make_model, make_tokens
 
 if not hasattr(PreTrainedModel, "set_attn_implementation"):
     pytest.skip("this transformers cannot switch the attention of a model", allow_module_level=True)
@@ -113,6 +113,17 @@ def test_figures_are_those_of_the_logits(model_folder: Path, monkeypatch: pytest
     assert 0 < half.density < 1
 
 
+def test_a_hybrid() -> None:
+    """A warm-up reaches the first layer of every kind; windows count as well."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
+    model = make_model("gemma3", num_hidden_layers=4, layer_types=kinds)
+    model.set_attn_implementation("sdpa")
+    stages: list[str] = []
+    found = comparison.compare(model, make_tokens(1, 700), lambda stage, done, total: stages.append(f"{stage} {done}"))
+    assert stages[:5] == ["dense, warming up 0", *(f"dense, warming up {n}" for n in (1, 2, 3)), "dense 0"]
+    assert 0 < found.settings[-1].density < 1
+
+
 def compared(*settings: tuple[str, float, float]) -> Comparison:
     dense = Setting("dense", 1.0, 1.0, 2.0, 10.0)
     others = (replace(dense, name=name, loss=loss, seconds=seconds) for name, loss, seconds in settings)
@@ -122,7 +133,10 @@ def compared(*settings: tuple[str, float, float]) -> Comparison:
 @pytest.mark.parametrize(
     ("settings", "verdict"),
     [
-        ([("a", 2.0, 11.0)], "Stay dense at this length: no setting is faster at 8192 tokens on this CPU."),
+        (
+            [("a", 2.0, 11.0), ("b", 2.0, 9.8)],
+            "Stay dense at this length: no setting is faster at 8192 tokens on this CPU.",
+        ),
         ([("a", 2.01, 8.0), ("b", 2.01, 5.0), ("c", 2.1, 1.0)], "loses at most 1 %: b, 2.00 times as fast as dense"),
         ([("a", 2.2, 8.0), ("b", 2.1, 5.0)], "loses more than 1 %; the one that loses least: b, 2.00 times"),
     ],
