@@ -24,8 +24,8 @@ import transformers
 
 import flexproxy.environment as environment
 from flexproxy import calibration, cli, files
+from flexproxy.cli import comparison, inputs
 from flexproxy.cli import demo as demo_module
-from flexproxy.cli import inputs
 from flexproxy.cli.commands import inspect
 from flexproxy.cli.needle import VOCAB_SIZE
 from tests.tiny_model import save_tiny_model
@@ -154,6 +154,7 @@ def any_model(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathF
     text = ["--text", str(inputs.default_text()), "--length", "512", "--device", "cpu"]
     settings = ["--density", "1.0", "--min-budget", "64", "--max-proxies", "1", "--output", str(output)]
     return {
+        "compare": ["compare", "MODEL", "--length", "512", "--device", "cpu"],
         "inspect": ["inspect", "MODEL", *commands["inspect"][2:]],
         "calibrate": ["calibrate", "MODEL", *text, *settings],
     }
@@ -195,7 +196,7 @@ def test_heads_that_are_too_narrow(
     assert_one_line(capsys, message)
 
 
-@pytest.mark.parametrize("command", ["demo", "inspect", "calibrate"])
+@pytest.mark.parametrize("command", ["demo", "compare", "inspect", "calibrate"])
 def test_out_of_memory(
     commands: dict[str, list[str]],
     any_model: dict[str, list[str]],
@@ -210,13 +211,14 @@ def test_out_of_memory(
 
     monkeypatch.setattr(demo_module, "run", full)
     monkeypatch.setattr(inspect, "prefill", full)
+    monkeypatch.setattr(comparison, "compare", full)
     monkeypatch.setattr(calibration, "calibrate", full)
     assert cli.main(commands["demo"] if command == "demo" else words_for(any_model[command], model_folder)) == 1
     assert_one_line(capsys, "out of memory; use a lower --length, or another --device")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["demo", "inspect", "calibrate"])
+@pytest.mark.parametrize("command", ["demo", "compare", "inspect", "calibrate"])
 def test_a_machine_without_a_gpu(
     commands: dict[str, list[str]],
     any_model: dict[str, list[str]],
