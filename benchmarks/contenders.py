@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -18,6 +18,7 @@ from benchmarks.baselines.blocks import BLOCK_SIZE, causal_blocks
 from flexproxy import ProxyConfig, masks
 from flexproxy.ops import compat
 from flexproxy.sparse.kernel import run_compiled
+from flexproxy.sparse.plan import plan_attention
 from flexproxy.stages.lists import compile_block_mask
 
 BATCH, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 1, 32, 8, 128
@@ -64,9 +65,12 @@ def causal_block_mask(length: int, device: torch.device) -> BlockMask:
     return compile_block_mask(every[None, None], below[None, None], masks.causal, BLOCK_SIZE, (length, length), False)
 
 
-def without_flash() -> AbstractContextManager[Any]:
-    """As if flash-attn-4 were not installed."""
-    return mock.patch.object(compat, "flash_backend_exists", return_value=False)
+@contextmanager
+def without_flash() -> Iterator[None]:
+    """As if flash-attn-4 were not installed; without the plans that were made while it was."""
+    plans = mock.patch.dict(plan_attention.plans, clear=True)
+    with mock.patch.object(compat, "flash_backend_exists", return_value=False), plans:
+        yield
 
 
 def kernel_variants() -> dict[str, Callable[[], AbstractContextManager[Any]]]:

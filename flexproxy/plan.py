@@ -3,7 +3,8 @@
 NOTE [Plans]
 A plan follows from shapes, dtypes, devices, the kind of the mask and the settings, and never from the values of a
 tensor: those may change in place. It holds no tensor and no function of the caller's. It is found by one lookup; only
-a combination that was not seen before is checked and planned. In a trace, where lengths may be symbols, every call is.
+a combination that was not seen before is checked and planned. In a trace, where lengths may be symbols, and in a mode
+of torch every call is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,31 +28,43 @@ from flexproxy.checks import (
 )
 from flexproxy.config import ProxyConfig
 from flexproxy.masks.structure import MaskMod, Structure, check_tables, structure_of
-from flexproxy.ops.compat import seq_lengths_of
+from flexproxy.ops.compat import in_a_mode, seq_lengths_of
 from flexproxy.stages.proxy import Groups, head_groups
 from flexproxy.stages.ranking import ForcedRule
 
 MAX_KEPT = 1024
 Made = TypeVar("Made")
-Make = Callable[[tuple[Tensor, ...], MaskMod | None, BlockMask | None, tuple[Any, ...]], Made]
+Tensors: TypeAlias = tuple[Tensor, ...]
+Settings: TypeAlias = tuple[Any, ...]
 
 
-def planned(make: Make[Made]) -> Make[Made]:
-    """Keep the plans that a function makes, in its attribute ``plans``, by what they may depend on: NOTE [Plans].
+class Planner(Protocol[Made]):
+    """Finds plans, or makes them. plans: those that were kept, by what they depend on."""
+
+    plans: dict[Hashable, Made]
+
+    def __call__(
+        self, tensors: Tensors, mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: Settings
+    ) -> Made: ...
+
+
+def planned(make: Callable[[Tensors, MaskMod | None, BlockMask | None, Settings], Made]) -> Planner[Made]:
+    """Keep the plans that a function makes. See NOTE [Plans].
 
     The function gets tensors, the mask and the settings, which are hashable, and raises where one of them does not fit.
     """
     plans: dict[Hashable, Made] = {}
 
     @functools.wraps(make)
-    def find(
-        tensors: tuple[Tensor, ...], mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: tuple[Any, ...]
-    ) -> Made:
-        if torch.compiler.is_compiling():
+    def find(tensors: Tensors, mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: Settings) -> Made:
+        if torch.compiler.is_compiling() or in_a_mode():
             return make(tensors, mask_mod, block_mask, settings)
         try:
-            # The types of settings too: True is 1 to a dictionary.
-            key = *map(_facts, tensors), _kind(mask_mod), _kind_of_lists(block_mask), settings, *map(type, settings)
+            # The types of settings too, for True is 1 to a dictionary.
+            key = (
+                *map(_facts, tensors), torch.is_grad_enabled(), _kind(mask_mod), _kind_of_lists(block_mask),
+                settings, *map(type, settings),
+            )  # fmt: skip
             plan = plans.get(key)
         except (AttributeError, RuntimeError, TypeError):  # not what it should be, or lengths that are symbols
             return make(tensors, mask_mod, block_mask, settings)
@@ -62,20 +75,21 @@ def planned(make: Make[Made]) -> Make[Made]:
             plans[key] = plan
         return plan
 
-    find.plans = plans  # type: ignore[attr-defined]
-    return find
+    planner = cast(Planner[Made], find)
+    planner.plans = plans
+    return planner
 
 
 def _facts(x: Tensor) -> Hashable:
-    return type(x), x.shape, x.dtype, x.device, x.layout, x.requires_grad and torch.is_grad_enabled()
+    return type(x), x.shape, x.dtype, x.device, x.layout, x.requires_grad
 
 
 def _kind(mask_mod: MaskMod | None) -> Hashable:
     """What is known of a mask, and the shapes of its tables."""
     if mask_mod is None:
         return None
-    if not hasattr(mask_mod, "structure"):
-        check_mask_function(mask_mod)  # others of its kind may be fine where it is not
+    if not isinstance(getattr(mask_mod, "structure", None), Structure):
+        check_mask_function(mask_mod)  # another of its kind may be fine where it is not
     structure = structure_of(mask_mod)
     tables = [(name, x.shape, x.device, per_sequence) for name, x, per_sequence in structure.tables]
     return structure.clauses is None, *tables
@@ -134,9 +148,7 @@ class Plan:
 
 
 @planned
-def plan_estimate(
-    tensors: tuple[Tensor, ...], mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: tuple[Any, ...]
-) -> Plan:
+def plan_estimate(tensors: Tensors, mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: Settings) -> Plan:
     """The plan of ``select`` and ``build``. tensors: q, k. settings: config, scale.
 
     Raises:

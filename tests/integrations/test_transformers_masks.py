@@ -15,13 +15,16 @@ pytest.importorskip("transformers")
 
 from transformers import AttentionMaskInterface, masking_utils
 
-import flexproxy.integrations.transformers  # noqa: F401
+import flexproxy
 from flexproxy import ProxyConfig
+from flexproxy.integrations.transformers import attention as hf_attention
 from flexproxy.integrations.transformers import configure, parts
 from flexproxy.integrations.transformers import masks as hf_masks
+from flexproxy.integrations.transformers.attention import attention_forward
 from flexproxy.integrations.transformers.masks import forward_mask, forward_mask_of
 from flexproxy.masks.structure import structure_of
-from flexproxy.pipeline import dense_block_mask
+from flexproxy.pipeline import dense_block_mask, read_mask
+from flexproxy.plan import Frame
 from tests.lists import full_blocks, partial_blocks
 from tests.transformers_models import make_model, make_tokens
 
@@ -276,6 +279,12 @@ def test_a_mask_is_freed_with_its_last_use() -> None:
     shared = forward_mask_of(result)
     assert shared is not None
     shared.block_mask(torch.device("cpu"), 32)
+    model = make_model("llama")
+    q, k = (torch.randn(BATCH, heads, length, 16) for heads, length in ((4, QUERIES), (2, KEYS)))
+    for block_size in (128, 32):
+        configure(model, ProxyConfig(block_size=block_size, min_budget=0))
+        with torch.compiler.set_stance("force_eager"), torch.no_grad():
+            attention_forward(model.model.layers[0].self_attn, q, k, k, result)
     gone = weakref.ref(shared)
     del result, shared
     assert gone() is None
@@ -296,3 +305,43 @@ def test_a_mask_is_classified_once_for_all_layers(monkeypatch: pytest.MonkeyPatc
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         model(input_ids=make_tokens(1, 200))
     assert sorted(calls) == [32] * kinds + [128] * kinds
+
+
+def test_a_mask_is_prepared_once_for_layers_of_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their proxies and budgets are: transformers' masks do not differ between heads."""
+    frames = []
+
+    def counted(mask_mod: Any, block_mask: BlockMask, frame: Frame, device: torch.device) -> Any:
+        frames.append((frame.block_size, frame.strides))
+        return read_mask(mask_mod, block_mask, frame, device)
+
+    monkeypatch.setattr(hf_attention, "read_mask", counted)
+    model = make_model("llama", num_hidden_layers=5, attn_implementation="flexproxy")
+    common: dict[str, Any] = {"min_budget": 32, "block_size": 32}
+    settings = [
+        ProxyConfig(gamma=0.5, **common),
+        ProxyConfig(gamma=0.9, num_proxies=1, **common),
+        ProxyConfig(density=0.5, groups=(0, 1, 0, 1), **common),
+        ProxyConfig(gamma=0.5, stride=8, **common),
+        ProxyConfig(gamma=0.5, **common),
+    ]
+    configure(model, dict(enumerate(settings)))
+    tokens = make_tokens(2, 200)
+    mask = torch.ones_like(tokens)
+    mask[1, :40] = 0
+
+    def selections() -> dict[int, flexproxy.Selection]:
+        eager = torch.compiler.set_stance("force_eager")
+        with flexproxy.record(model, selections=True) as record, torch.no_grad(), eager:
+            model(input_ids=tokens, attention_mask=mask)
+        return record.selections
+
+    for number in (1, 2):  # anew for each forward pass
+        shared = selections()
+        assert frames == [(32, (4, 4)), (32, (8, 8))] * number
+    monkeypatch.setattr(hf_attention, "place_of", lambda device: None)
+    alone = selections()
+    assert len(frames) == 4 + 5
+    assert sorted(shared) == list(range(5))
+    for layer, selection in shared.items():
+        assert torch.equal(selection.block_map(), alone[layer].block_map())
