@@ -19,7 +19,7 @@ from flexproxy.ops import cache, implementations
 CUDA = torch.device("cuda", 0)
 SETTINGS: dict[str, ProxyConfig] = {
     "gamma": ProxyConfig(block_size=32, min_budget=0, gamma=0.6),
-    "density, forced blocks": ProxyConfig(block_size=32, min_budget=0, density=0.4, sink_blocks=1, local_blocks=2),
+    "density, forced blocks": ProxyConfig(block_size=32, min_budget=0, density=0.4, sink_blocks=2, local_blocks=3),
     "proxies": ProxyConfig(block_size=32, min_budget=0, gamma=0.6, num_proxies=2),
     "groups": ProxyConfig(block_size=32, min_budget=0, gamma=0.6, groups=[0, 1, 1, 0]),
 }

@@ -546,7 +546,7 @@ def test_every_shape_runs_on_a_gpu(
 ) -> None:
     """Output and log-sum-exp, of the kernels that are chosen there, FLASH where it is installed."""
     x = on_gpu(inputs((2, 6, 2), (num_queries, num_keys), dim, dtype))
-    config = ProxyConfig(block_size=block_size, min_budget=2 * block_size, max_budget=2 * block_size)
+    config = ProxyConfig.paper(block_size=block_size, min_budget=2 * block_size, max_budget=2 * block_size)
     real = torch.arange(num_keys) >= torch.tensor([[0], [num_keys // 4]])
     causal_and_real = and_masks(masks.causal, masks.padding(real.cuda()))
     mask_mod = masks.shift(causal_and_real, num_keys - num_queries) if padded else None
@@ -571,7 +571,7 @@ def test_every_shape_runs_on_a_gpu(
 def test_the_log_sum_exp_on_a_gpu(dtype: torch.dtype) -> None:
     """Without compensation too: of whatever kernel is chosen for the dtype, in natural logarithms."""
     x = on_gpu(inputs((1, 4, 2), (1024, 1024), 128, dtype))
-    config = ProxyConfig(min_budget=256, max_budget=256)
+    config = ProxyConfig.paper(min_budget=256, max_budget=256)
     blocks = flexproxy.select(x.q, x.k, config=config).block_map().cpu()
     allowed = reference.token_mask(masks.causal, 1, 4, 1024, 1024, "cpu") & tokens_of(blocks, 128, 128, 1024, 1024)
     scores = x.q.cpu().double() @ x.k.cpu().double().repeat_interleave(2, 1).mT / 128**0.5
@@ -585,7 +585,7 @@ def test_the_log_sum_exp_on_a_gpu(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("block_size", [128, 64])
 def test_gradients_on_a_gpu(block_size: int) -> None:
     x = inputs((2, 4, 2), (700, 700), 64)
-    config = ProxyConfig(block_size=block_size, min_budget=2 * block_size, max_budget=2 * block_size)
+    config = ProxyConfig.paper(block_size=block_size, min_budget=2 * block_size, max_budget=2 * block_size)
     mine = Inputs(*(t.cuda().requires_grad_() for t in x))
     theirs = Inputs(*(t.double().requires_grad_() for t in x))
     blocks = flexproxy.select(mine.q, mine.k, config=config).block_map().cpu()
@@ -619,7 +619,7 @@ def test_a_new_length_does_not_recompile() -> None:
 @needs_gpu
 def test_within_a_compiled_function_on_a_gpu() -> None:
     x = on_gpu(inputs((2, 4, 2), (700, 700), 64, torch.bfloat16))
-    config = ProxyConfig(min_budget=256, max_budget=256)
+    config = ProxyConfig.paper(min_budget=256, max_budget=256)
     blocks = flexproxy.select(x.q, x.k, config=config).block_map()
     run = functools.partial(flexproxy.attention, config=config, when="always", compensate=True)
     check(torch.compile(run, fullgraph=True)(*x), expect(x, None, blocks, 128).compensated, x)
