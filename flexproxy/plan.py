@@ -35,7 +35,7 @@ from flexproxy.stages.ranking import ForcedRule
 MAX_KEPT = 1024
 Made = TypeVar("Made")
 Tensors: TypeAlias = tuple[Tensor, ...]
-Settings: TypeAlias = tuple[Any, ...]
+Make: TypeAlias = Callable[[Tensors, MaskMod | None, BlockMask | None, tuple[Any, ...]], Made]
 
 
 class Planner(Protocol[Made]):
@@ -44,11 +44,11 @@ class Planner(Protocol[Made]):
     plans: dict[Hashable, Made]
 
     def __call__(
-        self, tensors: Tensors, mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: Settings
+        self, tensors: Tensors, mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: tuple[Any, ...]
     ) -> Made: ...
 
 
-def planned(make: Callable[[Tensors, MaskMod | None, BlockMask | None, Settings], Made]) -> Planner[Made]:
+def planned(make: Make[Made]) -> Planner[Made]:
     """Keep the plans that a function makes. See NOTE [Plans].
 
     The function gets tensors, the mask and the settings, which are hashable, and raises where one of them does not fit.
@@ -56,7 +56,9 @@ def planned(make: Callable[[Tensors, MaskMod | None, BlockMask | None, Settings]
     plans: dict[Hashable, Made] = {}
 
     @functools.wraps(make)
-    def find(tensors: Tensors, mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: Settings) -> Made:
+    def find(
+        tensors: Tensors, mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: tuple[Any, ...]
+    ) -> Made:
         if torch.compiler.is_compiling() or in_a_mode():
             return make(tensors, mask_mod, block_mask, settings)
         try:
@@ -148,7 +150,9 @@ class Plan:
 
 
 @planned
-def plan_estimate(tensors: Tensors, mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: Settings) -> Plan:
+def plan_estimate(
+    tensors: Tensors, mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: tuple[Any, ...]
+) -> Plan:
     """The plan of ``select`` and ``build``. tensors: q, k. settings: config, scale.
 
     Raises:

@@ -23,7 +23,7 @@ from flexproxy.checks import (
 from flexproxy.config import ProxyConfig
 from flexproxy.masks.structure import MaskMod, Structure, structure_of
 from flexproxy.ops import compat
-from flexproxy.plan import Plan, check_mask, new_plan, planned
+from flexproxy.plan import Plan, Tensors, check_mask, new_plan, planned
 from flexproxy.sparse.kernel import Result, run_flex
 from flexproxy.sparse.kernel_options import options_for, tiles_of
 
@@ -119,7 +119,7 @@ class Settings(NamedTuple):
 
 @planned
 def plan_attention(
-    tensors: tuple[Tensor, ...], mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: tuple[Any, ...]
+    tensors: Tensors, mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: tuple[Any, ...]
 ) -> AttentionPlan:
     """The plan of ``attention``. tensors: q, k, v. settings: Settings.
 
@@ -156,7 +156,7 @@ def plan_attention(
 
 @planned
 def plan_kernel(
-    tensors: tuple[Tensor, ...], mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: tuple[Any, ...]
+    tensors: Tensors, mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: tuple[Any, ...]
 ) -> KernelPlan:
     """The plan of ``Selection.attention``.
 

@@ -223,3 +223,26 @@ def test_attention_with_a_selection_is_attention(device: str) -> None:
     for _ in range(2):
         assert torch.equal(selection.attention(q, k, v), want)
     assert_accurate(want, q, k, v, allowed_pairs(selection, mask_mod, 200, 200, BLOCK))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_attention_with_a_selection_in_a_cuda_graph() -> None:
+    """Captured once and replayed with new values; what is made in the capture is not kept."""
+    q, k, v = (x.bfloat16().repeat(1, 1, 1, 4) for x in qkv(1024, device="cuda"))
+    selection = flexproxy.select(q, k, config=ProxyConfig(min_budget=0, gamma=0.6))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        selection.attention(q, k, v)
+    torch.cuda.current_stream().wait_stream(side)
+    kept = dict(selection._kept)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = selection.attention(q, k, v)
+    assert selection._kept == kept
+    for seed in range(2):
+        q.copy_(torch.randn(q.shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        torch.testing.assert_close(out, selection.attention(q, k, v))
+    assert len(selection._kept) == 2, "a list of each stream"
