@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from tests.accuracy import assert_accurate, skip_unless_flex_compiles
 
 BATCH, HEADS, KV_HEADS, LENGTH, HEAD_DIM, BLOCK = 2, 4, 2, 300, 32, 64
 CONFIG = ProxyConfig.paper(num_proxies=KV_HEADS, gamma=0.6, min_budget=0, block_size=BLOCK)
-OUTLIERS = ProxyConfig.outliers(num_proxies=KV_HEADS, gamma=0.6, min_budget=0, block_size=BLOCK)
+OUTLIERS = replace(CONFIG, stride=1, query_stride=8, query_choice="outlier")
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 Arguments = dict[str, Any]
@@ -149,12 +150,16 @@ KINDS: dict[str, Kind] = {
     "closure of tensors": Kind(closure_of_tensors),
     "classified": Kind(classified),
     "density": Kind(
-        lambda x: {"config": ProxyConfig(num_proxies=KV_HEADS, density=0.5, min_budget=0, block_size=BLOCK)}
+        lambda x: {"config": ProxyConfig.paper(num_proxies=KV_HEADS, density=0.5, min_budget=0, block_size=BLOCK)}
     ),
-    "groups": Kind(lambda x: {"config": ProxyConfig(groups=[0, 1, 1, 0], gamma=0.6, min_budget=0, block_size=BLOCK)}),
+    "groups": Kind(
+        lambda x: {"config": ProxyConfig.paper(groups=[0, 1, 1, 0], gamma=0.6, min_budget=0, block_size=BLOCK)}
+    ),
     "budgets": Kind(
         lambda x: {
-            "config": ProxyConfig(gamma=0.6, min_budget=64, max_budget=256, sink_blocks=1, block_size=BLOCK, stride=8)
+            "config": ProxyConfig.paper(
+                gamma=0.6, min_budget=64, max_budget=256, sink_blocks=1, block_size=BLOCK, stride=8
+            )
         }
     ),
     "another scale": Kind(lambda x: {"config": CONFIG, "scale": 0.25}),
@@ -559,7 +564,7 @@ def test_operators(device: str) -> None:
         return flexproxy.attention(x.q, x.k, x.v, mask_mod=masks.causal, config=every)
 
     def compensated(x: Inputs) -> object:
-        config = ProxyConfig(gamma=0.6, min_budget=64, block_size=BLOCK)
+        config = ProxyConfig.paper(gamma=0.6, min_budget=64, block_size=BLOCK)
         return flexproxy.attention(x.q, x.k, x.v, config=config, when="always", compensate=True)
 
     torch.compile(dense, fullgraph=True, backend=backend)(x)
