@@ -27,7 +27,7 @@ from flexproxy.masks.blocks import (
 )
 from flexproxy.masks.clauses import stack
 from flexproxy.masks.mods import shifted
-from flexproxy.masks.sampled import SampledMask, evaluated_at
+from flexproxy.masks.sampled import SampledMask, evaluate_bits, evaluated_at
 from flexproxy.masks.sequences import sequence_rows
 from flexproxy.masks.structure import MaskMod, check_tables, clauses_of, documents_of, structure_of
 from flexproxy.ops.cache import kept
@@ -35,6 +35,7 @@ from flexproxy.ops.operators import capturable
 from flexproxy.plan import Frame, Plan, plan_estimate
 from flexproxy.selection import Selection
 from flexproxy.stages.budget import block_masses, clip_counts, count_blocks, last_valid_queries, rows_with_count
+from flexproxy.stages.documents import Documents, document_counts, document_masses, first_probes, order_documents
 from flexproxy.stages.lists import compile_block_mask, dense_maps
 from flexproxy.stages.proxy import merge_heads, outlying_queries, pool_heads, proxy_of_heads
 from flexproxy.stages.ranking import ForcedRule, forced_counts, rank_blocks
@@ -173,8 +174,8 @@ class PreparedMask(NamedTuple):
     rule: ForcedRule
     forced: Tensor  # int32 [b, 1 or Hq], the most forced blocks of a row
     sampled: SampledMask  # at the sampled queries and keys; empty if it must be evaluated at queries chosen later
-    probes: Tensor  # int64 [b, h, block_size], the last valid queries, -1 where there are fewer
-    probed: SampledMask  # by clauses at every query and key, or by bits at the probes and every key
+    probes: Tensor | Documents  # int64 [b, h, block_size], the last valid queries, -1 where there are fewer
+    probed: SampledMask  # by clauses at every query and key, or by bits at the probes (of its document) and every key
     evaluated: MaskMod  # the mask, with the lists that confine it
 
     @property
@@ -269,17 +270,34 @@ def _prepare(mask_mod: MaskMod, block_mask: BlockMask | None, frame: Frame, devi
         head_rows = rows_of(admissible)
     rule = frame.rule(structure.offset(frame.num_keys - frame.num_queries, device))
     forced = forced_counts(admissible.any, head_rows, rule)
-    probes = last_valid_queries(admissible.valid, frame.block_size)
+    probes: Tensor | Documents
+    if structure.packed and q_label is not None and k_label is not None:
+        probes = order_documents(admissible.valid, q_label, k_label, frame.block_size)
+    else:
+        probes = last_valid_queries(admissible.valid, frame.block_size)
     if is_known:
         sampled, probed = known.every(*frame.strides), known
         if listed is not None:
             sampled = sampled._replace(listed=merge_heads(listed, groups))
     else:
         sampled = SampledMask() if frame.strides[0] is None else known
-        probed = evaluated_at(evaluated, probes.clamp(min=0), frame.num_keys)
+        probed = _evaluated_at_probes(evaluated, probes, frame)
     return PreparedMask(
         mask_mod, admissible, of_proxies.any, rows, head_rows, rule, forced, sampled, probes, probed, evaluated
     )
+
+
+def _evaluated_at_probes(mask_mod: MaskMod, probes: Tensor | Documents, frame: Frame) -> SampledMask:
+    """By bits ``[b, h, block_size, Skv]``; for every key at the probes of its document, where there are documents."""
+    if isinstance(probes, Tensor):
+        return evaluated_at(mask_mod, probes.clamp(min=0), frame.num_keys)
+    first, probe = capturable(first_probes(probes)), capturable(probes.probes)
+
+    def query(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return probe[b, h, (first[b, h, key] + row).clamp(max=frame.num_queries - 1)]
+
+    shape = *probe.shape[:2], frame.block_size, frame.num_keys
+    return evaluate_bits(mask_mod, shape, query, probe.device)
 
 
 def _evaluated_at(chosen: Tensor, mask: PreparedMask, frame: Frame, proxy_of: Tensor) -> SampledMask:
@@ -292,12 +310,18 @@ def _evaluated_at(chosen: Tensor, mask: PreparedMask, frame: Frame, proxy_of: Te
 
 def _count_blocks(q: Tensor, k: Tensor, mask: PreparedMask, config: ProxyConfig, scale: float) -> Tensor:
     """int32 ``[B, Hq, Nq]``."""
-    num_blocks = mask.some.shape[-1]
+    num_blocks, rows, gamma, density = mask.some.shape[-1], mask.head_rows, config.gamma, config.density
     max_blocks = num_blocks if config.max_blocks is None else config.max_blocks
-    if (config.gamma if config.density is None else config.density) == 1.0:
+    bounds = mask.forced, config.min_blocks, max_blocks
+    keeps_all = (gamma if density is None else density) == 1.0
+    if isinstance(mask.probes, Documents):
+        if keeps_all:
+            masses, gamma, density = q.new_zeros(*q.shape[:2], k.shape[2], dtype=torch.float32), math.inf, None
+        else:
+            masses = document_masses(q, k, mask.probed, mask.probes, config.block_size, scale)
+        return document_counts(masses, mask.probes, rows, gamma, density, *bounds)
+    if keeps_all:
         count = torch.full(q.shape[:2], num_blocks, dtype=torch.int32, device=q.device)
-        count = clip_counts(count, mask.forced, config.min_blocks, max_blocks, num_blocks)
-        return rows_with_count(count, mask.head_rows, num_blocks)
+        return rows_with_count(clip_counts(count, *bounds, num_blocks), rows, num_blocks)
     masses = block_masses(q, k, mask.probes, mask.probed, config.block_size, scale)
-    rows = mask.head_rows
-    return count_blocks(masses, rows, mask.forced, config.gamma, config.density, config.min_blocks, max_blocks)
+    return count_blocks(masses, rows, mask.forced, gamma, density, config.min_blocks, max_blocks)

@@ -150,7 +150,10 @@ def probe_masses(q: Tensor, k: Tensor, allowed: Tensor, block_size: int, scale: 
 def budgets(
     masses: Tensor, gamma: float, min_budget: int, max_budget: int | None, block_size: int, forced: Tensor
 ) -> Tensor:
-    """Blocks that each head keeps: int ``[B, Hq]``. forced ``[B, Hq]``: most forced blocks of a row [ours]."""
+    """Blocks that each head keeps: int ``[B, Hq]``. forced ``[B, Hq]``: most forced blocks of a row [ours].
+
+    Of a document [ours]: with the masses of the blocks that hold its keys.
+    """
     batch, num_heads, num_blocks = masses.shape
     counts = torch.zeros(batch, num_heads, dtype=torch.int32)
     for b in range(batch):
@@ -190,13 +193,13 @@ def row_counts(count: dict[int, Tensor], q_label: Tensor, dense: Tensor, num_k_b
     """Blocks that each row keeps [ours]: int32 ``[B, Hq, Nq]``.
 
     A row has the counts of its documents, by label ``[B, Hq]``, in sum; dense rows ``[B, Hq, Nq]`` have Nk.
+    q_label: int ``[B, Hq, Sq]``; negative is none.
     """
     counts = torch.zeros(dense.shape, dtype=torch.int32)
-    for b in range(dense.shape[0]):
-        for i in range(dense.shape[2]):
-            for label in set(q_label[b, i * block_size : (i + 1) * block_size].tolist()):
-                if label >= 0:
-                    counts[b, :, i] += count[label][b]
+    for b, h, i in itertools.product(*map(range, dense.shape)):
+        for label in set(q_label[b, h, i * block_size : (i + 1) * block_size].tolist()):
+            if label >= 0:
+                counts[b, h, i] += count[label][b, h]
     return torch.where(dense, num_k_blocks, counts.clamp(max=num_k_blocks)).to(torch.int32)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from dataclasses import dataclass
@@ -205,15 +206,25 @@ class Expected:
     forced: Tensor  # bool [B, Hq, Nq, Nk]
     dense: Tensor  # bool [B, Hq, Nq]
     scores: Tensor  # fp64 [B, P, Nq, Nk]
-    masses: Tensor  # fp64 [B, Hq, Nk]
+    q_label: Tensor  # int [B, Hq, Sq], of the documents of valid queries; 0 for all where there are none
+    k_label: Tensor  # int [B, Skv], the same
+    masses: dict[int, Tensor]  # fp64 [B, Hq, Nk], by label
     score_error: float  # bound of the error of an fp32 score
 
     def counts(self, gamma: float, config: ProxyConfig) -> Tensor:
         """Blocks that every row keeps, int32 ``[B, Hq, Nq]``."""
         size, most = config.block_size, self.forced.sum(-1).amax(-1)
-        count = reference.budgets(self.masses, gamma, config.min_budget, config.max_budget, size, most)
-        one = torch.zeros(len(count), self.allowed.shape[2], dtype=torch.int64)
-        return reference.row_counts({0: count}, one, self.dense, self.admissible.shape[-1], size)
+        count = {label: torch.zeros_like(most) for label in self.masses}
+        for (label, masses), b in itertools.product(self.masses.items(), range(len(most))):
+            own = (self.k_label[b] == label).nonzero().flatten().div(size, rounding_mode="floor").unique()
+            part, bounds = masses[b, None][..., own], (config.min_budget, config.max_budget)
+            count[label][b] = reference.budgets(part, gamma, *bounds, size, most[b, None])[0]
+        return reference.row_counts(count, self.q_label, self.dense, self.admissible.shape[-1], size)
+
+    def thresholds(self, b: int) -> list[float]:
+        """Where the count of a document of sequence b may change with gamma, ascending."""
+        cumulative = [masses[b].sort(-1, descending=True).values.cumsum(-1) for masses in self.masses.values()]
+        return sorted(set(torch.stack(cumulative).flatten().tolist()))
 
 
 def pooled(case: Case) -> tuple[Tensor, Tensor]:
@@ -255,12 +266,18 @@ def expect(case: Case, q_proxy: Tensor, k_proxy: Tensor) -> Expected:
         sampled = sampled.gather(2, chosen.expand(-1, -1, -1, sampled.shape[3]))
         q_proxy = q_proxy.gather(2, chosen.expand(-1, -1, -1, q_proxy.shape[3]))
     scores = reference.block_scores(q_proxy, k_proxy, sampled, (size // q_stride, size // k_stride), case.scale)
-    masses = reference.probe_masses(q, k, allowed, size, case.scale)
+    q_label, k_label = torch.zeros(allowed.shape[:3], dtype=torch.int64), torch.zeros(len(k), k.shape[2])
+    if "documents" in case.mask_name:  # of padding alone there is one sequence
+        q_label, k_label = torch.where(allowed.any(-1), labels[0][:, None], -1), labels[1]
+    masses = {}
+    for label in sorted(set(q_label.flatten().tolist()) - {-1}):
+        own = allowed & (q_label == label)[..., None]
+        masses[label] = reference.probe_masses(q, k, own, size, case.scale)
     # A score is a sum of D products less a log-sum-exp: each rounded, the sum in an order that nobody promises.
     largest = float(case.scale * q_proxy.double().norm(dim=-1).max() * k_proxy.double().norm(dim=-1).max())
     score_error = EPS * (8 * math.sqrt(q.shape[3]) * max(largest, 1.0) + 16)
     return Expected(
-        allowed, admissible, full, proxy_admissible, *both_forced, dense, scores, masses, score_error=score_error
+        allowed, admissible, full, proxy_admissible, *both_forced, dense, scores, q_label, k_label, masses, score_error
     )
 
 

@@ -98,13 +98,17 @@ def last_rows(ref: Any) -> None:
 
 
 def row_counts(ref: Any) -> None:
-    """Blocks of 2. Rows of document 0, of 0 and 1, of 1, of none; the last is dense. Head 1 has other counts."""
-    q_label = torch.tensor([[0, 0, 0, 1, 1, 1, -1, -1, 1, 1]])
+    """Blocks of 2. Rows of document 0, of 0 and 1, of 1, of none; the last is dense.
+
+    Head 1 has other counts, and in the second row no valid query of 0.
+    """
+    q_label = torch.tensor([0, 0, 0, 1, 1, 1, -1, -1, 1, 1]).expand(1, 2, -1).clone()
+    q_label[0, 1, 2] = -1  # not valid
     dense = torch.zeros(1, 2, 5, dtype=torch.bool)
     dense[0, 0, 4] = True
     got = ref.row_counts({0: torch.tensor([[3, 1]]), 1: torch.tensor([[4, 2]])}, q_label, dense, 6, 2)
     assert got.dtype == torch.int32
-    assert got.tolist() == [[[3, 6, 4, 0, 6], [1, 3, 2, 0, 2]]]
+    assert got.tolist() == [[[3, 6, 4, 0, 6], [1, 2, 2, 0, 2]]]
 
 
 def groups_of(ref: Any) -> None:
@@ -440,7 +444,8 @@ MISTAKES = [
     ("last_rows", "set(q_label[b].tolist()) - set(range(-num_queries, 0))", "set(q_label[b].tolist())"),
     ("last_rows", "(valid & (q_label[b] == label))", "valid"),
     ("row_counts", "if label >= 0:", "if label > 0:"),
-    ("row_counts", "+= count[label][b]", "= count[label][b]"),
+    ("row_counts", "q_label[b, h, i", "q_label[b, 0, i"),
+    ("row_counts", "+= count[label][b, h]", "= count[label][b, h]"),
     ("row_counts", "counts.clamp(max=num_k_blocks)", "counts"),
     ("row_counts", "torch.where(dense, num_k_blocks", "torch.where(dense, 0"),
     ("rank_blocks", "-row[j], j)", "row[j], j)"),

@@ -132,7 +132,7 @@ def document(document_ids: Tensor) -> MaskMod:
 
     table = Table("document_ids", ids, per_sequence)
     num_tokens = document_ids.shape[-1]
-    return attach(document_mask, _of_labels(table, ids, num_tokens, (document, (ids[..., :num_tokens],))))
+    return attach(document_mask, _of_labels(table, ids, num_tokens, True, (document, (ids[..., :num_tokens],))))
 
 
 def padding(attention_mask: Tensor) -> MaskMod:
@@ -154,7 +154,7 @@ def padding(attention_mask: Tensor) -> MaskMod:
 
     table, labels = Table("attention_mask", real, True), real.to(torch.int32) - 1
     num_tokens = attention_mask.shape[-1]
-    return attach(padding_mask, _of_labels(table, labels, num_tokens, (padding, (real[:, :num_tokens],))))
+    return attach(padding_mask, _of_labels(table, labels, num_tokens, False, (padding, (real[:, :num_tokens],))))
 
 
 def prefix_lm(prefix_lengths: Tensor) -> MaskMod:
@@ -238,6 +238,7 @@ def shifted(mask_mod: MaskMod, offset: int | Tensor) -> MaskMod:
         Structure(
             None if of_clauses is None else clauses,
             None if of_documents is None else documents,
+            inner.packed,
             position,
             (*inner.tables, Table("q_offset", offset, per_sequence)) if isinstance(offset, Tensor) else inner.tables,
             (shift, (mask_mod, offset)),
@@ -302,7 +303,9 @@ def _check_parts(name: str, parts: tuple[Any, ...]) -> None:
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def _of_labels(table: Table, labels: Tensor, num_tokens: int, recipe: tuple[Any, tuple[Tensor]]) -> Structure:
+def _of_labels(
+    table: Table, labels: Tensor, num_tokens: int, packed: bool, recipe: tuple[Any, tuple[Tensor]]
+) -> Structure:
     """The structure of equal labels, ``[S]`` or ``[B, S]``, padded."""
     rows = labels if labels.dim() == 2 else labels[None]
 
@@ -320,7 +323,7 @@ def _of_labels(table: Table, labels: Tensor, num_tokens: int, recipe: tuple[Any,
         everywhere = torch.zeros_like(position), torch.full_like(position, num_keys)
         return (Clause(*everywhere, *documents(position, num_keys)),)
 
-    return Structure(clauses, documents, tables=(table,), recipe=recipe)
+    return Structure(clauses, documents, packed, tables=(table,), recipe=recipe)
 
 
 def _padded(table: Tensor, value: int | bool) -> tuple[Tensor, Tensor]:

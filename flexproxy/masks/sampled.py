@@ -17,6 +17,9 @@ from flexproxy.ops.tensors import pad_to_multiple
 MergeHeads = Callable[[Tensor], Tensor]
 """From bool ``[b, heads, ...]`` to ``[b, P or 1, ...]``: whether any head of a group has it."""
 
+QueryIndex = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""From (b, h, row, kv_idx) to the index of the query."""
+
 
 class SampledMask(NamedTuple):
     """The mask at some queries (sampled, probed or all) and some keys, by clauses (NOTE [Clauses]) or by bits.
@@ -68,6 +71,28 @@ class SampledMask(NamedTuple):
         rows = (queries // block_size).expand(*shape, -1)[..., None].expand(-1, -1, -1, self.listed.shape[3])
         return self._replace(listed=self.listed.expand(*shape, -1, -1).gather(2, rows))
 
+    def pairs(self, queries: Tensor, slots: Tensor, keys: Tensor, block_size: int) -> Tensor:
+        """At some queries of each head, and some keys: bool ``[b, heads, m, n]``; clauses are those of all.
+
+        queries, slots: int64 ``[b, heads, m]``, their places in the clauses, and in the bits. keys: int64 ``[b, n]``.
+        """
+        b, h = (torch.arange(size, device=keys.device) for size in queries.shape[:2])
+        b, h, key = b[:, None, None, None], h[:, None, None], keys[:, None, None]
+        if self.bits is not None:
+            byte = self.bits.expand(*queries.shape[:2], -1, -1)[b, h, slots[..., None], key // 8]
+            return (byte >> (key % 8).to(torch.uint8)) & 1 != 0
+        lo, hi, q_label, k_label, _, listed = self.at(queries)
+        if lo is None or hi is None:
+            raise AttributeError("this SampledMask has neither clauses nor bits")
+        if k_label is not None:
+            index = keys[:, None].expand(len(k_label), -1, -1, -1)
+            k_label = k_label.expand(-1, len(keys), -1, -1).gather(-1, index)
+        ok = allowed(lo, hi, q_label, k_label, key)
+        if listed is not None:
+            listed = listed.expand(*queries.shape[:2], -1, -1)
+            ok &= listed[b, h, queries[..., None] // block_size, key // block_size]
+        return ok
+
     def chunk(self, rows: slice, keys: slice, key_step: int = 1, cell: tuple[int, int] = (1, 1)) -> Tensor:
         """Some of the queries and keys, as bool ``[b, heads, rows, keys]``; key n is at position n * key_step.
 
@@ -102,16 +127,32 @@ def evaluated_at(
     mask_mod: MaskMod, queries: Tensor, num_keys: int, stride: int = 1, merge_heads: MergeHeads | None = None
 ) -> SampledMask:
     """A mask by bits, at some queries ``[b, h, m]`` (int64) of each head and every ``stride``-th key."""
-    batch, heads, number = queries.shape
     queries = capturable(queries)
-    rows_per_chunk = max(1, evaluated_elements(queries.device) // (batch * heads * num_keys))
+
+    def query(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return queries[b, h, row]
+
+    return evaluate_bits(mask_mod, (*queries.shape, num_keys), query, queries.device, stride, merge_heads)
+
+
+def evaluate_bits(
+    mask_mod: MaskMod,
+    shape: tuple[int, int, int, int],
+    query: QueryIndex,
+    device: torch.device,
+    stride: int = 1,
+    merge_heads: MergeHeads | None = None,
+) -> SampledMask:
+    """``evaluate`` by bits, at every ``stride``-th key."""
+    batch, heads, number, num_keys = shape
+    rows_per_chunk = max(1, evaluated_elements(device) // (batch * heads * num_keys))
 
     def piece(start: int) -> Tensor:
-        def q_index(b: Tensor, h: Tensor, row: Tensor) -> Tensor:
-            return queries[b, h, row + start]
+        def q_index(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+            return query(b, h, row + start, key)
 
         rows = min(rows_per_chunk, number - start)
-        mask = evaluate(mask_mod, (batch, heads, rows, num_keys), q_index, queries.device)[..., ::stride]
+        mask = evaluate(mask_mod, (batch, heads, rows, num_keys), q_index, device)[..., ::stride]
         return pack_bits(mask if merge_heads is None else merge_heads(mask))
 
     first, pieces = piece(0), -(-number // rows_per_chunk)
@@ -128,16 +169,13 @@ def evaluated_at(
 def evaluate(
     mask_mod: MaskMod,
     shape: tuple[int, int, int, int],
-    q_index: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q_index: QueryIndex,
     device: torch.device,
 ) -> Tensor:
-    """Evaluate a mask at chosen queries and all keys: bool ``[batch, heads, rows, Skv]``, which is ``shape``.
-
-    q_index: from (b, h, row) to the index of the query.
-    """
+    """Evaluate a mask at chosen queries and all keys: bool ``[batch, heads, rows, Skv]``, which is ``shape``."""
 
     def at_rows(b: Tensor, h: Tensor, row: Tensor, kv_idx: Tensor) -> Tensor:
-        allowed: Any = mask_mod(b, h, q_index(b, h, row), kv_idx)
+        allowed: Any = mask_mod(b, h, q_index(b, h, row, kv_idx), kv_idx)
         if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
             kind = allowed.dtype if isinstance(allowed, Tensor) else type(allowed).__name__
             raise TypeError(f"mask_mod: expected a bool tensor as its result, got {kind}; use a comparison")

@@ -34,6 +34,7 @@ class Structure:
     clauses: from the positions of the queries, int32 ``[b, Sq]``, and Skv, to the clauses whose union is the mask
         (if there are more than MAX_CLAUSES, to any MAX_CLAUSES + 1). Without them the mask is evaluated.
     documents: from the same to labels of queries and keys: a query sees only keys of its label (documents, padding).
+    packed: whether these may be several documents; of padding alone they are one sequence.
     position: from a default to the position of query 0 among the keys: an int, or integers ``[]`` or ``[B]``; the
         default is the result where parts that should agree on it do not.
     tables: the tensors that the mask looks up.
@@ -42,6 +43,7 @@ class Structure:
 
     clauses: Callable[[Tensor, int], tuple[Clause, ...]] | None = None
     documents: Callable[[Tensor, int], Labels] | None = None
+    packed: bool = False
     position: Callable[[int], Position] | None = None
     tables: tuple[Table, ...] = ()
     recipe: tuple[Callable[..., MaskMod], tuple[Any, ...]] | None = None
@@ -107,6 +109,7 @@ def all_of(parts: Sequence[Structure], recipe: tuple[Callable[..., MaskMod], tup
     return Structure(
         clauses=clauses if len(of_clauses) == len(parts) else None,
         documents=documents if of_documents else None,
+        packed=any(part.packed for part in parts),
         position=agreed if positions else None,
         tables=tuple(table for part in parts for table in part.tables),
         recipe=recipe,
