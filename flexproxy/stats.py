@@ -202,7 +202,7 @@ class _Pairs(NamedTuple):
     def at(self, rows: Tensor, num_keys: int) -> Tensor:
         """bool ``[b, h, rows, Skv]``, where b and h may be 1."""
         shape = (*self.sizes, len(rows), num_keys)
-        allowed = evaluate(self.mask_mod, shape, lambda b, h, row: rows[row], rows.device)
+        allowed = evaluate(self.mask_mod, shape, lambda b, h, row, key: rows[row], rows.device)
         if self.blocks is None:
             return allowed
         q_size, k_size = self.block_size

@@ -72,7 +72,7 @@ class Case:
         if self.ids is None:
             return reference.labels_of(self.token_mask(), self.known)
         position = torch.arange(self.lengths[0]) + self.offset[0]
-        return self.ids[:, position], self.ids
+        return self.ids[:, position], self.ids[:, : self.lengths[1]]
 
     def groups(self) -> reference.Groups:
         if self.config.groups is None:

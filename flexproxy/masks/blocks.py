@@ -218,9 +218,8 @@ def classify_by_evaluation(
     for chunk in range(-(-num_queries // rows_per_chunk)):  # of the number of pieces: tracing fixes what is iterated
         start = chunk * rows_per_chunk
         rows = min(rows_per_chunk, num_queries - start)
-        mask = evaluate(
-            mask_mod, (batch, heads, rows, num_keys), lambda b, h, row, key, start=start: row + start, device
-        )  # type: ignore[misc]
+        piece = batch, heads, rows, num_keys
+        mask = evaluate(mask_mod, piece, lambda b, h, row, key, start=start: row + start, device)  # type: ignore[misc]
         valid.append(mask.any(-1))
         bits.append(pack_bits(merge_heads(mask[:, :, :: strides[0], :: strides[1]])))
         padded = pad_to_multiple(pad_to_multiple(mask, -1, block_size, False), -2, block_size, False)

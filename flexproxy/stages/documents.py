@@ -1,11 +1,11 @@
 """Stage 3 for packed documents: each has the budget that it would have alone (ours, not the paper's).
 
 NOTE [Documents in order]
-Queries and keys are put in order by document, and in a document by position: there a document is one run of keys, and
-so is each of its *parts*, the keys that it has in one block. Its probes are the last ``block_size`` valid queries of its
-run. They stand in the same order, one document behind the other, so that the probes that a tile of keys needs are a run
-too. A document in one block needs none. All this is by values on the device, so every tensor is as long as it can be:
-Sq for queries and probes, Skv for keys, parts and documents. The number of a document that does not exist is Skv.
+Keys are put in order by document, and in a document by position: there a document is one run of keys, and so is each of
+its *parts*, the keys that it has in one block. Its probes are its last ``block_size`` valid queries. They stand in the
+same order, one document behind the other, so the probes that a tile of keys needs are one run, too. A document in one
+block keeps it, and needs no probes. How many there are of anything, only the device knows: every tensor is as long as
+it can be, Sq for probes, Skv for keys, parts and documents, and Skv is the number of a document that does not exist.
 """
 
 from __future__ import annotations
@@ -137,8 +137,7 @@ def document_masses(
     """
     shape = batch, num_heads, num_queries = q.shape[:3]
     num_keys = k.shape[2]
-    # A tile of keys may need every probe. On a CPU it takes those that it does need; a GPU would have to wait to know.
-    tile = block_size if not q.is_cuda else max(16, min(block_size, CHUNK_ELEMENTS // shape.numel()))
+    tile = block_size if may_look(q) else max(16, min(block_size, CHUNK_ELEMENTS // shape.numel()))
     log_total = q.new_full((batch, num_heads, 2 * num_queries), -torch.inf, dtype=torch.float32)
     masses = log_total.new_empty(batch, num_heads, num_keys)
     for is_second in (False, True):
@@ -161,7 +160,12 @@ def document_masses(
     return (before[..., 1:] - before.gather(2, first.expand_as(masses))).to(torch.float32)
 
 
-CHUNK_ELEMENTS = 2**28  # logits of a tile, on a GPU
+CHUNK_ELEMENTS = 2**28  # logits of a tile that takes every probe
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether a tile may take the probes that it needs alone: a GPU would have to wait to know, and takes them all."""
+    return x.device.type == "cpu"
 
 
 def _tile(
@@ -176,7 +180,7 @@ def _tile(
     num_queries, last = probe_document.shape[2], begin.shape[2] - 1
     ends = torch.stack([document[:, 0], (document[:, -1] + 1).clamp(max=last)], -1)
     first, end = begin.gather(2, ends[:, None].expand(-1, begin.shape[1], -1)).split(1, -1)
-    width = num_queries if q.is_cuda else max(1, int((end - first).amax()))
+    width = max(1, int((end - first).amax())) if may_look(q) else num_queries
     row = first + torch.arange(width, device=q.device)
     place = row.clamp(max=num_queries - 1)
     query, own = documents.probes.gather(2, place), probe_document.gather(2, place)

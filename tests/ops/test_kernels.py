@@ -34,7 +34,7 @@ pytest.importorskip("triton")
 kernels: Any = importlib.import_module("flexproxy.ops.kernels")
 LAUNCHERS = [
     importlib.import_module(f"flexproxy.ops.kernels.{name}")
-    for name in ("block_logits", "blocks", "budget", "lists", "proxy", "ranking", "scores")
+    for name in ("block_logits", "blocks", "budget", "documents", "lists", "proxy", "ranking", "scores")
 ]
 
 
@@ -47,7 +47,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 # Small, and between them: clauses with and without labels, bits, groups, several proxies, fp16, ragged lengths.
-SEEDS = (1, 14, 15, 20, 24, 29)
+SEEDS = (1, 14, 15, 20, 24, 29, 31)
 
 
 def cases(device: str) -> Iterator[tuple[str, Case]]:

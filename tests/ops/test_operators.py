@@ -128,6 +128,7 @@ def test_every_operator_takes_keywords(monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"block_size": 16, "min_budget": 0, "stride": 2}
     calls: dict[str, Any] = {
         "default": (masks.causal, ProxyConfig(gamma=0.8, **settings)),
+        "documents": (masks.and_masks(masks.causal, masks.document(torch.arange(70) // 40)), ProxyConfig(**settings)),
         "outliers": (masks.causal, ProxyConfig.outliers(density=0.5, **settings)),
     }
 

@@ -6,6 +6,7 @@ exactly, scores and masses within the rounding of fp32.
 
 from flexproxy.ops.kernels.blocks import classify_clauses, summarize_rows
 from flexproxy.ops.kernels.budget import block_masses, count_blocks, last_valid_queries
+from flexproxy.ops.kernels.documents import document_masses
 from flexproxy.ops.kernels.lists import block_lists, selected_lists
 from flexproxy.ops.kernels.proxy import outlying_queries, pool_groups
 from flexproxy.ops.kernels.ranking import forced_counts, rank_blocks
@@ -19,6 +20,7 @@ OPERATORS = {
         block_scores,
         classify_clauses,
         count_blocks,
+        document_masses,
         forced_counts,
         last_valid_queries,
         outlying_queries,
