@@ -196,7 +196,8 @@ def causal_at_end(q: Tensor, k: Tensor) -> MaskMod:
 
 def _causal_at_end(device: torch.device, batch: int, num_before: int) -> MaskMod:
     # The offset is a tensor, so that a new length does not recompile a kernel.
-    return shifted(masks.causal, torch.full((batch,), num_before, dtype=torch.int32, device=device))
+    offset = capturable(torch.full((batch,), num_before, dtype=torch.int32, device=device))
+    return shifted(masks.causal, offset)
 
 
 def _classify(mask_mod: MaskMod, listed: Tensor | None, frame: Frame, device: torch.device) -> _Classified:
