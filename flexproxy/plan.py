@@ -55,12 +55,7 @@ def planned(make: Make[Made]) -> Planner[Made]:
     """
     plans: dict[Hashable, Made] = {}
 
-    @functools.wraps(make)
-    def find(
-        tensors: Tensors, mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: tuple[Any, ...]
-    ) -> Made:
-        if torch.compiler.is_compiling() or in_a_mode():
-            return make(tensors, mask_mod, block_mask, settings)
+    def find(tensors: Tensors, mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: Any) -> Made:
         try:
             # The types of settings too, for True is 1 to a dictionary.
             key = (
@@ -77,7 +72,15 @@ def planned(make: Make[Made]) -> Planner[Made]:
             plans[key] = plan
         return plan
 
-    planner = cast(Planner[Made], find)
+    @functools.wraps(make)
+    def find_or_make(
+        tensors: Tensors, mask_mod: MaskMod | None, block_mask: BlockMask | None, settings: tuple[Any, ...]
+    ) -> Made:
+        # A trace must not see the dictionary: torch 2.5 refuses its keys.
+        way = make if torch.compiler.is_compiling() or in_a_mode() else find
+        return way(tensors, mask_mod, block_mask, settings)
+
+    planner = cast(Planner[Made], find_or_make)
     planner.plans = plans
     return planner
 
@@ -123,7 +126,7 @@ class Frame(NamedTuple):
 
     def of_all_heads(self) -> Frame:
         """For a mask that is the same for all heads."""
-        return self._replace(num_heads=1, groups=((0,),))
+        return Frame(self.batch, 1, *self[2:8], ((0,),))  # torch 2.5 does not trace _replace
 
     def num_blocks(self) -> tuple[int, int]:
         return -(-self.num_queries // self.block_size), -(-self.num_keys // self.block_size)

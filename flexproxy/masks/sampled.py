@@ -43,7 +43,7 @@ class SampledMask(NamedTuple):
             return None if part is None else part[..., ::stride]
 
         lo, hi, q_label = (take(part, q_stride) for part in (self.lo, self.hi, self.q_label))
-        return self._replace(lo=lo, hi=hi, q_label=q_label, k_label=take(self.k_label, k_stride))
+        return SampledMask(lo, hi, q_label, take(self.k_label, k_stride), self.bits, self.listed)
 
     def at(self, queries: Tensor) -> SampledMask:
         """The clauses, which are those of all queries, at some queries of each head. Bits are left as they are.
