@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +17,7 @@ from flexproxy.masks import and_masks, blocks, or_masks, sampled
 from flexproxy.masks.blocks import classify_by_evaluation, classify_clauses, depends_on
 from flexproxy.masks.clauses import Clause, stack
 from flexproxy.masks.sampled import SampledMask, pack_bits
-from flexproxy.masks.structure import MaskMod, clauses_of, structure_of
+from flexproxy.masks.structure import MaskMod, attach, clauses_of, structure_of
 from flexproxy.ops.compat import seq_lengths_of
 from tests.accuracy import assert_accurate
 from tests.lists import full_blocks, partial_blocks
@@ -294,6 +295,9 @@ def test_known_masks_in_build(name: str, device: str, monkeypatch: pytest.Monkey
     # Behind a closure it is evaluated; the shift there and back keeps where the queries stand.
     offset = structure_of(mask_mod).offset(LENGTHS[1] - LENGTHS[0], torch.device(device)).expand(2)
     hidden = masks.shift(lambda b, h, q, k: mask_mod(b, h, q - offset[b], k), offset)
+    if structure_of(mask_mod).packed:  # a closure is one sequence
+        of_documents = structure_of(mask_mod).documents
+        attach(hidden, dataclasses.replace(structure_of(hidden), documents=of_documents, packed=True))
     assert structure_of(hidden).clauses is None
     evaluated = flexproxy.select(q, k, mask_mod=hidden, config=CONFIG)
 
