@@ -33,7 +33,7 @@ def test_summary_is_that_of_the_specification(seed: int) -> None:
             assert (summary.rows[b][h], summary.dense_rows[b][h]) == (len(rows), len(dense))
             assert summary.forced[b][h] == expected.forced[b, h].sum(-1).max()
             counts = selection.count[b, h].tolist()
-            assert summary.count[b][h] == max([c for c in counts if c < num_k_blocks], default=num_k_blocks)
+            assert summary.count[b][h] == max([c for c in counts if 0 < c < num_k_blocks], default=num_k_blocks)
             assert summary.budget[b][h] == min(summary.count[b][h] * size, case.lengths[1])
             share = int(kept[b, h].sum()) / max(1, int(admissible[b, h].sum())) if rows else 1.0
             assert summary.density[b][h] == pytest.approx(share, rel=1e-6)
