@@ -21,7 +21,19 @@ from flexproxy.files import replacing, write_problem
 Advance: TypeAlias = Callable[[str, int, int], None]
 """Called as ``advance(what is being done, how much of it is done, how much there is)``."""
 
-# Options of several commands.
+# Arguments and options of several commands.
+Model: TypeAlias = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Folder or Hugging Face name of a decoder; examples/needle of the repository works."
+    ),
+]
+Prompt: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Text file to prefill; by default the source of Python's argparse.")
+]
+PROMPT_LENGTH = (
+    "Tokens of the text; by default all, at most 8192 on a CPU and 131072 on a GPU, and what the model is made for."
+)
 Outliers: TypeAlias = Annotated[
     bool,
     typer.Option("--outliers", help="Score every key with the outlier of every 8 queries: ProxyConfig.outliers()."),
@@ -53,8 +65,20 @@ def check_output(option: str, path: Path, force: bool) -> None:
         raise InputError(f"{option} {path}: {problem}")
 
 
+def check_picture(option: str, path: Path | None, force: bool) -> None:
+    """``check_output`` for a picture, which also needs matplotlib; None asks for none."""
+    if path is None:
+        return
+    require("plot", "matplotlib")
+    from flexproxy.plot.figures import save_problem
+
+    problem = save_problem(path, force)
+    if problem is not None:
+        raise InputError(f"{option} {path}: {problem}")
+
+
 def check_outputs(option: str, folder: Path, names: Sequence[str], force: bool) -> list[Path]:
-    """The same for files in a folder, which may have to be made; gives their paths."""
+    """``check_output`` for files in a folder, which may have to be made; gives their paths."""
     paths = [folder / name for name in names]
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{option}: expected a folder, got the file {folder}; name a folder")

@@ -11,7 +11,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexproxy.cli.common import AsJson, Device, Force, Outliers, Where, check_output, progress_bar, require, writing
+from flexproxy.cli.common import (
+    AsJson,
+    Device,
+    Force,
+    Outliers,
+    Where,
+    check_output,
+    check_picture,
+    progress_bar,
+    require,
+    writing,
+)
 from flexproxy.cli.inputs import ImpossibleError, InputError
 
 if TYPE_CHECKING:
@@ -62,21 +73,13 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     require("transformers", "transformers", "safetensors")
-    if picture is not None:
-        require("plot", "matplotlib")
     from flexproxy import ProxyConfig
     from flexproxy.calibration import Target
     from flexproxy.calibration import calibrate as run
     from flexproxy.cli import inputs
 
     check_output("--output", output, force)
-    if picture is not None:
-        from flexproxy import plot
-        from flexproxy.plot.figures import save_problem
-
-        problem = save_problem(picture, force)
-        if problem is not None:
-            raise InputError(f"--picture {picture}: {problem}")
+    check_picture("--picture", picture, force)
     try:
         Target.of(density, quality)
         sampling: dict[str, Any] = {} if stride is None else {"stride": stride}
@@ -113,6 +116,8 @@ def calibrate(
             print(json.dumps(found.to_json()))
         raise
     if picture is not None:
+        from flexproxy import plot
+
         with writing("--picture", picture):
             plot.save(plot.calibration(found), picture, force)
     if not as_json:

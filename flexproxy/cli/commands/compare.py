@@ -10,8 +10,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexproxy.cli.common import AsJson, Device, Force, Where, progress_bar, require, writing
-from flexproxy.cli.inputs import InputError
+from flexproxy.cli.common import (
+    PROMPT_LENGTH,
+    AsJson,
+    Device,
+    Force,
+    Model,
+    Prompt,
+    Where,
+    check_picture,
+    progress_bar,
+    require,
+    writing,
+)
 
 if TYPE_CHECKING:
     from flexproxy.cli.comparison import Comparison
@@ -19,24 +30,9 @@ if TYPE_CHECKING:
 
 def compare(
     *,
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Folder or Hugging Face name of a decoder; examples/needle of the repository works.",
-        ),
-    ],
-    text: Annotated[
-        Path | None, typer.Option(help="Text file to prefill; by default the source of Python's argparse.")
-    ] = None,
-    length: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="Tokens of the text; by default all, at most 8192 on a CPU and 131072 on a GPU, and what the model "
-            "is made for.",
-        ),
-    ] = None,
+    model: Model,
+    text: Prompt = None,
+    length: Annotated[int | None, typer.Option(min=2, help=PROMPT_LENGTH)] = None,
     picture: Annotated[Path | None, typer.Option(help="Where to write a picture (.png, .svg, .pdf).")] = None,
     force: Force = False,
     device: Where = Device.auto,
@@ -45,13 +41,7 @@ def compare(
     require("transformers", "transformers", "safetensors")
     from flexproxy.cli import comparison, inputs
 
-    if picture is not None:
-        require("plot", "matplotlib")
-        from flexproxy.plot.figures import save_problem
-
-        problem = save_problem(picture, force)
-        if problem is not None:
-            raise InputError(f"--picture {picture}: {problem}")
+    check_picture("--picture", picture, force)
     notes = Console(stderr=True, highlight=False)
     path = text or inputs.default_text()
     where = inputs.pick_device(device.value)

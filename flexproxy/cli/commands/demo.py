@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flexproxy.cli.common import AsJson, Device, Force, Where, progress_bar, require, writing
+from flexproxy.cli.common import AsJson, Device, Force, Where, check_picture, progress_bar, require, writing
 from flexproxy.cli.inputs import InputError
 
 if TYPE_CHECKING:
@@ -56,15 +56,11 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     require("transformers", "transformers", "safetensors")
-    require("plot", "matplotlib")
+    check_picture("--picture", picture, force)
     from flexproxy import ProxyConfig, plot
     from flexproxy.cli import demo as demo_module
     from flexproxy.cli import inputs
-    from flexproxy.plot.figures import save_problem
 
-    problem = save_problem(picture, force)
-    if problem is not None:
-        raise InputError(f"--picture {picture}: {problem}")
     try:
         config = ProxyConfig(gamma=gamma, min_budget=min_budget, num_proxies=num_proxies, stride=stride)
     except ValueError as error:

@@ -13,11 +13,14 @@ import typer
 from rich.console import Console
 
 from flexproxy.cli.common import (
+    PROMPT_LENGTH,
     Advance,
     AsJson,
     Device,
     Force,
+    Model,
     Outliers,
+    Prompt,
     Where,
     check_output,
     check_outputs,
@@ -38,24 +41,9 @@ if TYPE_CHECKING:
 
 def inspect(
     *,
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Folder or Hugging Face name of a decoder; examples/needle of the repository works.",
-        ),
-    ],
-    text: Annotated[
-        Path | None, typer.Option(help="Text file to prefill; by default the source of Python's argparse.")
-    ] = None,
-    length: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Tokens of the text; by default all, at most 8192 on a CPU and 131072 on a GPU, and what the model "
-            "is made for.",
-        ),
-    ] = None,
+    model: Model,
+    text: Prompt = None,
+    length: Annotated[int | None, typer.Option(min=1, help=PROMPT_LENGTH)] = None,
     gamma: Annotated[float | None, typer.Option(help="Attention mass of every budget, in (0, 1].")] = None,
     density: Annotated[float | None, typer.Option(help="Mean density to reach, instead of --gamma.")] = None,
     num_proxies: Annotated[int | None, typer.Option(help="Proxy heads.")] = None,
