@@ -16,8 +16,9 @@ from flexproxy.ops import implementations
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Workers that each take all cores are far slower than workers that share them.
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+# Tests compute little at a time: there threads cost more than they save, and far more where others want the cores.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 DEVICES = [
     "cpu",
@@ -42,7 +43,7 @@ SLOW = re.compile(
     | test_new_lengths_recompile_once\[cpu-(?!documents\])
     | test_an_unwritten_element_is_seen\[interpreter-(?!(ranking|pool)\])
     | test_what_is_not_finite_counts_as_in_pytorch\[interpreter-(?!default-nan)
-    | test_nothing_is_read_beyond_the_inputs\[interpreter-(?!1\])
+    | test_nothing_is_read_beyond_the_inputs\[interpreter-(?!15\])
     | test_eager_output_is_dense_attention_under_the_selection\[(?!0\])
     | test_nothing_is_cut_off\[(?!1\])
     """,
