@@ -99,11 +99,15 @@ class Plan:
             yield from self._over([32768], ("prose",), methods)
 
     def trials(self) -> Iterator[Cell]:
-        """Other choices, and flexproxy's own variants. At 0.12 the forced blocks are all that is kept."""
+        """Other choices, and flexproxy's own variants, where more than the forced blocks is kept."""
+        yield from self._over([LENGTH], USUAL, [self._ours(0.18)[0]])
         for target in (0.25, 0.18):
             variants = [
                 ours(num_proxies=self.proxies, stride=1, query_stride=8, query_choice="outlier", **self._at(target)),
                 ours(num_proxies=self.proxies, stride=2, query_stride=8, **self._at(target)),
+                ours(num_proxies=self.proxies, stride=4, query_stride=8, **self._at(target)),
+                ours(num_proxies=self.proxies, stride=4, query_stride=16, **self._at(target)),
+                ours(num_proxies=self.proxies, stride=8, **self._at(target)),
                 ours(num_proxies=self.session.heads, **self._at(target)),
                 ours(num_proxies=self.session.heads, stride=4, query_stride=16, **self._at(target)),
             ]

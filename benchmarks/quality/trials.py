@@ -222,6 +222,8 @@ TRIALS: dict[str, Callable[..., Tensor]] = {
     "all 16:4 max, threshold": _trial(by_heads("all", (16, 4), "max"), threshold),
     "all 4:4 sums, threshold": _trial(by_heads("all", (4, 4), "sums"), threshold),
     "all 16:4 sums, by row": _trial(_ALL_SUMS, by_row),
+    "all 8:8 sums, by row": _trial(by_heads("all", (8, 8), "sums"), by_row),
+    "kv 4:4 sums, by row": _trial(_KV_SUMS, by_row),
     "all, mean keys, threshold": _trial(mean_keys, threshold),
     "kv 4:4 and all 16:8, sums, threshold": _trial(larger(_KV_SUMS, by_heads("all", (16, 8), "sums")), threshold),
     "kv 4:4 max, spread probes": _trial(_KV, spread_counts),
