@@ -25,6 +25,7 @@ from flexproxy import ProxyConfig
 from flexproxy.integrations.transformers import attention as hf_attention
 from flexproxy.integrations.transformers import configuration, configure
 from flexproxy.integrations.transformers import masks as hf_masks
+from flexproxy.sparse import kernel
 from flexproxy.sparse.plan import plan_attention
 from tests.accuracy import skip_unless_flex_compiles
 from tests.transformers_models import (
@@ -251,6 +252,31 @@ def test_generate_with_chunked_prefill(device: str) -> None:
     chunks, chunk_logits = generate(model, tokens, prefill_chunk_size=140)
     assert torch.equal(whole, chunks)
     assert_close(chunk_logits, whole_logits)
+
+
+def test_chunks_compile_no_kernel_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys grow from chunk to chunk: as on a GPU, the second length brings a kernel for all. Layers share a plan."""
+    traced: list[int] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        traced.append(1)
+        return graph.forward
+
+    function = kernel.compiled_flex_attention.__wrapped__("cuda")._torchdynamo_orig_callable
+    compiled = torch.compile(function, fullgraph=True, backend=count)
+    monkeypatch.setattr(kernel, "run_compiled", compiled)
+    model, tokens = model_of("llama"), make_tokens(1, 8 * 160)
+    configure_sparse(model, SOME_BLOCKS)
+    plan_attention.plans.clear()
+    counts, cache = [], transformers.DynamicCache()
+    for part in tokens.split(160, 1):
+        with torch.no_grad():
+            model(input_ids=part, past_key_values=cache, use_cache=True)
+        counts.append((len(traced), len(plan_attention.plans)))
+    assert counts[0] == (1, 1)
+    assert [plans for _, plans in counts] == list(range(1, 9)), "one for each length of the keys"
+    assert counts[-1][0] <= 3, "for as many keys as queries, for more, and for any number"
+    assert counts[2][0] == counts[-1][0]
 
 
 def test_a_decode_step_makes_no_block_mask(monkeypatch: pytest.MonkeyPatch) -> None:
