@@ -1,6 +1,7 @@
 """Time to first token of a Llama in transformers, by sdpa and by flexproxy, on one GPU.
 
     python -m benchmarks.bench_prefill      # 32K to 256K tokens
+    python -m benchmarks.bench_prefill --chunks 8192,2048,16384,32768 --repeats 1   # 128K in chunks, and short prompts
 
 The shape of Llama-3.1-8B by its real class, random weights made on the device, bf16, batch 1, logits of the last token
 and the cache for decoding: the model as users run it, once with ``attn_implementation="sdpa"``, where the kernel is
@@ -9,14 +10,21 @@ cuDNN's or FlashAttention-2's, and once with ``"flexproxy"``. ``peak_mib`` is th
 Besides, at one length (--at): what a layer takes beyond building its mask and attending under it, and a decode step.
 First the gate, on a padded batch: a layer's output against dense attention in double precision under the blocks that it
 kept; if it fails, nothing is timed.
+
+With ``--chunks``, instead: a prompt of --at tokens, whole and in chunks, behind a cache with room for all of it. Dense
+contenders are those of ``benchmarks.chunked``, and ``sdpa`` as transformers runs it there, under a mask by tokens; a
+gate checks them too. ``kept`` is the density that the first layer had, of the whole prompt; ``extra_ms_per_chunk`` what
+a chunk takes beyond its share of the whole prompt; ``compiled`` how many graphs were compiled while it was timed.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from itertools import chain
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -29,6 +37,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
 import flexproxy
+from benchmarks import chunked
 from benchmarks.contenders import config_for, flex
 from benchmarks.harness import (
     Lengths,
@@ -38,6 +47,7 @@ from benchmarks.harness import (
     attempt,
     command,
     fractions,
+    integers,
     listed,
     quantiles,
     require_gpu,
@@ -47,24 +57,32 @@ from benchmarks.harness import (
     time_ms,
 )
 from flexproxy import ProxyConfig, reference
+from flexproxy.inspect.record import Pass
 from flexproxy.integrations.transformers import configure
 from flexproxy.integrations.transformers.attention import attention_forward
 from flexproxy.integrations.transformers.masks import forward_mask
 
 LENGTHS, DENSITIES = "32768,65536,131072,262144", "0.31,0.20,0.16,0.10"
 SDPA = {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA FlashAttention-2": SDPBackend.FLASH_ATTENTION}
-SLOW, ONCE = 65536, 131072  # longer prompts are not warmed up dense, and still longer ones run once
+SLOW, ONCE, SHORT_REPEATS = 65536, 131072, 5  # longer prompts are not warmed up, and still longer ones run once
 LONGEST_OF_FLASH = 131072  # longer ones take it long
+IN_CHUNKS = {  # dense contenders, and what they are called in transformers
+    "SDPA cuDNN in two parts": chunked.TWO_PARTS,
+    "SDPA FlashAttention-2 lower right": chunked.LOWER_RIGHT,
+    "SDPA as transformers masks it": "sdpa",
+}
+CHUNKED_DENSITY, SHORT_DENSITY, SHORT = 0.16, 0.15, (8192, 16384, 32768)
 DEVICE, DTYPE = "cuda", torch.bfloat16
 
 
 class Case(NamedTuple):
-    """What is measured: ``prefill``, ``layer`` or ``decode``; density: of flexproxy."""
+    """What is measured: ``prefill``, ``chunks``, ``layer`` or ``decode``; density: of flexproxy; chunk: its tokens."""
 
     part: str
     length: int
     contender: str
     density: float | None = None
+    chunk: int | None = None
 
 
 def model_config(max_length: int) -> LlamaConfig:
@@ -135,9 +153,25 @@ def check_correctness(model: Any, length: int = 4096) -> None:
     exact = reference.attention(q, k, v, allowed, scale)
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=True)
     dense = torch.where(allowed.any(-1, keepdim=True), dense, 0.0)
+    compare(out, dense, exact)
+
+
+def check_chunks(attend: Callable[..., Tensor]) -> None:
+    """The gate of dense attention behind a cache, one of ``chunked.ATTENTIONS``."""
+    q, k, v = layer_inputs(1024, heads=8, kv_heads=2)
+    q, scale = q[:, :, -384:], q.shape[-1] ** -0.5
+    allowed = torch.ones(384, 1024, dtype=torch.bool, device=DEVICE).tril(1024 - 384)
+    exact = reference.attention(q, k, v, allowed[None, None].expand(1, 8, -1, -1), scale)
+    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale, enable_gqa=True)
+    compare(attend(q, k, v, scale), dense, exact)
+
+
+def compare(out: Tensor, dense: Tensor, exact: Tensor) -> None:
     error, own_error = ((x.double() - exact).abs().max().item() for x in (out, dense))
-    if not error <= 2 * own_error + torch.finfo(q.dtype).eps * exact.abs().max().item():
-        raise SystemExit(f"correctness gate failed: error {error:.2e}, SDPA's own {own_error:.2e}; nothing was timed")
+    if not error <= 2 * own_error + torch.finfo(out.dtype).eps * exact.abs().max().item():
+        raise SystemExit(
+            f"correctness gate failed: error {error:.2e}, SDPA's own {own_error:.2e}; nothing more was timed"
+        )
 
 
 def prefill_ms(run: Callable[[], Any], repeats: int, warmup: int) -> Row:
@@ -155,15 +189,26 @@ def prefill_ms(run: Callable[[], Any], repeats: int, warmup: int) -> Row:
     return quantiles(times) | {"peak_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)}
 
 
+def compilations() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def density_of(passes: Sequence[Pass]) -> float:
+    """Of a layer, over all pairs of tokens that its passes admit; dense passes keep them all."""
+    pairs = [x.num_queries * (x.num_keys - (x.num_queries - 1) / 2) for x in passes]
+    kept = [1.0 if x.density is None else statistics.fmean(chain.from_iterable(x.density)) for x in passes]
+    return round(sum(n * share for n, share in zip(pairs, kept, strict=True)) / sum(pairs), 4)
+
+
 class Bench:
     """Measures cases with one model."""
 
     def __init__(self, model: Any, repeats: int) -> None:
         self.model, self.repeats = model, repeats
-        self._compiled: set[int] = set()  # lengths that flexproxy's kernels were compiled for
+        self._whole: dict[str, float] = {}  # milliseconds of the whole prompt, by contender
 
     def measure(self, case: Case) -> list[Row]:
-        measured = {"prefill": self.prefill, "layer": self.layer, "decode": self.decode}[case.part]
+        measured = getattr(self, case.part)
         return [case._asdict() | attempt(lambda: measured(case))]
 
     def _tokens(self, length: int) -> Tensor:
@@ -172,25 +217,69 @@ class Bench:
     def _use(self, case: Case) -> AbstractContextManager[Any]:
         """Set the model's attention to that of a case; for the duration of the context, sdpa's kernel."""
         if case.density is None:
-            self.model.set_attn_implementation("sdpa")
+            self.model.set_attn_implementation(IN_CHUNKS.get(case.contender, "sdpa"))
             return sdpa_kernel(SDPA[case.contender]) if case.contender in SDPA else nullcontext()
         self.model.set_attn_implementation("flexproxy")
-        configure(self.model, config_for(case.density, case.length))
+        # One proxy for each key/value head, as by default.
+        configure(self.model, replace(config_for(case.density, case.length), num_proxies=None))
         return nullcontext()
 
     @torch.no_grad()
     def prefill(self, case: Case) -> Row:
-        tokens, dense = self._tokens(case.length), case.density is None
-        warm = case.length > SLOW if dense else case.length in self._compiled
+        tokens = self._tokens(case.length)
+
+        def run() -> None:
+            self.model(input_ids=tokens, use_cache=True, logits_to_keep=1)
+
         with self._use(case):
-            row = prefill_ms(
-                lambda: self.model(input_ids=tokens, use_cache=True, logits_to_keep=1),
-                repeats=1 if case.length > ONCE else self.repeats,
-                warmup=0 if warm else 1,
-            )
-        if not dense:
-            self._compiled.add(case.length)
+            kept = self._rehearse(run, case)
+            repeats = 1 if case.length > ONCE else max(self.repeats, SHORT_REPEATS if case.length < SLOW else 1)
+            row = prefill_ms(run, repeats, warmup=1 if case.length <= SLOW else 0)
+        return row | {"kept": kept}
+
+    @torch.no_grad()
+    def chunks(self, case: Case) -> Row:
+        """A prompt in chunks."""
+        assert case.chunk is not None
+        if (attend := chunked.ATTENTIONS.get(IN_CHUNKS.get(case.contender, ""))) is not None:
+            check_chunks(attend)
+        tokens = self._tokens(case.length).split(case.chunk, 1)
+
+        def run() -> None:
+            cache = chunked.roomy_cache(self.model.config.num_hidden_layers, case.length)
+            for part in tokens:
+                self.model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+        with self._use(case):
+            kept = self._rehearse(run, case)
+            compiled = compilations()
+            row = prefill_ms(run, self.repeats, warmup=0)
+        row |= {"kept": kept, "compiled": compilations() - compiled, "extra_ms_per_chunk": None}
+        if len(tokens) == 1:
+            self._whole[case.contender] = row["median_ms"]
+        elif case.contender in self._whole:
+            extra = row["median_ms"] - self._whole[case.contender]
+            row["extra_ms_per_chunk"] = round(extra / (len(tokens) - 1), 3)
         return row
+
+    def _rehearse(self, run: Callable[[], None], case: Case) -> float | None:
+        """Compile and plan what a case needs, by one layer. Returns the density of that, None of dense contenders."""
+        with self._one_layer():
+            if case.density is None:
+                run()
+                return None
+            with flexproxy.record(self.model) as record:
+                run()
+        return density_of(record.layers[0])
+
+    @contextmanager
+    def _one_layer(self) -> Iterator[None]:
+        config = self.model.config
+        number, config.num_hidden_layers = config.num_hidden_layers, 1
+        try:
+            yield
+        finally:
+            config.num_hidden_layers = number
 
     @torch.no_grad()
     def layer(self, case: Case) -> Row:
@@ -240,21 +329,40 @@ def cases_of(lengths: Sequence[int], densities: Sequence[float], at: int) -> lis
     return cases
 
 
+def cases_in_chunks(chunks: Sequence[int], length: int) -> list[Case]:
+    """The most important first: the whole prompt, the first size of chunks, short prompts, other sizes, slow ones."""
+    best, *slow = IN_CHUNKS
+    pairs = [(best, None), ("flexproxy", CHUNKED_DENSITY)]
+    sized = [[Case("chunks", length, *pair, chunk) for pair in pairs] for chunk in (length, *chunks)]
+    short = [
+        Case("prefill", short, *pair)
+        for short in SHORT
+        for pair in [*((name, None) for name in SDPA), ("flexproxy", SHORT_DENSITY)]
+    ]
+    last = [Case("chunks", length, name, None, chunks[0]) for name in slow]
+    return [*chain.from_iterable(sized[:2]), *short, *chain.from_iterable(sized[2:]), *last]
+
+
 def bench(
     *,
     lengths: Lengths = LENGTHS,
     densities: Annotated[Any, listed(fractions, "Kept / admissible blocks.")] = DENSITIES,
     repeats: Annotated[int, typer.Option(min=1, help="Timed prefills, up to 128K; of longer prompts, one.")] = 2,
-    at: Annotated[int, typer.Option(min=1, help="Length for the layer and for decoding.")] = 131072,
+    at: Annotated[int, typer.Option(min=1, help="Length for the layer, for decoding, and for chunks.")] = 131072,
+    chunks: Annotated[Any, listed(integers, "Instead: prompts in chunks of so many tokens.")] = "",
     out: Out = None,
     quick: Quick = False,
 ) -> None:
     settings = settings_of(locals()) | {"transformers": transformers.__version__}
     require_gpu()
-    model = make_model(model_config(max(*lengths, at) + 1024))
+    model = make_model(model_config(max(*lengths, *SHORT, at) + 1024))
     check_correctness(model)
     cases = cases_of(lengths, densities, at)
-    run_cases(cases, Bench(model, repeats).measure, result_path("prefill", out, quick), settings)
+    if chunks:
+        chunked.register()
+        cases = cases_in_chunks(chunks, at)
+    name = "prefill_chunks" if chunks else "prefill"
+    run_cases(cases, Bench(model, repeats).measure, result_path(name, out, quick), settings)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

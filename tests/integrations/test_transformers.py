@@ -262,8 +262,8 @@ def test_chunks_compile_no_kernel_each(monkeypatch: pytest.MonkeyPatch) -> None:
         traced.append(1)
         return graph.forward
 
-    function = kernel.compiled_flex_attention.__wrapped__("cuda")._torchdynamo_orig_callable
-    compiled = torch.compile(function, fullgraph=True, backend=count)
+    on_a_gpu: Any = kernel.compiled_flex_attention.__wrapped__("cuda")
+    compiled = torch.compile(on_a_gpu._torchdynamo_orig_callable, fullgraph=True, backend=count)
     monkeypatch.setattr(kernel, "run_compiled", compiled)
     model, tokens = model_of("llama"), make_tokens(1, 8 * 160)
     configure_sparse(model, SOME_BLOCKS)
