@@ -73,33 +73,62 @@ def select(
     return estimate(q, k, read_mask(mask_mod, block_mask, plan.frame, q.device), plan)
 
 
+class Read(NamedTuple):
+    """What an estimate takes from q and k; the rest of it looks at nothing else.
+
+    q_proxy, k_proxy: the proxy heads, ``[B, P, sampled queries or Sq, D]`` and ``[B, P, sampled keys, D]``.
+    masses: of the budgets, fp32 ``[B, Hq, Nk]``, or by document; None where every block is kept.
+    """
+
+    q_proxy: Tensor
+    k_proxy: Tensor
+    masses: Tensor | None
+
+
 def estimate(q: Tensor, k: Tensor, mask: PreparedMask, plan: Plan) -> Selection:
     """``select`` by its plan, under a mask prepared for it."""
-    config, groups = plan.config, plan.frame.groups
-    q_stride, k_stride = config.strides
-    chooses = config.chooses_queries
-    q, k = q.detach(), k.detach()
-    proxy_of = proxy_of_heads(groups, q.device)
+    return choose(read(q.detach(), k.detach(), mask, plan), mask, plan)
 
-    # 1. Proxy heads, and their scores: one ranking of blocks for all heads of a proxy.
-    q_proxy, k_proxy = pool_heads(q, groups, 1 if chooses else q_stride), pool_heads(k, plan.key_groups, k_stride)
+
+def read(q: Tensor, k: Tensor, mask: PreparedMask, plan: Plan) -> Read:
+    """The first pass over queries and keys: proxy heads, and the masses of the last queries."""
+    config = plan.config
+    q_stride, k_stride = config.strides
+    q_proxy = pool_heads(q, plan.frame.groups, 1 if config.chooses_queries else q_stride)
+    k_proxy = pool_heads(k, plan.key_groups, k_stride)
+    masses = None
+    if not plan.keeps_all:
+        if isinstance(mask.probes, Documents):
+            masses = document_masses(q, k, mask.probed, mask.probes, config.block_size, plan.scale)
+        else:
+            masses = block_masses(q, k, mask.probes, mask.probed, config.block_size, plan.scale)
+    return Read(q_proxy, k_proxy, masses)
+
+
+def choose(x: Read, mask: PreparedMask, plan: Plan) -> Selection:
+    """The blocks of every head, from what was read."""
+    config, groups = plan.config, plan.frame.groups
+    proxy_of = proxy_of_heads(groups, x.q_proxy.device)
+
+    # 1. Scores of the proxy heads: one ranking of blocks for all heads of a proxy.
     chosen, sampled = None, mask.sampled
-    if chooses:
-        chosen = outlying_queries(q_proxy, merge_heads(mask.admissible.valid, groups), q_stride)
+    if config.chooses_queries:
+        chosen = outlying_queries(x.q_proxy, merge_heads(mask.admissible.valid, groups), config.strides[0])
         if sampled.lo is None:
             sampled = _evaluated_at(chosen, mask, plan.frame, proxy_of)
     q_cell, k_cell = (config.block_size // stride for stride in config.strides)
-    sampling = Sampling(q_cell, k_cell, k_stride, chosen)
+    sampling = Sampling(q_cell, k_cell, config.strides[1], chosen)
     # As much as one of the lists of the BlockMask will take, so that it does not show in the peak.
-    workspace = min(max(4 * q.shape[0] * q.shape[1] * mask.some.shape[2] * mask.some.shape[3], 2**25), 2**30)
-    scores = block_scores(q_proxy, k_proxy, sampled, mask.some, mask.rows, sampling, plan.scale, workspace)
+    pairs = plan.frame.batch * plan.frame.num_heads * math.prod(mask.some.shape[2:])
+    workspace = min(max(4 * pairs, 2**25), 2**30)
+    scores = block_scores(x.q_proxy, x.k_proxy, sampled, mask.some, mask.rows, sampling, plan.scale, workspace)
     rank = rank_blocks(scores, mask.some, mask.rows, mask.rule)
     head_rank = None
     if mask.admissible.any.shape[1] > 1:  # a head walks the ranking of its proxy over its own blocks
         head_rank = rank_blocks(-rank[:, proxy_of].float(), mask.admissible.any, mask.head_rows, mask.rule)
 
     # 2. Dynamic budgets: a count for every row of a head, from the last queries of its sequence.
-    count = _count_blocks(q, k, mask, config, plan.scale)
+    count = _count_blocks(x, mask, plan)
 
     return Selection(
         rank=rank,
@@ -111,7 +140,7 @@ def estimate(q: Tensor, k: Tensor, mask: PreparedMask, plan: Plan) -> Selection:
         forced=mask.forced,
         allowed=mask.mask_mod,
         block_size=config.block_size,
-        lengths=(q.shape[2], k.shape[2]),
+        lengths=(plan.frame.num_queries, plan.frame.num_keys),
         gradients=plan.gradients,
         scale=plan.scale,
     )
@@ -309,20 +338,19 @@ def _evaluated_at(chosen: Tensor, mask: PreparedMask, frame: Frame, proxy_of: Te
     return evaluated_at(mask.evaluated, chosen, frame.num_keys, frame.strides[1], merge)
 
 
-def _count_blocks(q: Tensor, k: Tensor, mask: PreparedMask, config: ProxyConfig, scale: float) -> Tensor:
+def _count_blocks(x: Read, mask: PreparedMask, plan: Plan) -> Tensor:
     """int32 ``[B, Hq, Nq]``."""
-    num_blocks, rows, gamma, density = mask.some.shape[-1], mask.head_rows, config.gamma, config.density
+    config, rows, num_blocks = plan.config, mask.head_rows, mask.some.shape[-1]
+    heads = plan.frame.batch, plan.frame.num_heads
     max_blocks = num_blocks if config.max_blocks is None else config.max_blocks
     bounds = mask.forced, config.min_blocks, max_blocks
-    keeps_all = (gamma if density is None else density) == 1.0
+    gamma, density, masses = config.gamma, config.density, x.masses
     if isinstance(mask.probes, Documents):
-        if keeps_all:
-            masses, gamma, density = q.new_zeros(*q.shape[:2], k.shape[2], dtype=torch.float32), math.inf, None
-        else:
-            masses = document_masses(q, k, mask.probed, mask.probes, config.block_size, scale)
+        if masses is None:
+            masses = x.k_proxy.new_zeros(*heads, plan.frame.num_keys, dtype=torch.float32)
+            gamma, density = math.inf, None
         return document_counts(masses, mask.probes, rows, gamma, density, *bounds)
-    if keeps_all:
-        count = torch.full(q.shape[:2], num_blocks, dtype=torch.int32, device=q.device)
+    if masses is None:
+        count = torch.full(heads, num_blocks, dtype=torch.int32, device=rows.device)
         return rows_with_count(clip_counts(count, *bounds, num_blocks), rows, num_blocks)
-    masses = block_masses(q, k, mask.probes, mask.probed, config.block_size, scale)
     return count_blocks(masses, rows, mask.forced, gamma, density, config.min_blocks, max_blocks)

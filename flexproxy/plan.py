@@ -151,6 +151,11 @@ class Plan:
     gradients: bool
     much_memory: bool
 
+    @property
+    def keeps_all(self) -> bool:
+        """The target is every block, so no probe is needed; a ``max_budget`` may still keep fewer."""
+        return (self.config.gamma if self.config.density is None else self.config.density) == 1.0
+
 
 @planned
 def plan_estimate(
