@@ -207,6 +207,19 @@ def of_layers(name: str, setting: str, configs: Mapping[int, ProxyConfig]) -> Me
     return Method(name, setting, select)
 
 
+def shared(config: ProxyConfig, number: int) -> Method:
+    """flexproxy, where so many layers that attend to everything have the blocks of the first of them."""
+    found: list[Tensor] = []
+
+    def select(q: Tensor, k: Tensor, place: Place) -> Tensor:
+        if place.nth % number == 0:
+            found[:] = [flexproxy.select(q, k, config=config).block_map()]
+        return found[0]
+
+    plain = of_config(config)
+    return Method(f"{plain.name}, shared by {number} layers", plain.setting, select)
+
+
 def default_proxies(num_kv_heads: int) -> int:
     """One proxy for each key/value head, but at most 8: the largest divisor up to 8."""
     return max(p for p in range(1, 9) if num_kv_heads % p == 0)

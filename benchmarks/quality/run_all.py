@@ -32,6 +32,7 @@ from benchmarks.quality.methods import (
     of_config,
     of_layers,
     ours,
+    shared,
 )
 from benchmarks.quality.models import DEFAULT_MODEL
 from flexproxy import ProxyConfig
@@ -72,6 +73,7 @@ class Plan:
             "corrections": self.corrections,
             "calibrated": self.calibrated,
             "short": self.short,
+            "shared": self.shared,
         }
 
     def cells(self, stages: Sequence[str]) -> Iterator[Cell]:
@@ -161,6 +163,11 @@ class Plan:
         for length, target in ((4096, 0.25), (2048, 0.4), (16384, 0.1)):
             methods = [self._ours(target)[0], *self._peers((*SPARSE_PEERS, "sink + recent"), target)]
             yield from self._over([length], USUAL, methods)
+
+    def shared(self) -> Iterator[Cell]:
+        """One selection for two and for four layers."""
+        config = ours(num_proxies=self.proxies, **self._at(0.25))
+        yield from self._over([LENGTH], USUAL, [of_config(config), *(shared(config, number) for number in (2, 4))])
 
     # What stages are made of
 

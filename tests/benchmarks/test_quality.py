@@ -40,6 +40,7 @@ from benchmarks.quality.methods import (
     of_config,
     of_layers,
     ours,
+    shared,
 )
 from benchmarks.quality.models import NEEDLE, attention_shape, fingerprint, name_of, tasks_for
 from benchmarks.quality.samples import Sample, Task, bits_per_token, exact_answers, scored_positions
@@ -199,6 +200,21 @@ def test_settings_of_every_layer() -> None:
         expected = of_config(config).select
         assert expected is not None
         assert torch.equal(method.select(q, k, Place(layer, layer, 2)), expected(q, k, ONLY))
+
+
+def test_layers_that_share() -> None:
+    """The first of every two that attend to everything selects."""
+    config = ours(num_proxies=2, density=0.6, min_budget=0)
+    method, own = shared(config, 2), of_config(config)
+    assert str(method) == f"{own.name}, shared by 2 layers, density 0.6"
+    assert method.select is not None
+    assert own.select is not None
+    q, k, _ = layer_inputs()
+    inputs = [(q, k), (q, k.flip(2)), (q.flip(2), k), (q.flip(2), k.flip(2))]
+    for nth, (own_q, own_k) in enumerate(inputs):
+        expected = own.select(*inputs[nth - nth % 2], ONLY)
+        assert torch.equal(method.select(own_q, own_k, Place(6 * nth, nth, 4)), expected)
+    assert not torch.equal(own.select(*inputs[0], ONLY), own.select(*inputs[1], ONLY))
 
 
 def test_the_first_trial_is_flexproxy() -> None:
