@@ -189,6 +189,11 @@ def prefill_ms(run: Callable[[], Any], repeats: int, warmup: int) -> Row:
     return quantiles(times) | {"peak_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)}
 
 
+def settings_for(density: float, length: int) -> ProxyConfig:
+    """With one proxy for each key/value head, as by default."""
+    return replace(config_for(density, length), num_proxies=None)
+
+
 def compilations() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
@@ -220,8 +225,7 @@ class Bench:
             self.model.set_attn_implementation(IN_CHUNKS.get(case.contender, "sdpa"))
             return sdpa_kernel(SDPA[case.contender]) if case.contender in SDPA else nullcontext()
         self.model.set_attn_implementation("flexproxy")
-        # One proxy for each key/value head, as by default.
-        configure(self.model, replace(config_for(case.density, case.length), num_proxies=None))
+        configure(self.model, settings_for(case.density, case.length))
         return nullcontext()
 
     @torch.no_grad()
@@ -263,30 +267,31 @@ class Bench:
         return row
 
     def _rehearse(self, run: Callable[[], None], case: Case) -> float | None:
-        """Compile and plan what a case needs, by one layer. Returns the density of that, None of dense contenders."""
-        with self._one_layer():
+        """Compile and plan what a case needs, by the first layers. Returns the density, None of dense contenders."""
+        with self._first_layers(2):
+            run()
             if case.density is None:
-                run()
                 return None
-            with flexproxy.record(self.model) as record:
+            with flexproxy.record(self.model) as record:  # attention that is observed may go another way
                 run()
         return density_of(record.layers[0])
 
     @contextmanager
-    def _one_layer(self) -> Iterator[None]:
+    def _first_layers(self, number: int) -> Iterator[None]:
+        """The model has so many layers."""
         config = self.model.config
-        number, config.num_hidden_layers = config.num_hidden_layers, 1
+        all_of_them, config.num_hidden_layers = config.num_hidden_layers, number
         try:
             yield
         finally:
-            config.num_hidden_layers = number
+            config.num_hidden_layers = all_of_them
 
     @torch.no_grad()
     def layer(self, case: Case) -> Row:
         """One layer's attention as transformers calls it; the one call behind it; and its two parts, one by one."""
         assert case.density is not None
         with self._use(case):
-            module, config = self.model.model.layers[0].self_attn, config_for(case.density, case.length)
+            module, config = self.model.model.layers[0].self_attn, settings_for(case.density, case.length)
             q, k, v = layer_inputs(case.length)
             mask, scale = causal_mask(case.length), q.shape[-1] ** -0.5
             arguments: dict[str, Any] = {"block_mask": mask, "config": config, "scale": scale}
