@@ -197,7 +197,7 @@ def _cumulative_kernel(
         same = tl.load(at + r, mask=r < end, other=-1)[:, None] == document[None, :]
         ahead = same & ((other > mass[None, :]) | ((other == mass[None, :]) & (r[:, None] < part[None, :])))
         total += tl.sum(tl.where(ahead, other, 0.0), 0)
-    tl.store(cumulative + bh * num_keys + part, total, mask=ok)
+    tl.store(cumulative + bh * num_keys + part, tl.where(ok, total, 0.0), mask=part < num_keys)
 
 
 def document_masses(
