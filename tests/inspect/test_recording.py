@@ -323,6 +323,8 @@ def test_times_by_events_and_no_wait(tmp_path: Path) -> None:
         return sum("synchroniz" in str(x.message) for x in told)
 
     waits()  # compiles
+    with flexproxy.record(model):
+        waits()  # likewise, where the default mask is not passed by
     alone = waits()
     with flexproxy.record(model) as record:
         assert waits() == alone

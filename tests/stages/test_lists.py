@@ -167,7 +167,7 @@ def test_lists_for_gradients_in_attention(trained: str, device: str, monkeypatch
     (q, k), (_, v) = tensors(device, 256, 256), tensors(device, 256, 256)
     if trained != "none":
         {"q": q, "k": k, "v": v}[trained].requires_grad_()
-    for mask_mod, config in ((None, CONFIG), (masks.full, ProxyConfig(gamma=1.0))):  # sparse, and dense
+    for mask_mod, config in ((masks.causal, CONFIG), (masks.full, ProxyConfig(gamma=1.0))):  # sparse, and dense
         flexproxy.attention(q, k, v, mask_mod=mask_mod, config=config, when="always")
     assert [block_mask.q_indices is not None for block_mask in seen] == [trained != "none"] * 2
 
