@@ -19,7 +19,7 @@ import functools
 import importlib
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Annotated, Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -70,8 +70,8 @@ def operator(
             if not has_kernel or implementations.picked(first.device) == "torch":
                 with torch.autocast(first.device.type, enabled=False):
                     return function(*arguments)  # type: ignore[call-arg]
-            with _on_device_of(first):
-                return form.named(_launchers()[form.name](*arguments))
+            with on_device_of(first):
+                return form.named(kernels().OPERATORS[form.name](*arguments))
 
         def run_flat(*flat: Any) -> Any:
             result = run(form.rebuilt(flat))
@@ -207,12 +207,12 @@ def _fields(named_tuple: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def _launchers() -> Mapping[str, Callable[..., Any]]:
-    launchers: Mapping[str, Callable[..., Any]] = importlib.import_module("flexproxy.ops.kernels").OPERATORS
-    return launchers
+def kernels() -> Any:
+    """The module of the Triton kernels, which needs triton."""
+    return importlib.import_module("flexproxy.ops.kernels")
 
 
-def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, not on that of its arguments."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
         return contextlib.nullcontext()

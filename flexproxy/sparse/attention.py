@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Literal, overload
 
 import torch.nn.functional as F
@@ -12,9 +13,10 @@ from flexproxy.checks import check_kernel_options
 from flexproxy.config import ProxyConfig
 from flexproxy.masks.structure import MaskMod
 from flexproxy.ops import compat
+from flexproxy.ops.implementations import picked
 from flexproxy.pipeline import check_memory, dense_block_mask, estimate, read_mask
-from flexproxy.sparse import compensation
-from flexproxy.sparse.kernel import Result
+from flexproxy.sparse import compensation, replay
+from flexproxy.sparse.kernel import NotCompiledError, Result
 from flexproxy.sparse.plan import AttentionPlan, Settings, When, plan_attention
 
 
@@ -98,6 +100,9 @@ def attention(
     plan = plan_attention((q, k, v), mask_mod, block_mask, settings)
     if plan.estimate is None:
         return attend_densely(q, k, v, mask_mod, block_mask, plan, score_mod)
+    if plan.is_inference and picked(q.device) == "triton":
+        with contextlib.suppress(NotCompiledError):
+            return replay.attend(q, k, v, plan.estimate, plan.kernel)
     check_memory(q, k, plan.estimate)
     mask = read_mask(mask_mod, block_mask, plan.estimate.frame, q.device)
     selection = estimate(q, k, mask, plan.estimate)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexproxy.ops import compat
+from flexproxy.stages.lists import Lists
 
 Result: TypeAlias = Tensor | tuple[Tensor, Tensor]  # the latter: output and log-sum-exp, a natural logarithm
 
@@ -65,6 +66,56 @@ def run_flex(
     out, others = result
     lse = others if isinstance(others, Tensor) else others.lse
     return out, _natural(lse, arguments["kernel_options"])
+
+
+def run_causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offset: Tensor,
+    lists: Lists,
+    block_size: int,
+    scale: float,
+    kernel_options: dict[str, Any],
+) -> Tensor:
+    """``run_flex`` of listed blocks under a causal mask: a function of tensors alone, whose call is quickly checked.
+
+    Args:
+        offset: int32 ``[B]``, the position of query 0 among the keys.
+
+    Raises:
+        NotCompiledError: compilation is switched off.
+    """
+    compiled = _compiled_causal(block_size, scale, q.shape[1] != k.shape[1], tuple(kernel_options.items()))
+    try:
+        out: Tensor = compiled(q, k, v, offset, *lists)
+    except compat.recompile_limit_hit():
+        with compat.many_lengths():
+            out = compiled(q, k, v, offset, *lists)
+    return out
+
+
+@functools.lru_cache(MAX_COMPILED)
+def _compiled_causal(
+    block_size: int, scale: float, gqa: bool, kernel_options: tuple[tuple[str, Any], ...]
+) -> Callable[..., Tensor]:
+    arguments: dict[str, Any] = {"scale": scale, "enable_gqa": gqa, "kernel_options": dict(kernel_options)}
+
+    def causal(q: Tensor, k: Tensor, v: Tensor, offset: Tensor, *lists: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            raise NotCompiledError
+
+        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return q_idx + offset[b] >= kv_idx
+
+        sizes, lengths = (block_size, block_size), (q.shape[2], k.shape[2])
+        block_mask = compat.from_kv_blocks(
+            *lists, block_size=sizes, mask_mod=mask_mod, seq_lengths=lengths, compute_q_blocks=False
+        )
+        out: Tensor = flex_attention(q, k, v, block_mask=block_mask, **arguments)
+        return out
+
+    return _compiled(causal, "cuda")
 
 
 def _natural(lse: Tensor, kernel_options: dict[str, Any]) -> Tensor:
@@ -132,11 +183,16 @@ def run_compiled(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Any:
 @functools.lru_cache(MAX_COMPILED)
 def compiled_flex_attention(device_type: str, *lengths: Any) -> Callable[..., Any]:
     """``flex_attention``, compiled for a type of device, and on a CPU for lengths: NOTE [Compiled for a length]."""
-    code = _flex_attention.__code__.replace(co_name=f"{_flex_attention.__name__}_{device_type}")
-    function = types.FunctionType(code, _flex_attention.__globals__)
+    return _compiled(_flex_attention, device_type)
+
+
+def _compiled(function: Any, device_type: str) -> Callable[..., Any]:
+    """A copy of a function, with a code object of its own, compiled."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{device_type}")
+    copy = types.FunctionType(code, function.__globals__, closure=function.__closure__)
     # Dynamo's notes of a code object hold one another.
-    weakref.finalize(function, compat.forget_compiled, code).atexit = False
-    return torch.compile(function, fullgraph=True, dynamic=False if device_type == "cpu" else None)
+    weakref.finalize(copy, compat.forget_compiled, code).atexit = False
+    return torch.compile(copy, fullgraph=True, dynamic=False if device_type == "cpu" else None)
 
 
 def _flex_attention(*args: Any, **kwargs: Any) -> Any:

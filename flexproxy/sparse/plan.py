@@ -94,6 +94,7 @@ class AttentionPlan:
         means: that of attention to the means of dropped blocks; None without compensation.
         block_size: tokens per block.
         return_lse: the caller gets the log-sum-exp.
+        is_inference: sparse, on a GPU, under the default mask and options, and nothing but the output is needed.
     """
 
     dense: str | None
@@ -103,6 +104,7 @@ class AttentionPlan:
     means: KernelPlan | None
     block_size: int
     return_lse: bool
+    is_inference: bool
 
 
 class Settings(NamedTuple):
@@ -149,8 +151,17 @@ def plan_attention(
             means = replace(means, kernel_options=options)
     plain = structure is None and call.score_mod is NoneType and not lse and q.shape[2] in (1, k.shape[2])
     estimate = new_plan(q, k, config, scale, kernel.gradients) if dense is None else None
+    is_default = q.is_cuda and structure is None and kernel.listed and not compat.in_a_mode()
+    bare = call.score_mod is NoneType and call.kernel_options is None and not (lse or compensated or kernel.gradients)
     return AttentionPlan(
-        dense, dense is not None and plain, estimate, kernel, means, config.block_size, call.return_lse
+        dense=dense,
+        by_sdpa=dense is not None and plain,
+        estimate=estimate,
+        kernel=kernel,
+        means=means,
+        block_size=config.block_size,
+        return_lse=call.return_lse,
+        is_inference=dense is None and is_default and bare,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -188,7 +189,7 @@ def test_a_kernel_takes_the_place_of_the_function(monkeypatch: pytest.MonkeyPatc
 
     with_kernel: Any = operator(lambda a: [(a.pair.x.shape, torch.float32)] * 2)(_renamed())
     monkeypatch.setattr(implementations, "picked", picked)
-    monkeypatch.setattr(operators, "_launchers", lambda: {"mock_launched": launcher})
+    monkeypatch.setattr(operators, "kernels", lambda: types.SimpleNamespace(OPERATORS={"mock_launched": launcher}))
     pair = Pair(X)
     assert with_kernel(2, pair=pair).sums is X
     assert given == [(2, pair, 7)]

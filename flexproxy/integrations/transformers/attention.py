@@ -20,7 +20,7 @@ from flexproxy.integrations.transformers.settings import is_decoder_attention, l
 from flexproxy.ops.cache import place_of
 from flexproxy.pipeline import PreparedMask, check_memory, estimate, read_mask
 from flexproxy.plan import Frame, plan_estimate
-from flexproxy.sparse.attention import attend_densely
+from flexproxy.sparse.attention import attend_densely, attention
 from flexproxy.sparse.plan import Settings, When, plan_attention, reason_to_be_dense
 
 # Token pairs up to which a dense layer takes a mask token by token, as it does in transformers.
@@ -119,6 +119,9 @@ def _forward(x: _Inputs, mask: Tensor | BlockMask | None, call: Call | None = No
     if shared is not None and (x.q.device, config.block_size) != (mask.kv_indices.device, BLOCK_SIZE):
         mask = shared.block_mask(x.q.device, config.block_size)
     owned = shared is not None and not torch.compiler.is_compiling()
+    plain = owned and x.q.is_cuda and call is None and x.softcap is None and x.sinks is None
+    if plain and shared is not None and shared.is_default:  # the mask that attention knows best
+        return attention(x.q, x.k, x.v, config=config, scale=x.scale, when=when).transpose(1, 2).contiguous()
     kept = vars(mask).setdefault("flexproxy_prepared", {}) if owned else {}
     out = _by_blocks(x._replace(sinks=_local(x.sinks)), mask, kept, config, when, call)
     return out.transpose(1, 2).contiguous()

@@ -62,6 +62,7 @@ class ForwardMask:
         device: where transformers made it.
         window: the most tokens that a query sees, counted back from itself; None if there is no such bound.
         is_causal: whether it is causal from the first key on, and nothing besides.
+        is_default: whether it is causal, aligned at the end, and nothing besides: the default mask of ``attention``.
     """
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
@@ -84,11 +85,11 @@ class ForwardMask:
         self._made: dict[tuple[torch.device, int], BlockMask] = {}
         self._tokens: list[Tensor | None] = []  # none yet, or one
         self.window = window_of(self._function)
-        self.is_causal = (
-            self._function is masking_utils.causal_mask_function
-            and padding is None
-            and self.num_queries == self.num_keys
-        )
+        plain = self._function is masking_utils.causal_mask_function and padding is None
+        self.is_causal = plain and self.num_queries == self.num_keys
+        offsets = self._q_offset, self._kv_offset
+        at_end = (self.num_keys - self.num_queries, 0)
+        self.is_default = plain and not any(isinstance(x, Tensor) for x in offsets) and offsets == at_end
 
     def token_mask(self) -> Tensor | None:
         """The mask token by token, bool ``[B, 1, Sq, Skv]``, or None where ``sdpa`` needs none."""

@@ -10,7 +10,10 @@ from flexproxy.ops.kernels.documents import document_masses
 from flexproxy.ops.kernels.lists import block_lists, selected_lists
 from flexproxy.ops.kernels.proxy import outlying_queries, pool_groups
 from flexproxy.ops.kernels.ranking import forced_counts, rank_blocks
+from flexproxy.ops.kernels.reading import Reader
 from flexproxy.ops.kernels.scores import block_scores
+
+__all__ = ["OPERATORS", "Reader"]
 
 OPERATORS = {
     launcher.__name__: launcher

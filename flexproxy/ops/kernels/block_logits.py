@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from flexproxy.masks.sampled import SampledMask
 
 LOG2_E = math.log2(math.e)
+# Programs that fill a GPU twice: with fewer, each takes fewer steps than its tile says, but MIN_STEPS.
+MANY_PROGRAMS, MIN_STEPS = 512, 2
 
 
 class Tile(NamedTuple):
@@ -290,6 +292,7 @@ def block_logits(
     row_index: Tensor | None = None,
     summary: Tensor | None = None,
     sums: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Values by column, fp32 ``[B, H, row blocks, columns, q_cell]``, and log-sum-exps ``[B, H, splits, rows]``.
 
@@ -305,6 +308,7 @@ def block_logits(
         row_index: int64 ``[b, h, rows]``, the rows' places in q, -1 for none.
         summary: int32 ``[b, h, blocks, 7]`` of ``summarize_rows``, for rows that lie in blocks of ``q_cell``.
         sums: log-sum-exps of the blocks instead of their largest logits.
+        out: the result of a call of the same shapes, to be written over.
     """
     lo, hi, q_label, k_label, bits, listed = mask
     batch, heads, _, head_dim = q.shape
@@ -313,14 +317,19 @@ def block_logits(
     column = min(k_cell, tile.keys)
     num_columns = -(-num_keys // column)
     number = rows.stop - rows.start
-    splits = -(-num_keys // (tile.keys * tile.steps))
-    row_blocks = -(-number // q_cell)
-    values = torch.empty(batch, heads, row_blocks, num_columns, q_cell, dtype=torch.float32, device=q.device)
-    partial = torch.empty(batch, heads, splits, number, dtype=torch.float32, device=q.device)
+    row_tiles, key_tiles = -(-number // tile.rows), -(-num_keys // tile.keys)
+    steps = min(tile.steps, max(MIN_STEPS, key_tiles * row_tiles * batch * heads // MANY_PROGRAMS))
+    splits = -(-key_tiles // steps)
+    if out is None:
+        row_blocks = -(-number // q_cell)
+        values = torch.empty(batch, heads, row_blocks, num_columns, q_cell, dtype=torch.float32, device=q.device)
+        partial = torch.empty(batch, heads, splits, number, dtype=torch.float32, device=q.device)
+    else:
+        values, partial = out
     descriptor = _descriptor(k, [1, 1, tile.keys, block_d]) if tile.tma else None
     launch(
         _block_logits_kernel,
-        (-(-number // tile.rows), splits, batch * heads),
+        (row_tiles, splits, batch * heads),
         Options(tile.warps, tile.stages, tile.registers),
         q=q,
         k=descriptor or k,
@@ -339,7 +348,7 @@ def block_logits(
         num_keys=num_keys,
         num_columns=num_columns,
         rows_in_buffer=number,
-        steps=tile.steps,
+        steps=steps,
         heads=heads,
         group=heads // k.shape[1],
         key_step=key_step,

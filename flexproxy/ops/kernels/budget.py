@@ -92,24 +92,44 @@ def _masses_kernel(
 
 def block_masses(q: Tensor, k: Tensor, probes: Tensor, mask: SampledMask, block_size: int, scale: float) -> Tensor:
     """``flexproxy.stages.budget.block_masses``."""
-    batch, heads, _, head_dim = q.shape
-    num_probes = probes.shape[2]
-    num_k_blocks = -(-k.shape[2] // block_size)
-    tile = masses_tile(q.dtype, head_dim, q.device, block_size)
-    mask = mask.listed_at(probes.clamp(min=0), block_size)
-    values, partial = block_logits(
+    logits = probe_logits(q, k, probes, mask, block_size, scale)
+    return masses_of_logits(logits, probes, k.shape[2], block_size, q)
+
+
+def probe_logits(
+    q: Tensor,
+    k: Tensor,
+    probes: Tensor,
+    mask: SampledMask,
+    block_size: int,
+    scale: float,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The part of ``block_masses`` that reads q and k: ``block_logits`` of the probes; out: an earlier result."""
+    return block_logits(
         q,
         k,
-        mask,
-        tile,
+        mask if mask.listed is None else mask.listed_at(probes.clamp(min=0), block_size),
+        masses_tile(q.dtype, q.shape[3], q.device, block_size),
         scale,
-        rows=slice(0, num_probes),
-        q_cell=num_probes,
+        rows=slice(0, probes.shape[2]),
+        q_cell=probes.shape[2],
         k_cell=block_size,
         row_index=probes,
         sums=True,
+        out=out,
     )
-    masses = torch.empty(batch, heads, num_k_blocks, dtype=torch.float32, device=q.device)
+
+
+def masses_of_logits(
+    logits: tuple[Tensor, Tensor], probes: Tensor, num_keys: int, block_size: int, like: Tensor
+) -> Tensor:
+    """``block_masses`` from the ``probe_logits`` of queries like these: of their dtype, head dimension and device."""
+    values, partial = logits
+    batch, heads, _, num_columns, num_probes = values.shape
+    num_k_blocks = -(-num_keys // block_size)
+    tile = masses_tile(like.dtype, like.shape[3], like.device, block_size)
+    masses = torch.empty(batch, heads, num_k_blocks, dtype=torch.float32, device=values.device)
     block_m = min(num_probes, 128)
     block_j = 4096 // block_m
     launch(
@@ -120,7 +140,7 @@ def block_masses(q: Tensor, k: Tensor, probes: Tensor, mask: SampledMask, block_
         probes=probes,
         masses=masses,
         num_probes=num_probes,
-        num_columns=values.shape[3],
+        num_columns=num_columns,
         num_k_blocks=num_k_blocks,
         splits=partial.shape[2],
         heads=heads,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,9 +16,9 @@ from flexproxy.ops.kernels.launch import Options, launch, power_of_2
 from flexproxy.ops.tensors import is_contiguous
 
 
-@triton.jit(do_not_specialize=["num_rows", "step", "largest"])
-def _pool_kernel(
-    x, heads, pooled, x_stride_b, x_stride_h, x_stride_s, x_stride_d, num_rows, step, largest, head_dim,
+@triton.jit
+def _pool_rows(
+    x, heads, pooled, at, stride_h, stride_s, stride_d, first_row, num_rows, step, largest, head_dim,
     HAS_TABLE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_S rows of one proxy, which are ``step`` tokens apart.
@@ -25,44 +26,99 @@ def _pool_kernel(
     Head after head: many at once, a power of two apart, are slow to read.
     """
     proxy = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    row = first_row + tl.arange(0, BLOCK_S)
     dim = tl.arange(0, BLOCK_D)
     inside = (row < num_rows)[:, None] & (dim < head_dim)[None, :]
-    at = x + b * x_stride_b + (row.to(tl.int64) * step)[:, None] * x_stride_s + dim[None, :] * x_stride_d  # [rows, D]
+    at = x + at + (row.to(tl.int64) * step)[:, None] * stride_s + dim[None, :] * stride_d  # [rows, D]
     table = heads + proxy * (largest + 1) if HAS_TABLE else heads
     number = tl.load(table) if HAS_TABLE else largest
     total = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     for member in tl.range(0, number):
         head = tl.load(table + 1 + member) if HAS_TABLE else proxy * largest + member
-        total += tl.load(at + head.to(tl.int64) * x_stride_h, mask=inside, other=0.0).to(tl.float32)
-    out = (b * tl.num_programs(1) + proxy) * num_rows + row
+        total += tl.load(at + head.to(tl.int64) * stride_h, mask=inside, other=0.0).to(tl.float32)
+    out = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + proxy) * num_rows + row
     tl.store(pooled + out[:, None] * head_dim + dim[None, :], (total / number).to(pooled.dtype.element_ty), mask=inside)
+
+
+POOL_NUMBERS = ["q_rows", "k_rows", "q_step", "k_step", "q_largest", "k_largest", "q_programs"]
+
+
+@triton.jit(do_not_specialize=POOL_NUMBERS)
+def _pool_kernel(
+    q, k, q_heads, k_heads, q_pooled, k_pooled,
+    q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h, k_stride_s, k_stride_d,
+    q_rows, k_rows, q_step, k_step, q_largest, k_largest, q_programs, head_dim,
+    Q_TABLE: tl.constexpr, K_TABLE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The first programs pool q, the others k."""
+    b = tl.program_id(2).to(tl.int64)
+    program = tl.program_id(0)
+    if program < q_programs:
+        _pool_rows(
+            q, q_heads, q_pooled, b * q_stride_b, q_stride_h, q_stride_s, q_stride_d, program * BLOCK_S, q_rows, q_step,
+            q_largest, head_dim, Q_TABLE, BLOCK_D, BLOCK_S,
+        )  # fmt: skip
+    else:
+        _pool_rows(
+            k, k_heads, k_pooled, b * k_stride_b, k_stride_h, k_stride_s, k_stride_d, (program - q_programs) * BLOCK_S,
+            k_rows, k_step, k_largest, head_dim, K_TABLE, BLOCK_D, BLOCK_S,
+        )  # fmt: skip
+
+
+class Pool(NamedTuple):
+    """Means to make: of groups of the heads of ``x``, as in ``flexproxy.stages.proxy.pool_groups``, into ``out``."""
+
+    x: Tensor
+    members: Sequence[int]
+    sizes: Sequence[int]
+    stride: int
+    out: Tensor
+
+    def table(self) -> Tensor | None:
+        if is_contiguous(self.members, self.sizes, self.x.shape[1]):
+            return None
+        return _table(self.x.device, tuple(self.members), tuple(self.sizes))
 
 
 def pool_groups(x: Tensor, members: Sequence[int], sizes: Sequence[int], stride: int) -> Tensor:
     """``flexproxy.stages.proxy.pool_groups``."""
-    batch, num_heads, length, head_dim = x.shape
-    num_rows = -(-length // stride)
-    pooled = torch.empty(batch, len(sizes), num_rows, head_dim, dtype=x.dtype, device=x.device)
-    contiguous = is_contiguous(members, sizes, num_heads)
+    shape = x.shape[0], len(sizes), -(-x.shape[2] // stride), x.shape[3]
+    pooled = torch.empty(shape, dtype=x.dtype, device=x.device)
+    pool_pair(Pool(x, members, sizes, stride, pooled), None)
+    return pooled
+
+
+def pool_pair(first: Pool, other: Pool | None) -> None:
+    """Both in one launch: as many groups of heads of the same dimension."""
+    second = first if other is None else other
+    batch, proxies, q_rows, head_dim = first.out.shape
+    k_rows = 0 if other is None else second.out.shape[2]
+    q_heads, k_heads = first.table(), second.table()
     block_d = power_of_2(head_dim, 16, 256)
     block_s = max(1, 8192 // block_d)
+    q_programs = -(-q_rows // block_s)
     launch(
         _pool_kernel,
-        (-(-num_rows // block_s), len(sizes), batch),
-        x=x,
-        heads=None if contiguous else _table(x.device, tuple(members), tuple(sizes)),
-        pooled=pooled,
-        num_rows=num_rows,
-        step=stride,
-        largest=max(sizes),
+        (q_programs - (-k_rows // block_s), proxies, batch),
+        q=first.x,
+        k=second.x,
+        q_heads=q_heads,
+        k_heads=k_heads,
+        q_pooled=first.out,
+        k_pooled=second.out,
+        q_rows=q_rows,
+        k_rows=k_rows,
+        q_step=first.stride,
+        k_step=second.stride,
+        q_largest=max(first.sizes),
+        k_largest=max(second.sizes),
+        q_programs=q_programs,
         head_dim=head_dim,
-        HAS_TABLE=not contiguous,
+        Q_TABLE=q_heads is not None,
+        K_TABLE=k_heads is not None,
         BLOCK_D=block_d,
         BLOCK_S=block_s,
     )
-    return pooled
 
 
 @kept(256)

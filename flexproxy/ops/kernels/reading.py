@@ -1,0 +1,55 @@
+"""What reads queries and keys for an estimate, again and again into the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from flexproxy.ops.kernels.budget import masses_of_logits, probe_logits
+from flexproxy.ops.kernels.proxy import Pool, pool_pair
+
+if TYPE_CHECKING:
+    from flexproxy.masks.sampled import SampledMask
+
+
+class Reader:
+    """Proxy heads and masses of queries and keys of the same shapes, in two launches and a third to combine the masses.
+
+    Args:
+        pools: of q and of k: ``members``, ``sizes`` and ``stride`` of ``pool_groups``.
+        probes, mask, block_size, scale: as in ``block_masses``.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[tuple[Sequence[int], Sequence[int], int]],
+        probes: Tensor,
+        mask: SampledMask,
+        block_size: int,
+        scale: float,
+    ) -> None:
+        self._pools, self._probes, self._mask = pools, probes, mask
+        self._block_size, self._scale = block_size, scale
+        self._proxies: list[Tensor] = []
+        self._logits: tuple[Tensor, Tensor] | None = None
+        self._num_keys = 0
+
+    def read(self, q: Tensor, k: Tensor) -> None:
+        """Write over what was read before."""
+        if not self._proxies:
+            self._num_keys = k.shape[2]
+            for x, (_, sizes, stride) in zip((q, k), self._pools, strict=True):
+                shape = x.shape[0], len(sizes), -(-x.shape[2] // stride), x.shape[3]
+                self._proxies.append(torch.empty(shape, dtype=x.dtype, device=x.device))
+        first, second = (Pool(x, *self._pools[i], self._proxies[i]) for i, x in enumerate((q, k)))
+        pool_pair(first, second)
+        self._logits = probe_logits(q, k, self._probes, self._mask, self._block_size, self._scale, self._logits)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Proxy queries, proxy keys, and the masses, which are made anew. To be called after ``read``."""
+        q_proxy, k_proxy = self._proxies
+        logits = cast("tuple[Tensor, Tensor]", self._logits)
+        return q_proxy, k_proxy, masses_of_logits(logits, self._probes, self._num_keys, self._block_size, q_proxy)

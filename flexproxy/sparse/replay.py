@@ -1,0 +1,144 @@
+"""Inference under the default mask on a GPU, at little cost to the host.
+
+NOTE [Replays]
+A model calls ``attention`` with the same shapes in every layer, and up to some ten thousand tokens the host takes
+longer to start the small kernels of an estimate than they run. So what an estimate chooses, and its lists, are captured
+as a CUDA graph when a plan is met for the second time: the first call compiles the kernels. Only what reads q and k is
+launched by itself, into the memory that the graph reads. A graph belongs to a stream and to a thread, for the next call
+writes to the same memory; it holds that memory until MAX_KEPT others have been used since. Capturing waits for nothing.
+
+NOTE [The last rows]
+A dense row among sparse ones is one program for each head, which reads all keys, and the last that is started: the
+others have ended long before. So the dense last rows keep one block in the lists, and are attended to by a kernel that
+splits the keys among programs (FlashAttention-2); its output replaces theirs.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from flexproxy.ops.cache import kept, place_of
+from flexproxy.ops.operators import kernels, on_device_of
+from flexproxy.pipeline import PreparedMask, Read, check_memory, choose, estimate, read_mask
+from flexproxy.plan import Plan
+from flexproxy.selection import Selection, selected_lists
+from flexproxy.sparse.kernel import run_causal
+from flexproxy.sparse.plan import KernelPlan
+from flexproxy.stages.lists import Lists
+
+MAX_KEPT = 4
+# Pairs of blocks, of all heads: at 32K tokens with 32 heads and blocks of 128. A graph of so many takes about 100 MiB,
+# and beyond, the device takes longer than the host.
+MAX_PAIRS = 2**21
+MIN_APART = 32  # blocks of keys from which on dense rows are apart: with fewer, one more launch takes longer
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, kernel: KernelPlan) -> Tensor:
+    """``attention`` under the default mask, without gradients: ``[B, Hq, Sq, D]``. Triton carries out the operators.
+
+    Raises:
+        NotCompiledError: compilation is switched off.
+    """
+    frame = plan.frame
+    start = _first_apart(q, k, v, plan)
+    rows = 0 if start is None else frame.dense_last_blocks
+    place = place_of(q.device) if _pairs(plan) <= MAX_PAIRS and not plan.keeps_all else None
+    if place is None:
+        check_memory(q, k, plan)
+        lists = _lists_of(estimate(q, k, read_mask(None, None, frame, q.device), plan), rows)
+    else:
+        key = place, threading.get_ident(), q.dtype, q.shape[3], k.shape[1]
+        lists = _replay_of(key, q.device, plan, rows).lists_of(q, k)
+    offset = _offset(q.device, frame.batch, frame.num_keys - frame.num_queries)
+    out = run_causal(q, k, v, offset, lists, frame.block_size, kernel.scale, kernel.kernel_options)
+    if start is not None:
+        # Aligned at the end, as this operator is by itself, and scaled_dot_product_attention is not.
+        dense = torch.ops.aten._scaled_dot_product_flash_attention
+        out[:, :, start:] = dense(q[:, :, start:], k, v, 0.0, True, False, scale=kernel.scale)[0]
+    return out
+
+
+def _pairs(plan: Plan) -> int:
+    num_q_blocks, num_k_blocks = plan.frame.num_blocks()
+    return plan.frame.batch * plan.frame.num_heads * num_q_blocks * num_k_blocks
+
+
+def _first_apart(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> int | None:
+    """The first query of the dense last rows; None where they stay among the others. See NOTE [The last rows]."""
+    frame = plan.frame
+    num_q_blocks, num_k_blocks = frame.num_blocks()
+    start = (num_q_blocks - frame.dense_last_blocks) * frame.block_size
+    fits = q.dtype != torch.float32 and q.shape[3] % 8 == 0 and all(x.stride(3) == 1 for x in (q, k, v))
+    pays = num_k_blocks >= MIN_APART and frame.dense_last_blocks > 0 and start > 0
+    return start if fits and pays else None
+
+
+def _lists_of(selection: Selection, rows_apart: int) -> Lists:
+    count = selection.count
+    if rows_apart:
+        count[:, :, -rows_apart:] = 1
+    _, *lists = selected_lists(selection.rank, count, selection.proxy_of, selection.admissible, selection.full)
+    return lists[0], lists[1], lists[2], lists[3]
+
+
+@kept(64)
+def _offset(device: torch.device, batch: int, num_before: int) -> Tensor:
+    return torch.full((batch,), num_before, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(MAX_KEPT)
+def _replay_of(_key: Hashable, device: torch.device, plan: Plan, rows_apart: int) -> Replay:
+    return Replay(device, plan, rows_apart)
+
+
+class Replay:
+    """The lists of one plan, again and again. See NOTE [Replays].
+
+    rows_apart: last rows that keep one block in the lists.
+    """
+
+    def __init__(self, device: torch.device, plan: Plan, rows_apart: int) -> None:
+        config = plan.config
+        self._plan, self._rows_apart = plan, rows_apart
+        self._mask: PreparedMask = read_mask(None, None, plan.frame, device)
+        strides = 1 if config.chooses_queries else config.strides[0], config.strides[1]
+        pools = [
+            ([head for heads in groups for head in heads], [*map(len, groups)], stride)
+            for groups, stride in zip((plan.frame.groups, plan.key_groups), strides, strict=True)
+        ]
+        mask = self._mask
+        self._reader = kernels().Reader(pools, mask.probes, mask.probed, config.block_size, plan.scale)
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._lists: Lists | None = None
+
+    def lists_of(self, q: Tensor, k: Tensor) -> Lists:
+        """The lists of these queries and keys; the next call writes over them."""
+        self._calls += 1
+        with on_device_of(q):
+            self._reader.read(q, k)
+            if self._calls == 1:  # compiles the kernels
+                return self._choose()
+            if self._graph is None or self._lists is None:
+                self._graph, self._lists = self._capture(q.device)
+            self._graph.replay()
+        return self._lists
+
+    def _choose(self) -> Lists:
+        return _lists_of(choose(Read(*self._reader.results()), self._mask, self._plan), self._rows_apart)
+
+    def _capture(self, device: torch.device) -> tuple[torch.cuda.CUDAGraph, Lists]:
+        """A graph of ``_choose``, which is not run. (torch.cuda.graph would wait for the device first.)"""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                lists = self._choose()
+            finally:
+                graph.capture_end()
+        return graph, lists

@@ -1,0 +1,38 @@
+"""Reading queries and keys again and again gives what the operators give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexproxy import ProxyConfig
+from flexproxy.ops import implementations
+from flexproxy.ops.operators import kernels
+from flexproxy.pipeline import read, read_mask
+from flexproxy.plan import plan_estimate
+
+
+@pytest.mark.parametrize("groups", [None, (0, 1, 1, 0)])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(90, 90), (40, 130), (257, 257)])
+def test_reads_are_those_of_the_operators(
+    num_queries: int, num_keys: int, groups: tuple[int, ...] | None, implementation: str
+) -> None:
+    device = implementation
+    if implementations.chosen() != "triton":
+        pytest.skip("a reader is made of kernels")
+    config = ProxyConfig(block_size=32, stride=2, groups=groups, min_budget=32)
+    rng = torch.Generator().manual_seed(num_keys)
+    reader = None
+    for _ in range(2):  # the second time into the same memory
+        q = torch.randn(2, 4, num_queries, 16, generator=rng).to(device)
+        k = torch.randn(2, num_keys, 4, 16, generator=rng).to(device).transpose(1, 2)
+        plan = plan_estimate((q, k), None, None, (config, None))
+        mask = read_mask(None, None, plan.frame, q.device)
+        if reader is None:
+            groups_of_both = plan.frame.groups, plan.key_groups
+            pools = [([head for heads in x for head in heads], [*map(len, x)], 2) for x in groups_of_both]
+            reader = kernels().Reader(pools, mask.probes, mask.probed, 32, plan.scale)
+        reader.read(q, k)
+        for ours, theirs in zip(reader.results(), read(q, k, mask, plan), strict=True):
+            assert theirs is not None
+            assert torch.equal(ours, theirs)
