@@ -76,13 +76,17 @@ DEVICE, DTYPE = "cuda", torch.bfloat16
 
 
 class Case(NamedTuple):
-    """What is measured: ``prefill``, ``chunks``, ``layer`` or ``decode``; density: of flexproxy; chunk: its tokens."""
+    """What is measured: ``prefill``, ``chunks``, ``layer`` or ``decode``.
+
+    density: of flexproxy. chunk: its tokens. share: so many layers attend to the blocks of the first of them.
+    """
 
     part: str
     length: int
     contender: str
     density: float | None = None
     chunk: int | None = None
+    share: int = 1
 
 
 def model_config(max_length: int) -> LlamaConfig:
@@ -210,7 +214,7 @@ class Bench:
 
     def __init__(self, model: Any, repeats: int) -> None:
         self.model, self.repeats = model, repeats
-        self._whole: dict[str, float] = {}  # milliseconds of the whole prompt, by contender
+        self._whole: dict[tuple[str, int], float] = {}  # milliseconds of the whole prompt, by contender and share
 
     def measure(self, case: Case) -> list[Row]:
         measured = getattr(self, case.part)
@@ -225,7 +229,8 @@ class Bench:
             self.model.set_attn_implementation(IN_CHUNKS.get(case.contender, "sdpa"))
             return sdpa_kernel(SDPA[case.contender]) if case.contender in SDPA else nullcontext()
         self.model.set_attn_implementation("flexproxy")
-        configure(self.model, settings_for(case.density, case.length))
+        share = {n: n - n % case.share for n in range(len(self.model.model.layers)) if n % case.share}
+        configure(self.model, settings_for(case.density, case.length), share=share)
         return nullcontext()
 
     @torch.no_grad()
@@ -259,16 +264,17 @@ class Bench:
             compiled = compilations()
             row = prefill_ms(run, self.repeats, warmup=0)
         row |= {"kept": kept, "compiled": compilations() - compiled, "extra_ms_per_chunk": None}
+        contender = case.contender, case.share
         if len(tokens) == 1:
-            self._whole[case.contender] = row["median_ms"]
-        elif case.contender in self._whole:
-            extra = row["median_ms"] - self._whole[case.contender]
+            self._whole[contender] = row["median_ms"]
+        elif contender in self._whole:
+            extra = row["median_ms"] - self._whole[contender]
             row["extra_ms_per_chunk"] = round(extra / (len(tokens) - 1), 3)
         return row
 
     def _rehearse(self, run: Callable[[], None], case: Case) -> float | None:
         """Compile and plan what a case needs, by the first layers. Returns the density, None of dense contenders."""
-        with self._first_layers(2):
+        with self._first_layers(max(2, case.share)):
             run()
             if case.density is None:
                 return None
@@ -348,6 +354,14 @@ def cases_in_chunks(chunks: Sequence[int], length: int) -> list[Case]:
     return [*chain.from_iterable(sized[:2]), *short, *chain.from_iterable(sized[2:]), *last]
 
 
+def with_sharing(cases: Sequence[Case], share: int) -> Iterator[Case]:
+    """The cases, and after each of a sparse prefill the same with layers that share."""
+    for case in cases:
+        yield case
+        if share > 1 and case.density is not None and case.part in ("prefill", "chunks"):
+            yield case._replace(share=share)
+
+
 def bench(
     *,
     lengths: Lengths = LENGTHS,
@@ -355,6 +369,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Timed prefills, up to 128K; of longer prompts, one.")] = 2,
     at: Annotated[int, typer.Option(min=1, help="Length for the layer, for decoding, and for chunks.")] = 131072,
     chunks: Annotated[Any, listed(integers, "Instead: prompts in chunks of so many tokens.")] = "",
+    share: Annotated[int, typer.Option(min=1, help="Also with so many layers sharing one selection.")] = 1,
     out: Out = None,
     quick: Quick = False,
 ) -> None:
@@ -367,7 +382,7 @@ def bench(
         chunked.register()
         cases = cases_in_chunks(chunks, at)
     name = "prefill_chunks" if chunks else "prefill"
-    run_cases(cases, Bench(model, repeats).measure, result_path(name, out, quick), settings)
+    run_cases(list(with_sharing(cases, share)), Bench(model, repeats).measure, result_path(name, out, quick), settings)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from flexproxy.inspect.summary import Summary, density_of, summarize
 from flexproxy.masks.structure import MaskMod, Recipe, recipe_of
 from flexproxy.ops.cache import place_of
 from flexproxy.ops.operators import Output, operator
-from flexproxy.sparse.plan import Settings, plan_kernel
+from flexproxy.sparse.plan import KernelPlan, Settings, plan_kernel
 from flexproxy.stages.lists import Lists, block_lists, of_lists
 
 
@@ -161,14 +161,18 @@ class Selection:
         made_for = *self.count.shape[:2], *self.lengths
         target = made_for, self.count.device, self.block_size
         plan = plan_kernel((q, k, v), self.allowed, None, (*settings, *target))
-        place = place_of(q.device)
+        return plan.run(q, k, v, self.mask_for(plan), score_mod, self.block_mask)
+
+    def mask_for(self, plan: KernelPlan) -> BlockMask:
+        """The mask that suits a kernel, made once and kept."""
+        place = place_of(self.count.device)
         key = place, plan.listed, plan.gradients
         block_mask = self._kept.get(key)
         if block_mask is None:
             block_mask = plan.mask_of(replace(self, gradients=plan.gradients))
             if place is not None:
                 self._kept[key] = block_mask
-        return plan.run(q, k, v, block_mask, score_mod, self.block_mask)
+        return block_mask
 
     def _lists(self) -> tuple[Tensor, Lists]:
         kept, partial_number, partial_index, full_number, full_index = selected_lists(

@@ -105,11 +105,13 @@ def test_a_run_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(bench_prefill, "SHORT", (256,))
     monkeypatch.setattr(bench_prefill, "check_correctness", lambda model: None)
     monkeypatch.setattr(chunked, "cudnn_with_lse", with_lse)
-    arguments = ["--chunks", "256,384", "--at", "768", "--repeats", "1"]
+    arguments = ["--chunks", "256,384", "--at", "768", "--repeats", "1", "--share", "2"]
     with interpreted("cpu"):
         bench_prefill.main(["--out", str(tmp_path / "chunks.json"), *arguments])
-    rows = json.loads((tmp_path / "chunks.json").read_text())["rows"]
-    assert [row["error"] for row in rows] == [None] * len(rows)
+    every = json.loads((tmp_path / "chunks.json").read_text())["rows"]
+    assert [row["error"] for row in every] == [None] * len(every)
+    rows, sharing = ([row for row in every if row["share"] == share] for share in (1, 2))
+    assert [r | {"share": 1} for r in sharing] == [r for r in rows if r["contender"] == "flexproxy"]
     two_parts, lower_right, masked = bench_prefill.IN_CHUNKS
     seen = [(r["part"], r["length"], r["chunk"], r["contender"], r["density"]) for r in rows]
     assert seen == [

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AttentionInterface
 
-from flexproxy import ProxyConfig
+from flexproxy import ProxyConfig, Selection
+from flexproxy.checks import check_selection
 from flexproxy.integrations.transformers.masks import BLOCK_SIZE, ForwardMask, forward_mask_of
-from flexproxy.integrations.transformers.observing import Call, now, observers_of
-from flexproxy.integrations.transformers.settings import is_decoder_attention, local_config, when_of
+from flexproxy.integrations.transformers.observing import Call, now, observers_of, refuse_a_trace
+from flexproxy.integrations.transformers.settings import is_decoder_attention, local_config, sharing_of, when_of
 from flexproxy.ops.cache import place_of
 from flexproxy.pipeline import PreparedMask, check_memory, estimate, read_mask
-from flexproxy.plan import Frame, plan_estimate
+from flexproxy.plan import Frame, Plan, plan_estimate
 from flexproxy.sparse.attention import attend_densely, attention
 from flexproxy.sparse.plan import Settings, When, plan_attention, reason_to_be_dense
 
@@ -119,10 +120,16 @@ def _forward(x: _Inputs, mask: Tensor | BlockMask | None, call: Call | None = No
     if shared is not None and (x.q.device, config.block_size) != (mask.kv_indices.device, BLOCK_SIZE):
         mask = shared.block_mask(x.q.device, config.block_size)
     owned = shared is not None and not torch.compiler.is_compiling()
-    plain = owned and x.q.is_cuda and call is None and x.softcap is None and x.sinks is None
+    shares = why_all is None and sharing_of(x.module) is not None
+    plain = owned and x.q.is_cuda and call is None and x.softcap is None and x.sinks is None and not shares
     if plain and shared is not None and shared.is_default:  # the mask that attention knows best
         return attention(x.q, x.k, x.v, config=config, scale=x.scale, when=when).transpose(1, 2).contiguous()
     kept = vars(mask).setdefault("flexproxy_prepared", {}) if owned else {}
+    if shares:
+        if torch.compiler.is_compiling():
+            refuse_a_trace("whose trace keeps no selection for layers to share", "configure it without share")
+        # With the mask of the forward pass, which stays where accelerate copies its blocks for every layer.
+        kept["selections"] = vars(mask if shared is None else shared).setdefault("flexproxy_selections", {})
     out = _by_blocks(x._replace(sinks=_local(x.sinks)), mask, kept, config, when, call)
     return out.transpose(1, 2).contiguous()
 
@@ -156,14 +163,14 @@ def _why_all_blocks(x: _Inputs, config: ProxyConfig, shared: ForwardMask | None,
 def _by_blocks(
     x: _Inputs,
     block_mask: BlockMask,
-    kept: dict[Any, PreparedMask],
+    kept: dict[Any, Any],
     config: ProxyConfig,
     when: When,
     call: Call | None,
 ) -> Tensor:
     """Attention under the blocks that are selected, or under all of the mask, ``[B, Hq, Sq, Dv]``.
 
-    kept: the masks that layers before prepared; belongs to ``block_mask``.
+    kept: the masks that layers before prepared, and their selections; belongs to ``block_mask``.
     """
     q, k, v, scale, sinks = x.q, x.k, x.v, x.scale, x.sinks
     gradients = torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v))
@@ -171,7 +178,7 @@ def _by_blocks(
         # The CPU kernel has neither a log-sum-exp nor gradients.
         if when == "always" or not config.keeps_all:
             plan = plan_estimate((q, k), None, block_mask, (config, scale))
-            selection = estimate(q, k, _prepared(block_mask, kept, plan.frame, q.device), plan)
+            selection = _selection(x, block_mask, kept, plan)
             block_mask = selection.block_mask()
             if call is not None:
                 call.note(selection)
@@ -184,23 +191,44 @@ def _by_blocks(
     if attention.estimate is None:
         result: Any = attend_densely(q, k, v, None, block_mask, attention, score_mod)
     else:
-        check_memory(q, k, attention.estimate)
-        mask = _prepared(block_mask, kept, attention.estimate.frame, q.device)
-        selection = estimate(q, k, mask, attention.estimate)
-        chosen = attention.kernel.mask_of(selection)
+        selection = _selection(x, block_mask, kept, attention.estimate)
+        shares = sharing_of(x.module) is not None
+        chosen = selection.mask_for(attention.kernel) if shares else attention.kernel.mask_of(selection)
         if call is not None:
             call.note(selection)
         result = attention.kernel.run(q, k, v, chosen, score_mod, selection.block_mask)
     return result if sinks is None else _with_sinks(result[0], result[1], sinks)
 
 
-def _prepared(block_mask: BlockMask, kept: dict[Any, PreparedMask], frame: Frame, device: torch.device) -> PreparedMask:
+def _selection(x: _Inputs, block_mask: BlockMask, kept: dict[Any, Any], plan: Plan) -> Selection:
+    """The selection of the layer, or that of an earlier one which it shares, see ``configure``."""
+    layer, sharing = x.module.layer_idx, sharing_of(x.module)
+    if sharing is None or sharing.source == layer:
+        check_memory(x.q, x.k, plan)
+        own = estimate(x.q, x.k, _prepared(block_mask, kept, plan.frame, x.q.device), plan)
+        if sharing is not None:
+            kept["selections"][layer] = own
+        return own
+    selection: Selection | None = kept["selections"].get(sharing.source)
+    if selection is None:
+        raise ValueError(
+            f"share: expected layer {sharing.source} to select the blocks of layer {layer} earlier in the forward pass "
+            "and under the same mask, got no selection; share between layers of one kind"
+        )
+    made_for = *selection.count.shape[:2], *selection.lengths
+    check_selection(made_for, selection.count.device, x.q, x.k)
+    if sharing.last and not x.module.training:  # gradient checkpointing runs the layers again
+        del kept["selections"][sharing.source]
+    return selection
+
+
+def _prepared(block_mask: BlockMask, kept: dict[Any, Any], frame: Frame, device: torch.device) -> PreparedMask:
     """A mask as the estimate needs it, made by the first of the layers that share it."""
     place = place_of(device)
     if place is None:
         return read_mask(None, block_mask, frame, device)
     of_all, of_these = (place, frame.of_all_heads()), (place, frame)
-    mask = kept.get(of_all) or kept.get(of_these)
+    mask: PreparedMask | None = kept.get(of_all) or kept.get(of_these)
     if mask is None:
         mask = read_mask(None, block_mask, frame, device)
         kept[of_these if mask.differs_between_heads else of_all] = mask

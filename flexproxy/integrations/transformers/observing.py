@@ -87,19 +87,19 @@ def observers_of(module: nn.Module) -> tuple[Observer, ...]:
     """The observers of this call of a layer's attention. See NOTE [Observers]."""
     observers: tuple[Observer, ...] = getattr(module, _ATTRIBUTE, ())
     if observers and torch.compiler.is_compiling():
-        refuse_a_trace()
+        refuse_a_trace("whose trace nobody can look into", "call the model itself")
     return () if observers and compat.in_backward() else observers
 
 
-def _no_compiled_model_can_be_observed() -> None:
+def _refuse(why: str, remedy: str) -> None:
     raise ValueError(
-        "model: expected one that runs as it is written, got one compiled by torch.compile, whose trace nobody can "
-        "look into; call the model itself, and with generate use disable_compile=True"
+        f"model: expected one that runs as it is written, got one compiled by torch.compile, {why}; {remedy}, and with "
+        "generate use disable_compile=True"
     )
 
 
 # An exception raised in the trace itself would make dynamo run the function uncompiled from then on.
-refuse_a_trace: Callable[[], None] = torch.compiler.disable(_no_compiled_model_can_be_observed)
+refuse_a_trace: Callable[[str, str], None] = torch.compiler.disable(_refuse)
 
 
 @contextmanager

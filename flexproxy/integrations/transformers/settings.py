@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -22,12 +22,24 @@ from flexproxy.stages.proxy import head_groups
 
 Settings: TypeAlias = "ProxyConfig | Mapping[int, ProxyConfig] | str | os.PathLike[str]"
 
-_ATTRIBUTE, _WHEN = "flexproxy_config", "flexproxy_when"
+_ATTRIBUTE, _WHEN, _SHARING = "flexproxy_config", "flexproxy_when", "flexproxy_sharing"
 _DEFAULT = ProxyConfig()
 _SHAPE = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
 
 
-def configure(model: PreTrainedModel, settings: Settings, *, when: When = "auto") -> None:
+class Sharing(NamedTuple):
+    """Of a layer whose selection others use, and of these.
+
+    source: the layer that selects. last: no layer after this one uses the selection.
+    """
+
+    source: int
+    last: bool
+
+
+def configure(
+    model: PreTrainedModel, settings: Settings, *, when: When = "auto", share: Mapping[int, int] | None = None
+) -> None:
     """Set how the layers of a model select their blocks. Layers that are not set have ``ProxyConfig()``.
 
     The settings are kept on the model's attention modules: they are copied with it, and another model of the same
@@ -41,18 +53,22 @@ def configure(model: PreTrainedModel, settings: Settings, *, when: When = "auto"
             keep theirs; or a file that ``save_configuration`` or ``flexproxy calibrate`` wrote.
         when: "auto", or "always" for sparse prefills in the layers that are set whatever they cost, as in
             ``flexproxy.attention``; for measuring what is too short to gain. It is not saved.
+        share: layers that select nothing, each with the earlier layer whose blocks it attends to, head by head, and
+            whose settings it gets: ``{1: 0, 3: 2}`` saves every second estimate. The other layers that are set select
+            their own. None is what the file says, and without one, none.
 
     Raises:
-        TypeError: ``model``, ``settings``, or the index of a layer has another type.
+        TypeError: ``model``, ``settings``, ``share``, or the index of a layer has another type.
         ValueError: the model has no such attention, there is no such layer, the settings do not fit the heads, or the
-            file is damaged or was made for a model of another shape, or ``when`` is something else. Nothing is set
-            then.
+            file is damaged or was made for a model of another shape, or ``when`` is something else, or layers cannot
+            share. Nothing is set then.
     """
     check_when(when)
     layers = attention_layers(model)
     if isinstance(settings, (str, os.PathLike)):
         data, by_layer = read_settings(settings, "settings")
         _check_shape(model, data.get("model"), settings)
+        share = _share_of_file(data, settings) if share is None else share
         settings = by_layer
     if isinstance(settings, ProxyConfig):
         settings = dict.fromkeys(layers, settings)
@@ -79,10 +95,15 @@ def configure(model: PreTrainedModel, settings: Settings, *, when: When = "auto"
             )
         for module in layers[index]:
             _check_heads(module, config)
-    for index, config in settings.items():
-        for module in layers[index]:
-            setattr(module, _ATTRIBUTE, config)
-            setattr(module, _WHEN, when)
+    configs = {index: config_of(modules[0]) for index, modules in layers.items()} | dict(settings)
+    sources = _check_share({} if share is None else share, settings, configs, layers)
+    for index, modules in layers.items():
+        source = sources.get(index, index)
+        last = max((layer for layer, other in sources.items() if other == source), default=None)
+        for module in modules:
+            setattr(module, _ATTRIBUTE, configs[source])
+            setattr(module, _WHEN, when if source in settings else when_of(layers[source][0]))
+            setattr(module, _SHARING, None if last is None else Sharing(source, index == last))
 
 
 def configuration(model: PreTrainedModel) -> dict[int, ProxyConfig]:
@@ -104,7 +125,10 @@ def save_configuration(model: PreTrainedModel, path: str | os.PathLike[str]) -> 
         OSError: writing failed; the old file, if any, is unchanged.
     """
     layers = {str(index): changed_fields(config) for index, config in configuration(model).items()}
-    text = json.dumps({"flexproxy": 1, "model": shape_of(model), "layers": layers}, indent=1) + "\n"
+    data: dict[str, Any] = {"flexproxy": 1, "model": shape_of(model), "layers": layers}
+    if sources := _sources(attention_layers(model)):
+        data["share"] = sources
+    text = json.dumps(data, indent=1) + "\n"
     with replacing(path) as unfinished:
         unfinished.write_text(text)
 
@@ -131,6 +155,12 @@ def when_of(module: nn.Module) -> When:
     """When one attention module is sparse."""
     when: When = getattr(module, _WHEN, "auto")
     return when
+
+
+def sharing_of(module: nn.Module) -> Sharing | None:
+    """Whose selection one attention module uses, and whether others use it."""
+    sharing: Sharing | None = getattr(module, _SHARING, None)
+    return sharing
 
 
 def local_config(module: nn.Module, num_heads: int) -> ProxyConfig:
@@ -185,6 +215,56 @@ def _check_shape(model: PreTrainedModel, made_for: Any, path: str | os.PathLike[
             f"settings: expected a file for {shape}, got {path} for {found}; calibrate this model, or configure it "
             "with a ProxyConfig"
         )
+
+
+def _sources(layers: Mapping[int, list[nn.Module]]) -> dict[int, int]:
+    """The layers that use the selection of another, which is the value."""
+    sharing = {index: sharing_of(modules[0]) for index, modules in layers.items()}
+    return {index: x.source for index, x in sharing.items() if x is not None and x.source != index}
+
+
+def _share_of_file(data: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[int, int]:
+    share = data.get("share", {})
+    if not isinstance(share, dict) or not all(key.isdecimal() for key in share):
+        raise ValueError(f'settings: expected layers by number as "share" in {path}, got {share!r}; use {{"1": 0}}')
+    return {int(key): source for key, source in share.items()}
+
+
+def _check_share(
+    share: Any,
+    settings: Mapping[int, ProxyConfig],
+    configs: Mapping[int, ProxyConfig],
+    layers: Mapping[int, list[nn.Module]],
+) -> dict[int, int]:
+    """The layers that will use the selection of another, which is the value. configs: of all layers."""
+    if not isinstance(share, Mapping) or not all(type(index) is int for pair in share.items() for index in pair):
+        raise TypeError(f"share: expected layers by number, each with an earlier one, got {share!r}; use {{1: 0}}")
+    others = {layer: x for layer, x in _sources(layers).items() if layer not in settings and layer not in share}
+    sources = dict(share) | others
+    for layer, source in sources.items():
+        pair = f"{{{layer}: {source}}}"
+        if source not in layers or (layer in share and layer not in settings):
+            raise ValueError(
+                f"share: expected layers among those that are set, {ranges(settings)}, with some of {ranges(layers)}, "
+                f"got {pair}; give layer {layer} settings, or leave it out"
+            )
+        if source >= layer or source in sources:
+            raise ValueError(
+                f"share: expected an earlier layer that selects its own blocks, got {pair}; let layers share with "
+                "the first of them"
+            )
+        kinds: Any = getattr(getattr(layers[layer][0], "config", None), "layer_types", None)
+        if kinds and kinds[layer] != kinds[source]:
+            raise ValueError(
+                f"share: expected layers with the same kind of mask, got {pair}, {kinds[layer]} and {kinds[source]}; "
+                "share between layers of one kind"
+            )
+        if configs[layer].keeps_all or configs[source].keeps_all:
+            raise ValueError(
+                f"share: expected layers that are sparse, got {pair} with settings that keep every block; leave it "
+                "out, or set a density"
+            )
+    return sources
 
 
 def _check_heads(module: nn.Module, config: ProxyConfig) -> None:

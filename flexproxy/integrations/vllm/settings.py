@@ -106,6 +106,10 @@ def _read_calibration(path: object) -> tuple[Mapping[str, Any] | None, dict[int,
     if not isinstance(path, str):
         raise ValueError(f'{_PLACE}["calibration"]: expected the path of a file, got {path!r}; pass a string')
     data, layers = read_settings(path, _PLACE + '["calibration"]')
+    if data.get("share"):
+        raise ValueError(
+            f'{_PLACE}["calibration"]: expected no "share" in {path}, for here every layer selects its own'
+        )
     model = data.get("model")
     return (model if isinstance(model, Mapping) else None), layers
 
