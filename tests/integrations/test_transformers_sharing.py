@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Iterator
@@ -218,6 +219,29 @@ def test_gradients(device: str) -> None:
     for grads in found[1:]:
         for plain, checkpointed in zip(found[0], grads, strict=True):
             torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_lists_that_replays_made_are_shared() -> None:
+    """Long prompts without an observer, whole and in chunks, attend as those that are observed and keep selections."""
+    settings: Any = {"max_position_embeddings": 8192, "head_dim": 64}
+    model = make_model("llama", num_hidden_layers=4, **settings).to("cuda", torch.bfloat16)
+    use(model, "flexproxy")
+    config = ProxyConfig(density=0.4, min_budget=256)
+    tokens = make_tokens(2, 6000).to("cuda")
+    for share in (PAIRS, ALL, {2: 0, 3: 1}):
+        configure(model, config, when="always", share=share)
+        found = []
+        for observed in (True, False, False):
+            cache = transformers.DynamicCache()
+            with torch.no_grad(), flexproxy.record(model) if observed else contextlib.nullcontext():
+                parts = [
+                    model(input_ids=part, past_key_values=cache, use_cache=True).logits
+                    for part in tokens.split([4352, 1648], 1)
+                ]
+            found.append(torch.cat(parts, 1).float())
+        for other in found[1:]:
+            assert ((other - found[0]).norm() / found[0].norm()).item() < 2e-2
 
 
 # ------------------------------------------------------------------------------------------------ how long

@@ -18,6 +18,7 @@ import flexproxy
 from flexproxy import ProxyConfig, masks
 from flexproxy.ops import compat
 from flexproxy.sparse import kernel
+from flexproxy.stages.lists import block_lists
 from tests.accuracy import allowed_pairs, assert_accurate, cpu_kernel_exists, skip_unless_flex_compiles
 
 BLOCK = 32
@@ -93,6 +94,33 @@ def test_more_masks_of_one_length_than_dynamo_compiles(monkeypatch: pytest.Monke
         flexproxy.attention(q, k, v, mask_mod=masks.sliding_window(window), config=CONFIG)
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     assert getattr(torch._dynamo.config, limit) == 2
+
+
+@needs_dynamo
+def test_chunks_of_any_prompt_compile_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU runs the default mask: one for the first chunk, one for more keys, one for chunks of another size."""
+    traced: list[int] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        traced.append(1)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    kernel._compiled_causal.cache_clear()
+    counts = []
+    for size, lengths in ((64, (64, 128, 192, 256)), (96, (96, 192, 288)), (100, (100, 200, 250))):
+        for length in lengths:
+            q, k, v = qkv(length)
+            q = q[:, :, -size:].transpose(1, 2).contiguous().transpose(1, 2)  # as models have it
+            selection = flexproxy.select(q, k, config=CONFIG)
+            offset = torch.full((1,), length - size, dtype=torch.int32)
+            lists = block_lists(selection.block_map(), selection.full.expand(1, 4, -1, -1))
+            kernel.run_causal(q, k, v, offset, lists, BLOCK, 0.25, {})
+        counts.append(len(traced))
+    kernel._compiled_causal.cache_clear()
+    assert counts[0] <= 2
+    assert counts[1] == counts[2] <= 3
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import warnings
@@ -19,9 +20,12 @@ from flexproxy.integrations.transformers.masks import BLOCK_SIZE, ForwardMask, f
 from flexproxy.integrations.transformers.observing import Call, now, observers_of, refuse_a_trace
 from flexproxy.integrations.transformers.settings import is_decoder_attention, local_config, sharing_of, when_of
 from flexproxy.ops.cache import place_of
+from flexproxy.ops.implementations import picked
 from flexproxy.pipeline import PreparedMask, check_memory, estimate, read_mask
 from flexproxy.plan import Frame, Plan, plan_estimate
+from flexproxy.sparse import replay
 from flexproxy.sparse.attention import attend_densely, attention
+from flexproxy.sparse.kernel import NotCompiledError
 from flexproxy.sparse.plan import Settings, When, plan_attention, reason_to_be_dense
 
 # Token pairs up to which a dense layer takes a mask token by token, as it does in transformers.
@@ -121,8 +125,9 @@ def _forward(x: _Inputs, mask: Tensor | BlockMask | None, call: Call | None = No
         mask = shared.block_mask(x.q.device, config.block_size)
     owned = shared is not None and not torch.compiler.is_compiling()
     shares = why_all is None and sharing_of(x.module) is not None
-    plain = owned and x.q.is_cuda and call is None and x.softcap is None and x.sinks is None and not shares
-    if plain and shared is not None and shared.is_default:  # the mask that attention knows best
+    plain = owned and x.q.is_cuda and call is None and x.softcap is None and x.sinks is None
+    is_default = plain and shared is not None and shared.is_default  # the mask that attention knows best
+    if is_default and not shares:
         return attention(x.q, x.k, x.v, config=config, scale=x.scale, when=when).transpose(1, 2).contiguous()
     kept = vars(mask).setdefault("flexproxy_prepared", {}) if owned else {}
     if shares:
@@ -130,6 +135,9 @@ def _forward(x: _Inputs, mask: Tensor | BlockMask | None, call: Call | None = No
             refuse_a_trace("whose trace keeps no selection for layers to share", "configure it without share")
         # With the mask of the forward pass, which stays where accelerate copies its blocks for every layer.
         kept["selections"] = vars(mask if shared is None else shared).setdefault("flexproxy_selections", {})
+        by_lists = _by_lists(x, kept["selections"], config, when) if is_default else None
+        if by_lists is not None:
+            return by_lists.transpose(1, 2).contiguous()
     out = _by_blocks(x._replace(sinks=_local(x.sinks)), mask, kept, config, when, call)
     return out.transpose(1, 2).contiguous()
 
@@ -158,6 +166,27 @@ def _why_all_blocks(x: _Inputs, config: ProxyConfig, shared: ForwardMask | None,
     # The keys of a row of blocks lie within window + block_size - 1 tokens, which may begin anywhere in a block.
     blocks = (shared.window + config.block_size - 3) // config.block_size + 2
     return "min_budget covers the sliding window" if blocks <= config.min_blocks else None
+
+
+def _by_lists(x: _Inputs, lists: dict[Any, Any], config: ProxyConfig, when: When) -> Tensor | None:
+    """Attention under the default mask by the lists of the layers that share; None where only ``_by_blocks`` can."""
+    settings = Settings(config, x.scale, type(None), None, False, when)
+    plan, sharing = plan_attention((x.q, x.k, x.v), None, None, settings), sharing_of(x.module)
+    # What is run again for its gradients goes the other way, as must all layers that share with it.
+    trains = x.module.training or torch.is_grad_enabled()
+    if trains or sharing is None or plan.estimate is None or not plan.is_inference or picked(x.q.device) != "triton":
+        return None
+    key = sharing.source, plan.estimate.frame, x.q.device
+    if sharing.source == x.module.layer_idx:
+        lists[key] = []
+    elif not lists.get(key):
+        return None
+    out = None
+    with contextlib.suppress(NotCompiledError):
+        out = replay.attend(x.q, x.k, x.v, plan.estimate, plan.kernel, lists[key])
+    if sharing.last:
+        del lists[key]
+    return out
 
 
 def _by_blocks(
