@@ -10,7 +10,6 @@ Columns of a row, one for each thing that was timed:
 - contender "SDPA cuDNN", "SDPA FlashAttention-2", "flex dense"; part "dense"
 - contender "flexproxy"; part "build" (to the BlockMask), "sparse" (attention with it), "total"
   (``flexproxy.attention``, which is both; where it would stay dense, it is made to be sparse)
-- contender "flexproxy, compensated"; part "total": ``flexproxy.attention`` with ``compensate=True``
 - contender "flexproxy, short"; part "total": ``flexproxy.attention`` of short prompts with the default configuration,
   which should be dense (target_density None), and once with min_budget 512 at a density of 0.2
 - contender "XAttention", "FlexPrefill", "FlashPrefill", "Prism" (our readings, benchmarks/baselines); part "map"
@@ -119,8 +118,6 @@ def sparse(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:
             one = functools.partial(flex, *tensors, block_mask, options)
             yield timed(budget_ms, common | {"part": "sparse"} | kernel, one)
             yield timed(budget_ms, common | {"part": "total"} | kernel, both)
-            compensated: Row = common | {"contender": "flexproxy, compensated", "part": "total"} | kernel
-            yield timed(budget_ms, compensated, functools.partial(both, compensate=True))
 
 
 def short(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:

@@ -38,7 +38,7 @@ def check_selection(config: ProxyConfig) -> None:
 def check_attention(every: bool) -> None:
     """Sparse output is dense attention under the tokens of the selected blocks.
 
-    every: with the mask of ``build``, with the means of dropped blocks, and with the peers' selections too, not only as
+    every: with the mask of ``build``, and with the peers' selections too, not only as
         ``flexproxy.attention`` does it by default.
     """
     for length in (LENGTH, WHOLE):
@@ -52,8 +52,6 @@ def check_attention(every: bool) -> None:
                 out = flexproxy.attention(q, k, v, config=config, when="always")
                 _compare(f"attention, kernel {name!r}", out, exact, own_error)
                 if every:
-                    out = flexproxy.attention(q, k, v, config=config, when="always", compensate=True)
-                    _compare(f"compensated, kernel {name!r}", out, _exact_compensated(q, k, v, blocks), own_error)
                     out = flex(q, k, v, block_mask, flexproxy.kernel_options(q, k))
                     _compare(f"kernel {name!r}", out, exact, own_error)
     if not every:
@@ -73,11 +71,6 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> tuple[Tensor, flo
     exact = reference.attention(q, k, v, allowed, q.shape[-1] ** -0.5)
     own = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
     return exact, (own.double() - exact).abs().max().item()
-
-
-def _exact_compensated(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> Tensor:
-    allowed = reference.token_mask(masks.causal, 1, q.shape[1], q.shape[2], q.shape[2], str(q.device))
-    return reference.compensated_attention(q, k, v, allowed, blocks, BLOCK_SIZE, q.shape[-1] ** -0.5)[0]
 
 
 def _compare(name: str, out: Tensor, exact: Tensor, own_error: float) -> None:

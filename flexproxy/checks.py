@@ -117,21 +117,15 @@ def check_kernel_options(kernel_options: Any) -> tuple[tuple[str, Any], ...] | N
     return tuple(kernel_options.items())
 
 
-def check_attention_options(q: Tensor, k: Tensor, v: Tensor, score_mod: type, return_lse: Any, compensate: Any) -> None:
+def check_attention_options(q: Tensor, k: Tensor, v: Tensor, score_mod: type, return_lse: Any) -> None:
     """score_mod: its type."""
     if score_mod is not NoneType and not any("__call__" in vars(base) for base in score_mod.__mro__):
         raise TypeError(
             f"score_mod: expected a function of (score, b, h, q_idx, kv_idx) or None, got {score_mod.__name__}; "
             "a mask goes to mask_mod"
         )
-    for name, flag in (("return_lse", return_lse), ("compensate", compensate)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}; pass True or False")
-    if compensate and score_mod is not NoneType:
-        raise ValueError(
-            "compensate: expected False beside a score_mod, which changes the scores of tokens and not of means of "
-            "blocks, got True; leave one of them out"
-        )
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse: expected a bool, got {type(return_lse).__name__}; pass True or False")
     if q.device.type != "cpu":
         return
     if return_lse:

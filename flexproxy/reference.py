@@ -273,32 +273,3 @@ def attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) ->
     k, v = (repeat(x.double(), "b h s d -> b (h g) s d", g=size) for x in (k, v))
     scores = (scale * q.double() @ rearrange(k, "b h s d -> b h d s")).masked_fill(~allowed, -math.inf)
     return scores.softmax(-1).nan_to_num(0.0) @ v
-
-
-def compensated_attention(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, selected: Tensor, block_size: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention to the selected blocks, and to one mean key and value, of weight n, for other blocks of n tokens.
-
-    Of the other blocks, those that all queries of the row see whole [ours]; the means are rounded to the dtype of k
-    [ours]. FlashPrefill V2 (arXiv 2608.19758), equations 5 and 6. selected ``[B, Hq, Nq, Nk]``.
-
-    Returns:
-        fp64 ``[B, Hq, Sq, Dv]`` and the log-sum-exp ``[B, Hq, Sq]``; rows without an allowed key are 0 and -inf.
-    """
-    size = q.shape[1] // k.shape[1]
-    k, v = (repeat(x, "b h s d -> b (h g) s d", g=size) for x in (k, v))
-    blocks = torch.arange(k.shape[2]).split(block_size)
-    mean_k, mean_v = (torch.stack([x[:, :, j].double().mean(2).to(x.dtype) for j in blocks], 2) for x in (k, v))
-    kept, counted = torch.zeros_like(allowed), allowed.new_zeros(*allowed.shape[:3], len(blocks))
-    for row, queries in enumerate(torch.arange(q.shape[2]).split(block_size)):
-        for block, tokens in enumerate(blocks):
-            pairs, chosen = allowed[:, :, queries[:, None], tokens], selected[:, :, row, block, None, None]
-            kept[:, :, queries[:, None], tokens] = pairs & chosen
-            counted[:, :, queries, block] = (pairs.all(-1).all(-1) & ~chosen[..., 0, 0])[..., None]
-    log_tokens = torch.tensor([math.log(len(j)) for j in blocks], dtype=torch.float64, device=q.device)
-    scores = scale * q.double() @ rearrange(k.double(), "b h s d -> b h d s")
-    mean_scores = scale * q.double() @ rearrange(mean_k.double(), "b h s d -> b h d s") + log_tokens
-    both = torch.cat([scores.masked_fill(~kept, -math.inf), mean_scores.masked_fill(~counted, -math.inf)], -1)
-    out = both.softmax(-1).nan_to_num(0.0) @ torch.cat([v, mean_v], 2).double()
-    return out, both.logsumexp(-1)

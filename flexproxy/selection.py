@@ -161,18 +161,7 @@ class Selection:
         made_for = *self.count.shape[:2], *self.lengths
         target = made_for, self.count.device, self.block_size
         plan = plan_kernel((q, k, v), self.allowed, None, (*settings, *target))
-        return plan.run(q, k, v, self.mask_for(plan), score_mod, self.block_mask)
-
-    def mask_for(self, plan: KernelPlan) -> BlockMask:
-        """The mask that suits a kernel, made once and kept."""
-        place = place_of(self.count.device)
-        key = place, plan.listed, plan.gradients
-        block_mask = self._kept.get(key)
-        if block_mask is None:
-            block_mask = plan.mask_of(replace(self, gradients=plan.gradients))
-            if place is not None:
-                self._kept[key] = block_mask
-        return block_mask
+        return plan.run(q, k, v, mask_for(self, plan), score_mod, self.block_mask)
 
     def _lists(self) -> tuple[Tensor, Lists]:
         kept, partial_number, partial_index, full_number, full_index = selected_lists(
@@ -181,10 +170,20 @@ class Selection:
         return kept, (partial_number, partial_index, full_number, full_index)
 
 
-def membership(block_map: Tensor, block_size: int, kv_block_size: int | None = None) -> MaskMod:
-    """A ``mask_mod`` that looks a token pair's block up in a map ``[B, Hq, Nq, Nk]``.
+def mask_for(selection: Selection, plan: KernelPlan) -> BlockMask:
+    """The mask of a selection that suits a kernel, made once and kept with it."""
+    place = place_of(selection.count.device)
+    key = place, plan.listed, plan.gradients
+    block_mask = selection._kept.get(key)
+    if block_mask is None:
+        block_mask = plan.mask_of(replace(selection, gradients=plan.gradients))
+        if place is not None:
+            selection._kept[key] = block_mask
+    return block_mask
 
-    kv_block_size: of the keys, where it is not that of the queries.
+
+def membership(block_map: Tensor, block_size: int) -> MaskMod:
+    """A ``mask_mod`` that looks a token pair's block up in a map ``[B, Hq, Nq, Nk]``.
 
     Raises:
         ValueError: compiled kernels address the map with 32 bits, and it is too large for that.
@@ -195,10 +194,8 @@ def membership(block_map: Tensor, block_size: int, kv_block_size: int | None = N
             f"{block_map.numel()} with blocks of {block_size}; use a larger block_size, or fewer sequences a call"
         )
 
-    kv_size = block_size if kv_block_size is None else kv_block_size
-
     def member(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return block_map[b, h, q_idx // block_size, kv_idx // kv_size]
+        return block_map[b, h, q_idx // block_size, kv_idx // block_size]
 
     return member
 

@@ -564,12 +564,7 @@ def test_operators(device: str) -> None:
     def dense(x: Inputs) -> object:
         return flexproxy.attention(x.q, x.k, x.v, mask_mod=masks.causal, config=every)
 
-    def compensated(x: Inputs) -> object:
-        config = ProxyConfig.paper(gamma=0.6, min_budget=64, block_size=BLOCK)
-        return flexproxy.attention(x.q, x.k, x.v, config=config, when="always", compensate=True)
-
     torch.compile(dense, fullgraph=True, backend=backend)(x)
-    torch.compile(compensated, fullgraph=True, backend=backend)(x)
     torch.compile(lambda x: flexproxy.select(x.q, x.k).block_map(), fullgraph=True, backend=backend)(x)
     listed = create_block_mask(masks.causal, 1, 1, LENGTH, LENGTH, device=device)
     torch.compile(lambda x: flexproxy.select(x.q, x.k, block_mask=listed).rank, fullgraph=True, backend=backend)(x)
@@ -654,14 +649,13 @@ def test_build_never_waits_for_the_gpu(name: str, device: str, sync_is_an_error:
 
 
 @on_gpu
-@pytest.mark.parametrize("compensate", [False, True])
-def test_attention_never_waits_for_the_gpu(compensate: bool, device: str, sync_is_an_error: Callable[[], None]) -> None:
+def test_attention_never_waits_for_the_gpu(device: str, sync_is_an_error: Callable[[], None]) -> None:
     for seed in range(2):
         x = make_inputs(device, seed)
-        flexproxy.attention(x.q, x.k, x.v, config=CONFIG, when="always", compensate=compensate)
+        flexproxy.attention(x.q, x.k, x.v, config=CONFIG, when="always")
     torch.cuda.synchronize()
     sync_is_an_error()
-    flexproxy.attention(x.q, x.k, x.v, config=CONFIG, when="always", compensate=compensate)
+    flexproxy.attention(x.q, x.k, x.v, config=CONFIG, when="always")
 
 
 @on_gpu

@@ -720,14 +720,6 @@ ATTENTION = {
     "return_lse is an int": Bad(
         lambda x: api.attention(x.q, x.k, x.v, return_lse=1), TypeError, "return_lse: expected a bool, got int; ..."
     ),
-    "compensate is an int": Bad(
-        lambda x: api.attention(x.q, x.k, x.v, compensate=1), TypeError, "compensate: expected a bool, got int; ..."
-    ),
-    "compensate with a score_mod": Bad(
-        lambda x: api.attention(x.q, x.k, x.v, compensate=True, score_mod=lambda score, b, h, q, kv: score),
-        ValueError,
-        "compensate: expected False beside a score_mod, ..., got True; leave one of them out",
-    ),
 }
 
 CPU_ATTENTION = {

@@ -293,41 +293,6 @@ def attention(ref: Any) -> None:
     near(got[1], [[7.0, 0.0], [7.6, 0.0], [0.25, 0.0], [0.5, 0.0]])
 
 
-def compensated_attention(ref: Any) -> None:
-    """Blocks of 2, four queries and five keys: 0 0, ln 2 ln 8, ln 3; values 4 8, 1 3, 5. The second block has the mean
-    ln 4 and 2, the third ln 3 and 5.
-
-    Head 0 (q = 1) keeps block 0. Row 0 sees block 1 whole but for the key ln 8 of query 0, so it counts nowhere in the
-    row, and block 2 whole, which counts once: weights 1 1 3 with 4 8 5. Row 1 sees all: weights 1 1, 2 x 4, 3 with
-    4 8, 2, 5. Head 1 (q = 0) shares the keys and keeps block 1, of which query 0 sees the key ln 2: weights
-    1, 2 x 1, 1 with 1, 6, 5; query 1: 1 1, 2 x 1, 1 with 1 3, 6, 5, as row 1. Heads 2 and 3 have key 0, value 1.
-    In the second sequence no query sees anything.
-    """
-    ln8 = 3 * LN2
-    q = torch.stack([column(2, 2, 2, 2), column(0, 0, 0, 0), column(2, 2, 2, 2), column(2, 2, 2, 2)])
-    k = torch.stack([column(0, 0, LN2, ln8, math.log(3)), column(0, 0, 0, 0, 0)]).expand(2, 2, 5, 1)
-    v = torch.stack([column(4, 8, 1, 3, 5), column(1, 1, 1, 1, 1)]).expand(2, 2, 5, 1)
-    allowed = torch.stack([bools("xxx.x xxxxx xxxxx xxxxx"), bools("..... ..... ..... .....")])
-    selected = torch.stack([bools("x.. x.."), bools(".x. .x."), bools("x.. x.."), bools("x.. x..")]).expand(2, 4, 2, 3)
-    got, lse = ref.compensated_attention(
-        q.expand(2, 4, 4, 1), k, v, allowed[:, None].expand(2, 4, 4, 5), selected, 2, 0.5
-    )
-    near(got[0, 0, :, 0], [27 / 5, 27 / 5, 43 / 13, 43 / 13])
-    near(lse[0, 0], [math.log(x) for x in (5, 5, 13, 13)])
-    near(got[0, 1, :, 0], [18 / 4, 21 / 5, 21 / 5, 21 / 5])
-    near(lse[0, 1], [math.log(x) for x in (4, 5, 5, 5)])
-    near(got[0, 2, :, 0], [1.0] * 4)
-    near(lse[0, 2], [math.log(x) for x in (3, 3, 5, 5)])
-    near(got[1, :, :, 0], [[0.0] * 4] * 4)
-    near(lse[1], [[-INF] * 4] * 4)
-    # Means are rounded once: that of 1 and 1 + 2**-7 is half a step of bfloat16, which rounds to even.
-    half = torch.tensor([[1.0], [1 + 2**-7]], dtype=torch.bfloat16)[None, None]
-    everything = torch.ones(1, 1, 2, 2, dtype=torch.bool)
-    got, lse = ref.compensated_attention(half, half, half, everything, torch.zeros(1, 1, 1, 1).bool(), 2, 1.0)
-    near(got[0, 0, :, 0], [1.0, 1.0])
-    near(lse[0, 0], [1 + LN2, 1 + 2**-7 + LN2])
-
-
 EXAMPLES: dict[str, Example] = {
     example.__name__: example
     for example in (
@@ -350,7 +315,6 @@ EXAMPLES: dict[str, Example] = {
         rank_blocks,
         select,
         attention,
-        compensated_attention,
     )
 }
 
@@ -467,17 +431,6 @@ MISTAKES = [
     ("attention", "(scale * q.double()", "(q.double()"),
     ("attention", "return scores.softmax(-1).nan_to_num(0.0)", "return scores.softmax(-1)"),
     ("attention", ".masked_fill(~allowed, -math.inf)\n    return scores", "\n    return scores"),
-    ("compensated_attention", 'repeat(x, "b h s d -> b (h g) s d"', 'repeat(x, "b h s d -> b (g h) s d"'),
-    ("compensated_attention", "x[:, :, j].double().mean(2).to(x.dtype)", "x[:, :, j].double().mean(2)"),
-    ("compensated_attention", "x[:, :, j].double().mean(2)", "x[:, :, j].double().amax(2)"),
-    ("compensated_attention", "pairs & chosen", "pairs"),
-    ("compensated_attention", "pairs.all(-1).all(-1)", "pairs.any(-1).any(-1)"),
-    ("compensated_attention", "pairs.all(-1).all(-1) & ~chosen[..., 0, 0]", "pairs.all(-1).all(-1)"),
-    ("compensated_attention", "math.log(len(j))", "math.log(block_size)"),
-    ("compensated_attention", "math.log(len(j))", "0.0"),
-    ("compensated_attention", "mean_scores = scale * q", "mean_scores = q"),
-    ("compensated_attention", "both.softmax(-1).nan_to_num(0.0)", "both.softmax(-1)"),
-    ("compensated_attention", "return out, both.logsumexp(-1)", "return out, scores.logsumexp(-1)"),
 ]
 
 

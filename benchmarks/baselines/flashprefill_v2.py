@@ -10,8 +10,7 @@ comments there; the default of its class is 1.0, the example of its README has 0
 Correction (section 3.2, "zero-order mean correction"). It changes the output, and no selection: a block that was not
 kept still counts in the softmax, as ``|B|`` tokens with its mean key and mean value (equations 5 and 6). Only blocks
 that every query of the row sees whole are corrected. In the paper this is part of the kernel; here ``mean_correction``
-does it for the output and the LSE of any sparse attention, eagerly and at the cost of ``S N`` logits a head
-(``flexproxy.attention(compensate=True)`` does it with kernels, and under any mask).
+does it for the output and the LSE of any sparse attention, eagerly and at the cost of ``S N`` logits a head.
 
 Different from the public code: its tiles have 128 packed rows, that is 128 / G positions of G heads each, here a row of
 blocks has ``block_size`` positions of all G heads, since this is what one row of the mask covers: coarser by G. Its

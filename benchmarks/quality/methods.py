@@ -165,8 +165,7 @@ def methods_of(
         configs: flexproxy's variants; their density or gamma is replaced.
         baselines: names in ``BASELINES`` or ``EXPERIMENTS``.
         min_budget: tokens that every row keeps at least, for the baselines that have such a setting.
-        compensate: every config once more with dropped blocks as means, as in ``attention(compensate=True)``, and once
-            with delta correction.
+        compensate: every config once more with dropped blocks as means, and once with delta correction.
     """
     found = [DENSE]
     for target in densities:

@@ -230,34 +230,6 @@ def classify_by_evaluation(
     return admissible, SampledMask(bits=torch.cat(bits, 2))
 
 
-def whole_blocks(
-    mask_mod: MaskMod, admissible: Tensor, full: Tensor, lengths: tuple[int, int], block_size: int
-) -> Tensor:
-    """Blocks of which every pair that exists is allowed: bool ``[Bm, Hm, Nq, Nk]``.
-
-    Away from the ragged ends these are the full blocks; a last row or column of less than block_size tokens has none.
-    There the mask is evaluated, as if the last token were repeated to fill the block.
-    """
-    num_queries, num_keys = lengths
-    batch, heads, num_q_blocks, num_k_blocks = full.shape
-
-    def full_from(first_query: int, first_key: int, rows: int, columns: int) -> Tensor:
-        def repeated(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            query, key = (q_idx + first_query).clamp(max=num_queries - 1), (kv_idx + first_key).clamp(max=num_keys - 1)
-            return mask_mod(b, h, query, key)
-
-        shape, strides = (batch, heads, rows * block_size, columns * block_size), (block_size, block_size)
-        return classify_by_evaluation(repeated, shape, block_size, strides, lambda mask: mask, full.device)[0].full
-
-    if num_queries % block_size:
-        row = full_from((num_q_blocks - 1) * block_size, 0, 1, num_k_blocks)
-        full = torch.cat([full[:, :, :-1], row], 2)
-    if num_keys % block_size:
-        column = full_from(0, (num_k_blocks - 1) * block_size, num_q_blocks, 1)
-        full = torch.cat([full[..., :-1], column], 3)
-    return full & admissible
-
-
 def confined(mask_mod: MaskMod, listed: Tensor, block_size: int) -> MaskMod:
     """A mask in some blocks alone. listed: bool ``[1 or B, 1 or Hq, Nq, Nk]``."""
     per_sequence, per_head = (size > 1 for size in listed.shape[:2])

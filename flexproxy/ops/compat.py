@@ -131,12 +131,6 @@ def fastest_sdpa(q: Tensor) -> Iterator[None]:
         yield
 
 
-@functools.cache
-def fused(function: Callable[Args, Result]) -> Callable[Args, Result]:
-    """Pointwise operations in one kernel, without storing what lies between them; on a GPU."""
-    return torch.compile(function, dynamic=True)
-
-
 def recompile_limit_hit() -> type[Exception]:
     """What a compiled function raises where dynamo has compiled as many variants of it as it may."""
     exceptions: Any = torch._dynamo.exc  # here, not above: it is slow to import

@@ -15,7 +15,7 @@ from flexproxy.masks.structure import MaskMod
 from flexproxy.ops import compat
 from flexproxy.ops.implementations import picked
 from flexproxy.pipeline import check_memory, dense_block_mask, estimate, read_mask
-from flexproxy.sparse import compensation, replay
+from flexproxy.sparse import replay
 from flexproxy.sparse.kernel import NotCompiledError, Result
 from flexproxy.sparse.plan import AttentionPlan, Settings, When, plan_attention
 
@@ -34,7 +34,6 @@ def attention(
     kernel_options: dict[str, Any] | None = ...,
     return_lse: Literal[False] = ...,
     when: When = ...,
-    compensate: bool = ...,
 ) -> Tensor: ...
 @overload
 def attention(
@@ -50,7 +49,6 @@ def attention(
     kernel_options: dict[str, Any] | None = ...,
     return_lse: Literal[True],
     when: When = ...,
-    compensate: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
@@ -65,7 +63,6 @@ def attention(
     kernel_options: dict[str, Any] | None = None,
     return_lse: bool = False,
     when: When = "auto",
-    compensate: bool = False,
 ) -> Result:
     """ProxyAttn in one call: builds the mask, then runs compiled ``flex_attention`` with it.
 
@@ -81,13 +78,6 @@ def attention(
         kernel_options: as in ``flex_attention``; None is ``flexproxy.kernel_options(q, k)``.
         return_lse: also return the log-sum-exp of the scores, fp32 ``[B, Hq, Sq]``; not on a CPU.
         when: "auto", or "always" for sparse attention whatever it costs.
-        compensate: give back what is dropped. Every query attends, besides, to the mean key and the mean value of each
-            block that was not selected, weighted as that many tokens (FlashPrefill V2, arXiv 2608.19758, equations 5
-            and 6), in one softmax with the kept tokens; ``return_lse`` is then that of both. Only blocks that the mask
-            allows whole to all queries of the row count: a mean over others would tell of hidden tokens. Blocks that
-            the mask cuts through are left out. Exact where the keys of a block are equal, and its values. With blocks
-            of 128 and a causal mask it adds 1/64 of the multiplications of dense attention at 16K tokens and 1/114
-            at 128K, and on a GPU a pass over both outputs. Not with a ``score_mod``.
 
     Returns:
         ``[B, Hq, Sq, D]``, or that and the log-sum-exp. Rows without an allowed key are 0.
@@ -96,7 +86,7 @@ def attention(
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
     """
     options = check_kernel_options(kernel_options)
-    settings = Settings(config, scale, type(score_mod), options, return_lse, when, compensate)
+    settings = Settings(config, scale, type(score_mod), options, return_lse, when)
     plan = plan_attention((q, k, v), mask_mod, block_mask, settings)
     if plan.estimate is None:
         return attend_densely(q, k, v, mask_mod, block_mask, plan, score_mod)
@@ -106,8 +96,6 @@ def attention(
     check_memory(q, k, plan.estimate)
     mask = read_mask(mask_mod, block_mask, plan.estimate.frame, q.device)
     selection = estimate(q, k, mask, plan.estimate)
-    if plan.means is not None:
-        return compensation.attend(q, k, v, selection, plan)
     return plan.kernel.run(q, k, v, plan.kernel.mask_of(selection), score_mod, selection.block_mask)
 
 

@@ -81,7 +81,6 @@ def options_for(
     """``kernel_options`` for a certain mask of certain blocks, as ``attention`` runs it.
 
     Args:
-        num_keys: fewer than queries where they are means of blocks.
         mask: what is known of the caller's mask; None is the default mask.
         block_size: tiles must divide the blocks.
         gradients: they are needed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -91,7 +91,6 @@ class AttentionPlan:
         by_sdpa: it is dense, and nothing that ``scaled_dot_product_attention`` lacks is asked for.
         estimate: the plan of the estimate; None where it is dense.
         kernel: that of ``flex_attention``.
-        means: that of attention to the means of dropped blocks; None without compensation.
         block_size: tokens per block.
         return_lse: the caller gets the log-sum-exp.
         is_inference: sparse, on a GPU, under the default mask and options, and nothing but the output is needed.
@@ -101,7 +100,6 @@ class AttentionPlan:
     by_sdpa: bool
     estimate: Plan | None
     kernel: KernelPlan
-    means: KernelPlan | None
     block_size: int
     return_lse: bool
     is_inference: bool
@@ -116,7 +114,6 @@ class Settings(NamedTuple):
     kernel_options: tuple[tuple[str, Any], ...] | None
     return_lse: bool
     when: When = "auto"
-    compensate: bool = False
 
 
 @planned
@@ -133,32 +130,20 @@ def plan_attention(
     check_queries_and_keys(q, k)
     check_values(v, q, k)
     structure = check_mask(mask_mod, block_mask, q, k, config.block_size)
-    check_attention_options(q, k, v, call.score_mod, call.return_lse, call.compensate)
+    check_attention_options(q, k, v, call.score_mod, call.return_lse)
     check_when(call.when)
     scale = check_scale(call.scale, q.shape[3])
     dense = reason_to_be_dense(q, k, config) if call.when == "auto" else None
-    compensated = call.compensate and dense is None
-    lse = call.return_lse or (compensated and q.device.type != "cpu")
-    kernel = _plan_kernel(q, k, v, structure, config.block_size, scale, call._replace(return_lse=lse))
-    means = None
-    if compensated:
-        means = replace(kernel, listed=False)
-        if call.kernel_options is None:
-            size, gradients = config.block_size, kernel.gradients
-            number = -(-k.shape[2] // size)
-            number += -number % size  # in whole blocks
-            options = options_for(q, number, None, size, gradients, membership=True, has_score_mod=True, lse=lse)
-            means = replace(means, kernel_options=options)
-    plain = structure is None and call.score_mod is NoneType and not lse and q.shape[2] in (1, k.shape[2])
+    kernel = _plan_kernel(q, k, v, structure, config.block_size, scale, call)
+    plain = structure is None and call.score_mod is NoneType and not call.return_lse and q.shape[2] in (1, k.shape[2])
     estimate = new_plan(q, k, config, scale, kernel.gradients) if dense is None else None
     is_default = q.is_cuda and structure is None and kernel.listed and not compat.in_a_mode()
-    bare = call.score_mod is NoneType and call.kernel_options is None and not (lse or compensated or kernel.gradients)
+    bare = call.score_mod is NoneType and call.kernel_options is None and not (call.return_lse or kernel.gradients)
     return AttentionPlan(
         dense=dense,
         by_sdpa=dense is not None and plain,
         estimate=estimate,
         kernel=kernel,
-        means=means,
         block_size=config.block_size,
         return_lse=call.return_lse,
         is_inference=dense is None and is_default and bare,
@@ -184,7 +169,7 @@ def plan_kernel(
     check_queries_and_keys(q, k)
     check_values(v, q, k)
     check_selection(made_for, device, q, k)
-    check_attention_options(q, k, v, call.score_mod, call.return_lse, False)
+    check_attention_options(q, k, v, call.score_mod, call.return_lse)
     structure = None if mask_mod is None else structure_of(mask_mod)
     return _plan_kernel(q, k, v, structure, block_size, check_scale(call.scale, q.shape[3]), call)
 

@@ -18,7 +18,7 @@ import flexproxy
 from benchmarks import bench_attention, bench_build, bench_memory, contenders, gate, harness, stages
 from benchmarks.baselines import METHODS, to_block_mask
 from benchmarks.harness import Row
-from flexproxy import ProxyConfig, masks, reference
+from flexproxy import ProxyConfig
 
 MODULES = {"attention": bench_attention, "build": bench_build, "memory": bench_memory}
 ENVIRONMENT = {"gpu": "a GPU"}
@@ -33,13 +33,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, options: dict[
     return out
 
 
-def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, config: Any = None, compensate: bool = False, when: str = "auto"
-) -> Tensor:
-    if compensate:
-        blocks = flexproxy.select(q, k, config=config).block_map()
-        allowed = reference.token_mask(masks.causal, q.shape[0], q.shape[1], q.shape[2], k.shape[2], "cpu")
-        return reference.compensated_attention(q, k, v, allowed, blocks, 128, q.shape[3] ** -0.5)[0].to(q.dtype)
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, *, config: Any = None, when: str = "auto") -> Tensor:
     return eager(q, k, v, flexproxy.build(q, k, config=config), {})
 
 
@@ -266,9 +260,6 @@ def test_the_gate_stops_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     def dense(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    def not_compensated(q: Tensor, k: Tensor, v: Tensor, *, config: Any, **_: Any) -> Tensor:
-        return eager_attention(q, k, v, config=config)
-
     def other_blocks(blocks: Tensor, length: int) -> BlockMask:
         return to_block_mask(blocks.flip(1), length)
 
@@ -276,7 +267,6 @@ def test_the_gate_stops_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
         (gate, "flex", dense, "kernel 'default': error"),
         (gate, "to_block_mask", other_blocks, "XAttention: error"),
         (flexproxy, "attention", dense, "attention, kernel 'default': error"),
-        (flexproxy, "attention", not_compensated, "compensated, kernel 'default': error"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, wrong)
@@ -347,7 +337,7 @@ def test_bench_attention_records_every_contender(tmp_path: Path, monkeypatch: py
     rows = result_of(bench_attention, tmp_path / "attention.json", *arguments)
     seen = [(r["length"], r["contender"], r["part"]) for r in rows]
     each = [("SDPA cuDNN", "dense"), ("SDPA FlashAttention-2", "dense"), ("flex dense", "dense")]
-    ours = [*(("flexproxy", part) for part in ("build", "sparse", "total")), ("flexproxy, compensated", "total")]
+    ours = [("flexproxy", part) for part in ("build", "sparse", "total")]
     theirs = [(name, part) for name in METHODS for part in ("map", "lists", "sparse")]
     short = [("flexproxy, short", "total")] * 2
     assert seen == [(512, *x) for x in each + short + ours] + [(1000, *x) for x in each + ours + theirs]

@@ -24,7 +24,7 @@ PARAMETERS = {
     "build": "q, k, *, mask_mod=None, block_mask=None, config=None, scale=None",
     "select": "q, k, *, mask_mod=None, block_mask=None, config=None, scale=None",
     "attention": "q, k, v, *, mask_mod=None, block_mask=None, config=None, scale=None, score_mod=None, "
-    "kernel_options=None, return_lse=False, when='auto', compensate=False",
+    "kernel_options=None, return_lse=False, when='auto'",
     "why_dense": "q, k, config=None",
     "ProxyConfig.paper": "**changes",
     "kernel_options": "q, k",

@@ -242,7 +242,7 @@ def test_only_compat_looks_at_torch() -> None:
     assert {module for module, tree in TREES.items() if looks(tree)} == {"ops.compat"}
 
 
-@pytest.mark.parametrize("module", [*BUILD_PATH, "sparse.compensation", *KERNELS])
+@pytest.mark.parametrize("module", [*BUILD_PATH, *KERNELS])
 def test_nothing_waits_for_the_device(module: str) -> None:
     """No call on the way to a mask or to means reads a value back or copies from the host; no shape depends on one."""
     found = [

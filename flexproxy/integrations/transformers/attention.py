@@ -23,6 +23,7 @@ from flexproxy.ops.cache import place_of
 from flexproxy.ops.implementations import picked
 from flexproxy.pipeline import PreparedMask, check_memory, estimate, read_mask
 from flexproxy.plan import Frame, Plan, plan_estimate
+from flexproxy.selection import mask_for
 from flexproxy.sparse import replay
 from flexproxy.sparse.attention import attend_densely, attention
 from flexproxy.sparse.kernel import NotCompiledError
@@ -222,7 +223,7 @@ def _by_blocks(
     else:
         selection = _selection(x, block_mask, kept, attention.estimate)
         shares = sharing_of(x.module) is not None
-        chosen = selection.mask_for(attention.kernel) if shares else attention.kernel.mask_of(selection)
+        chosen = mask_for(selection, attention.kernel) if shares else attention.kernel.mask_of(selection)
         if call is not None:
             call.note(selection)
         result = attention.kernel.run(q, k, v, chosen, score_mod, selection.block_mask)
