@@ -1,11 +1,12 @@
-"""Tensors that are kept from call to call, because a GPU would wait for the host to make them again.
+"""Tensors that are kept from call to call, because making them again takes longer than what they are for.
 
 NOTE [Kept tensors]
 What follows from lengths and settings alone is the same in every layer of a model, and up to some ten thousand tokens
-the host takes longer to launch the kernels that make it than they run. So the last such tensors are kept. Each belongs
-to the stream that it was made on, for the work of another would not wait for it. None is kept from the capture of a
-CUDA graph, whose memory is the graph's, nor given to one, which would read it when it is gone; nor is any kept where a
-compiler, a mode of torch or a transform of torch.func makes something else than tensors with values.
+the host takes longer to launch the kernels that make it than they run; a CPU classifies the blocks of 32K tokens for
+half as long as it scores them. So the last such tensors are kept. Each belongs to the stream that it was made on, for
+the work of another would not wait for it. None is kept from the capture of a CUDA graph, whose memory is the graph's,
+nor given to one, which would read it when it is gone; nor is any kept where a compiler, a mode of torch or a transform
+of torch.func makes something else than tensors with values.
 
 Whoever gets such a tensor must not write to it, nor give it to a caller, who might.
 """
@@ -33,16 +34,12 @@ def kept(maximum: int) -> Callable[[Function], Function]:
 
         @functools.wraps(make)
         def call(device: torch.device, *args: Hashable) -> Any:
-            place = _place(device)
+            place = place_of(device)
             return make(device, *args) if place is None else keep(place, device, *args)
 
         return cast(Function, call)
 
     return decorate
-
-
-def _place(device: torch.device) -> Hashable | None:
-    return place_of(device) if device.type == "cuda" else None  # elsewhere nothing waits for the host
 
 
 def place_of(device: torch.device) -> Hashable | None:
