@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 from flexproxy.masks.clauses import allowed
 from flexproxy.masks.structure import MaskMod
+from flexproxy.ops.compat import in_a_mode
 from flexproxy.ops.operators import capturable
 from flexproxy.ops.tensors import pad_to_multiple
 
@@ -93,6 +94,24 @@ class SampledMask(NamedTuple):
             ok &= listed[b, h, queries[..., None] // block_size, key // block_size]
         return ok
 
+    def reach(self, rows: slice, num_keys: int, key_step: int = 1) -> tuple[slice, slice]:
+        """Keys of which some of these queries may see some, and keys of which they all see all; either may be empty.
+
+        Known without evaluating pairs where the mask has clauses, and on a CPU, where looking at them costs no wait.
+        Elsewhere these are all keys and none. Rows and keys are as in ``chunk``.
+        """
+        every, none = slice(0, num_keys), slice(0, 0)
+        if self.lo is None or self.hi is None or self.lo.device.type != "cpu" or in_a_mode():
+            return every, none
+        lo, hi = self.lo[..., rows], self.hi[..., rows]
+
+        def keys(begin: Tensor, end: Tensor) -> slice:
+            first, last = (min(max(0, -(-int(x) // key_step)), num_keys) for x in (begin, end))
+            return slice(first, max(first, last))
+
+        single = len(lo) == 1 and self.q_label is None and self.listed is None
+        return keys(lo.amin(), hi.amax()), keys(lo.amax(), hi.amin()) if single else none
+
     def chunk(self, rows: slice, keys: slice, key_step: int = 1, cell: tuple[int, int] = (1, 1)) -> Tensor:
         """Some of the queries and keys, as bool ``[b, heads, rows, keys]``; key n is at position n * key_step.
 
@@ -114,6 +133,14 @@ class SampledMask(NamedTuple):
         row = torch.arange(rows.start, rows.stop, device=ok.device) // cell[0]
         key = torch.arange(keys.start, keys.stop, device=ok.device) // cell[1]
         return ok & self.listed[:, :, row[:, None], key]
+
+
+def uncertain(keys: slice, certain: slice) -> list[slice]:
+    """The keys beside those that are certainly seen: before them and after them, where there are any."""
+    if max(keys.start, certain.start) >= min(keys.stop, certain.stop):
+        return [keys]
+    sides = slice(keys.start, certain.start), slice(certain.stop, keys.stop)
+    return [side for side in sides if side.start < side.stop]
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ def pad_to_multiple(x: Tensor, dim: int, multiple: int, value: float) -> Tensor:
 
 
 def logsumexp_(x: Tensor, maximum: Tensor) -> Tensor:
-    """``x.logsumexp(-1)``, given ``x.amax(-1)``, in the memory of ``x``: half the passes. -inf for a row of -inf."""
+    """``x.logsumexp(-2)``, given ``x.amax(-2)``, in the memory of ``x``: half the passes. -inf for a column of -inf."""
     finite = maximum.masked_fill(maximum == -torch.inf, 0.0)
-    return x.sub_(finite[..., None]).exp_().sum(-1).log_().add_(finite)
+    return x.sub_(finite[..., None, :]).exp_().sum(-2).log_().add_(finite)
 
 
 def is_contiguous(members: Sequence[int], sizes: Sequence[int], num_heads: int) -> bool:

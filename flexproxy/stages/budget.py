@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
-from flexproxy.masks.sampled import SampledMask
+from flexproxy.masks.sampled import SampledMask, uncertain
 from flexproxy.ops import row_summary
 from flexproxy.ops.operators import Size, operator
 from flexproxy.ops.tensors import logsumexp_, pad_to_multiple
 
-CHUNK_ELEMENTS = 2**24  # logits in one piece, 64 MiB
+CHUNK_ELEMENTS = 2**20  # logits in one piece, 4 MiB, as for the scores
 
 
 @operator(lambda a: ((*a.valid.shape[:2], a.number), torch.int64))
@@ -49,19 +48,22 @@ def block_masses(q: Tensor, k: Tensor, probes: Tensor, mask: SampledMask, block_
     place = probes.clamp(min=0)
     probed = q.gather(2, place.expand(batch, num_q_heads, -1)[..., None].expand(-1, -1, -1, head_dim))
     mask = mask.at(place).listed_at(place, block_size)
-    queries = rearrange(probed.float(), "b (kv g) m d -> b kv (g m) d", kv=num_kv_heads)
+    every = slice(0, num_probes)
+    queries = (probed.float() * scale).unflatten(1, (num_kv_heads, -1)).flatten(2, 3).mT  # [B, Hkv, D, G m]
     per_chunk = max(1, CHUNK_ELEMENTS // (batch * num_q_heads * num_probes * block_size)) * block_size
+    _, certain = mask.reach(every, num_keys)
     parts = []
     for start in range(0, num_keys, per_chunk):
         keys = slice(start, min(start + per_chunk, num_keys))
-        logits = (queries @ k[:, :, keys].float().transpose(-1, -2)).mul_(scale)
-        logits = rearrange(logits, "b kv (g m) key -> b (kv g) m key", m=num_probes)
-        ok = mask.chunk(slice(0, num_probes), keys, cell=(1, block_size))
-        logits.masked_fill_(~ok, -torch.inf)
-        padded = pad_to_multiple(logits, -1, block_size, -torch.inf)
-        by_block = rearrange(padded, "b h m (block key) -> b h m block key", key=block_size)
-        parts.append(logsumexp_(by_block, by_block.amax(-1)))
-    blocks = torch.cat(parts, -1)  # [B, Hq, m, Nk]
+        logits = k[:, :, keys].float() @ queries  # [B, Hkv, keys, G m], as in block_scores
+        for side in uncertain(keys, certain):
+            ok = mask.chunk(every, side, cell=(1, block_size))
+            ok = ok.unflatten(1, (1, 1) if ok.shape[1] == 1 else (num_kv_heads, -1)).permute(0, 1, 4, 2, 3)
+            piece = logits[:, :, side.start - start : side.stop - start].unflatten(-1, (-1, num_probes))
+            piece.masked_fill_(~ok, -torch.inf)
+        by_block: Tensor = pad_to_multiple(logits, -2, block_size, -torch.inf).unflatten(-2, (-1, block_size))
+        parts.append(logsumexp_(by_block, by_block.amax(-2)))
+    blocks: Tensor = torch.cat(parts, 2).unflatten(-1, (-1, num_probes)).permute(0, 1, 3, 4, 2).flatten(1, 2)
     probability = (blocks - blocks.logsumexp(-1, keepdim=True)).exp_().masked_fill_(~present[..., None], 0.0)
     return (probability.sum(2) / present.sum(2).clamp(min=1)[..., None]).nan_to_num_(0.0)
 

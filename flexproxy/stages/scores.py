@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from einops import reduce
 from torch import Tensor
 
-from flexproxy.masks.sampled import SampledMask
+from flexproxy.masks.sampled import SampledMask, uncertain
 from flexproxy.ops.operators import Size, operator
 from flexproxy.ops.tensors import logsumexp_, pad_to_multiple
 
-CHUNK_ELEMENTS = 2**24  # logits in one piece, 64 MiB
+CHUNK_ELEMENTS = 2**20  # logits in one piece, 4 MiB: the passes over them stay in the caches of a CPU
 
 
 class Sampling(NamedTuple):
@@ -64,18 +63,25 @@ def block_scores(
     batch, proxies, num_queries, _ = q.shape
     num_keys = k.shape[2]
     num_blocks = -(-num_keys // k_cell)
-    keys = k.float().transpose(-1, -2)
-    queries = q.float()
+    keys, queries = k.float(), q.float() * scale
     rows_per_chunk = max(1, CHUNK_ELEMENTS // (batch * proxies * num_blocks * q_cell * k_cell)) * q_cell
-    out = []
+    out = queries.new_full((batch, proxies, -(-num_queries // q_cell), num_blocks), -torch.inf)
     for start in range(0, num_queries, rows_per_chunk):
         rows = slice(start, min(start + rows_per_chunk, num_queries))
-        ok = mask.chunk(rows, slice(0, num_keys), key_step, (q_cell, k_cell))
-        logits = (queries[:, :, rows] @ keys).mul_(scale).masked_fill_(~ok, -torch.inf)  # [B, P, rows, keys]
-        padded = pad_to_multiple(logits, -1, k_cell, -torch.inf)
-        row_max = reduce(padded, "b p row (block key) -> b p row block", "max", key=k_cell)
-        lse = logsumexp_(logits, row_max.amax(-1))[..., None]
+        seen, certain = mask.reach(rows, num_keys, key_step)
+        blocks = slice(seen.start // k_cell, -(-seen.stop // k_cell))
+        part = slice(blocks.start * k_cell, min(blocks.stop * k_cell, num_keys))
+        if part.start >= part.stop:
+            continue
+        # Keys come first: reductions over them, and over those of a block, then add rows as vectors.
+        logits = keys[:, :, part] @ queries[:, :, rows].mT  # [B, P, keys, rows]
+        for side in uncertain(part, certain):
+            ok = mask.chunk(rows, side, key_step, (q_cell, k_cell))
+            logits[:, :, side.start - part.start : side.stop - part.start].masked_fill_(~ok.mT, -torch.inf)
+        by_block: Tensor = pad_to_multiple(logits, -2, k_cell, -torch.inf).unflatten(-2, (-1, k_cell))
+        row_max = by_block.amax(-2)  # [B, P, blocks, rows]
+        lse = logsumexp_(logits, row_max.amax(-2))[..., None, :]
         relative = (row_max - lse).masked_fill_(row_max == -torch.inf, -torch.inf)
-        relative = pad_to_multiple(relative, -2, q_cell, -torch.inf)
-        out.append(reduce(relative, "b p (q_block row) block -> b p q_block block", "max", row=q_cell))
-    return torch.cat(out, 2)
+        relative = pad_to_multiple(relative, -1, q_cell, -torch.inf).unflatten(-1, (-1, q_cell)).amax(-1)
+        out[:, :, start // q_cell : -(-rows.stop // q_cell), blocks] = relative.mT
+    return out

@@ -16,7 +16,7 @@ from flexproxy import ProxyConfig, masks, reference
 from flexproxy.masks import and_masks, blocks, or_masks, sampled
 from flexproxy.masks.blocks import classify_by_evaluation, classify_clauses, depends_on
 from flexproxy.masks.clauses import Clause, stack
-from flexproxy.masks.sampled import SampledMask, pack_bits
+from flexproxy.masks.sampled import SampledMask, pack_bits, uncertain
 from flexproxy.masks.structure import MaskMod, attach, clauses_of, structure_of
 from flexproxy.ops.compat import seq_lengths_of
 from tests.accuracy import assert_accurate
@@ -547,6 +547,41 @@ def test_clauses_at_queries_of_each_head(device: str) -> None:
     got = SampledMask(*stack(clauses)).at(queries).chunk(slice(0, 3), slice(8, 40))
     dense = reference.token_mask(mask_mod, 1, 1, 40, 40, device)[0, 0]
     assert torch.equal(got, dense[queries][..., 8:])
+
+
+@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize(
+    "mask_mod",
+    [
+        masks.causal,
+        masks.sliding_window(9),
+        masks.shift(masks.causal, torch.tensor([5, -20], dtype=torch.int32)),
+        or_masks(masks.sliding_window(4), masks.prefix_lm(torch.tensor([10]))),
+        and_masks(masks.causal, masks.document(torch.arange(40) // 15)),
+    ],
+    ids=["causal", "window", "shifted", "union", "documents"],
+)
+def test_reach_bounds_a_mask(mask_mod: MaskMod, step: int) -> None:
+    """No query sees a key outside of what is seen, and all see all that is certain; causal ones with nothing to spare.
+
+    Between them, and beside them, ``uncertain`` leaves out what is certain alone.
+    """
+    clauses = clauses_of(structure_of(mask_mod), 40, 40, torch.device("cpu"))
+    assert clauses is not None
+    mask, number = SampledMask(*stack(clauses)).every(None, step), 40 // step
+    for rows in (slice(0, 3), slice(10, 30), slice(39, 40)):
+        seen, certain = mask.reach(rows, number, step)
+        dense = mask.chunk(rows, slice(0, number), step)
+        outside = torch.ones(number, dtype=torch.bool)
+        outside[seen] = False
+        assert not dense[..., outside].any()
+        assert dense[..., certain].all()
+        if mask_mod is masks.causal:
+            assert (seen.stop, certain.stop) == (-(-rows.stop // step), rows.start // step + 1)
+        for keys in (slice(0, number), slice(4, 8), slice(8, number)):
+            rest = [key for side in uncertain(keys, certain) for key in range(side.start, side.stop)]
+            every = range(certain.start, certain.stop)
+            assert rest == [key for key in range(keys.start, keys.stop) if key not in every]
 
 
 def test_a_mask_by_nothing_is_an_error() -> None:
