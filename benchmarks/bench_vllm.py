@@ -7,7 +7,7 @@ contiguous keys.
 Where vLLM can be imported: engines of the shape of Llama-3.1-8B with random weights, each a process of its own, once
 with FlashAttention and once with flexproxy: time to first token of one prompt, eight prompts at once, tokens a second
 of decoding, the pages of the cache that memory has room for; and, with a small model, how many tokens of both are equal
-where flexproxy keeps every block.
+where flexproxy keeps every block. What vLLM logs is printed.
 
     python -m benchmarks.bench_vllm
 """
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -43,6 +44,7 @@ from benchmarks.serving_step import LAYOUTS, PAGE, Requests, check_step, measure
 from benchmarks.vllm_engine import model_config, save_small_model
 
 EVERY_BLOCK = {"gamma": 1.0, "num_proxies": 1, "when": "always"}
+NOT_COMPILED = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 
 
 class Case(NamedTuple):
@@ -55,41 +57,84 @@ class Case(NamedTuple):
     density: float | None = None
 
 
-def run_engine(folder: Path, settings: dict[str, Any] | None, work: dict[str, Any]) -> Row:
-    """What a process with an engine found; see ``vllm_engine.engine``. ``log``: what flexproxy said in it."""
-    case, result = folder / "case.json", folder / "result.json"
+class Options(NamedTuple):
+    """Of engines. compiled: by torch.compile, as vLLM does by default; limit_s: for one engine, with its start."""
+
+    compiled: bool = True
+    limit_s: float = 600
+
+
+def run_engine(folder: Path, settings: dict[str, Any] | None, work: dict[str, Any], limit_s: float = 600) -> Row:
+    """What a process with an engine found; see ``vllm_engine.engine``. ``ended``: why it stopped early, if it did.
+
+    Raises:
+        RuntimeError: it found nothing.
+    """
+    name = "stock" if settings is None else "flexproxy"
+    case, result = folder / f"{name}_case.json", folder / f"{name}_result.json"
     case.write_text(json.dumps({"model": str(folder), "settings": settings, "work": work}))
-    result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.vllm_engine", str(case), str(result)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    said = done.stdout + done.stderr
-    if not result.exists():
-        raise RuntimeError(said.strip()[-250:])
-    row: Row = json.loads(result.read_text())
-    return row | {"log": [line.partition("flexproxy: ")[2] for line in said.splitlines() if "flexproxy: " in line]}
+    try:
+        code = subprocess.run(command, check=False, timeout=limit_s).returncode
+        ended = {"ended": f"by {code}"} if code else {}
+    except subprocess.TimeoutExpired:
+        ended = {"ended": f"after {limit_s:g} s"}
+    row: Row = ended | (json.loads(result.read_text()) if result.exists() else {})
+    if not row.keys() - {"ended"}:
+        raise RuntimeError(row.get("ended", "it found nothing"))
+    return row
 
 
-def measure_equality(folder: Path, case: Case) -> Row:
-    """Tokens of the small model that both engines generate, where flexproxy keeps every block; bf16, greedily."""
+def measure_equality(folder: Path, case: Case, options: Options) -> Row:
+    """Tokens of the small model that both engines generate, where flexproxy keeps every block; bf16, greedily.
+
+    In bf16 near-ties part: ``first_apart`` is the largest difference of the log-probabilities of first tokens.
+    """
     lengths = [queries for queries, _ in case.requests]
-    work = {"tokens": lengths, "max_tokens": case.tokens, "max_len": max(lengths) + 64, "load": "auto"}
+    engine = {
+        "max_model_len": max(lengths) + 64,
+        "max_num_batched_tokens": case.tokens,
+        "max_num_seqs": 8,
+        "enforce_eager": True,
+        "gpu_memory_utilization": 0.3,
+        "kv_cache_memory_bytes": 2**30,  # vLLM then measures no memory, which the two would disturb
+    }
     save_small_model(folder)
-    stock, ours = (run_engine(folder, settings, work) for settings in (None, EVERY_BLOCK))
+    with ThreadPoolExecutor() as pool:
+        stock, ours = pool.map(
+            lambda settings: run_engine(folder, settings, {"tokens": lengths, "engine": engine}, options.limit_s),
+            (None, EVERY_BLOCK),
+        )
     one, two = (list(chain.from_iterable(found["tokens"])) for found in (stock, ours))
-    return {"equal_tokens": sum(a == b for a, b in zip(one, two, strict=True)), "of": len(one), "log": ours["log"]}
+    firsts = [[values[0] for values in found["logprobs"]] for found in (stock, ours)]
+    return {
+        "equal_tokens": sum(a == b for a, b in zip(one, two, strict=True)),
+        "of": len(one),
+        "equal_first_tokens": sum(a[0] == b[0] for a, b in zip(stock["tokens"], ours["tokens"], strict=True)),
+        "first_apart": max(abs(a - b) for a, b in zip(*firsts, strict=True)),
+        "log": ours["log"],
+    }
 
 
-def measure_engine(folder: Path, case: Case) -> Row:
+def measure_engine(folder: Path, case: Case, options: Options) -> Row:
     """Times with the shape of Llama-3.1-8B."""
     lengths = [queries for queries, _ in case.requests]
     longest = max(lengths) + 64
     (folder / "config.json").write_text(json.dumps(model_config(longest, small=False)))
-    prompts = {str(length): [length] for length in lengths} | {"eight": [min(16384, *lengths)] * 8}
-    work = {"prompts": prompts, "decode": [32, 256], "max_tokens": case.tokens, "max_len": longest, "load": "dummy"}
-    return run_engine(folder, None if case.density is None else {"density": case.density}, work)
+    prompts = {str(length): [length] for length in sorted(lengths)} | {"eight": [min(16384, *lengths)] * 8}
+    engine = {
+        "load_format": "dummy",
+        "max_model_len": longest,
+        "max_num_batched_tokens": case.tokens,
+        "max_num_seqs": 32,
+        "gpu_memory_utilization": 0.85,
+        "compilation_config": {"cudagraph_capture_sizes": [1, 8, 32]} | ({} if options.compiled else NOT_COMPILED),
+    }
+    settings = None if case.density is None else {"density": case.density}
+    return run_engine(folder, settings, {"prompts": prompts, "decode": [32, 256], "engine": engine}, options.limit_s)
 
 
-def measure(case: Case) -> list[Row]:
+def measure(case: Case, options: Options) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         if case.part == "step":
             assert case.density is not None
@@ -97,13 +142,13 @@ def measure(case: Case) -> list[Row]:
             found = attempt(lambda: measure_step(case.requests, density, case.contender))
         else:
             measured = measure_equality if case.part == "equality" else measure_engine
-            found = attempt(lambda: measured(Path(folder), case))
+            found = attempt(lambda: measured(Path(folder), case, options))
     return [case._asdict() | found]
 
 
-def cases_of(lengths: Sequence[int], tokens: int, density: float, engines: bool) -> list[Case]:
+def cases_of(lengths: Sequence[int], tokens: int, density: float, engines: bool, steps: bool = True) -> list[Case]:
     cases: list[Case] = []
-    for layout in LAYOUTS:
+    for layout in LAYOUTS if steps else ():
         lasts: list[Requests] = [((min(tokens, length), length),) for length in lengths]
         cases += [Case("step", layout, last, tokens, density) for last in lasts]
         cases.append(Case("step", layout, ((2048, 16384),) * 8, tokens, density))
@@ -120,16 +165,20 @@ def bench(
     lengths: Lengths = "32768,131072",
     tokens: Annotated[int, typer.Option(min=128, help="New tokens of a step, at most.")] = 16384,
     density: Density = 0.16,
+    steps: Annotated[bool, typer.Option(help="Without vLLM.")] = True,
     engines: Annotated[bool, typer.Option(help="With vLLM, where it can be imported.")] = True,
+    compiled: Annotated[bool, typer.Option(help="Engines of vLLM's default, which starts by compiling.")] = True,
+    limit: Annotated[float, typer.Option(min=1.0, help="Seconds for one engine, with its start.")] = 600.0,
     out: Out = None,
     quick: Quick = False,
 ) -> None:
     settings = settings_of(locals()) | {"shape": "Hq 32, Hkv 8, D 128, bf16", "page": PAGE}
     require_gpu()
-    for layout in LAYOUTS:
+    for layout in LAYOUTS if steps else ():
         check_step(layout)
-    cases = cases_of(lengths, tokens, density, engines and find_spec("vllm") is not None)
-    run_cases(cases, measure, result_path("vllm", out, quick), settings)
+    options = Options(compiled, limit)
+    cases = cases_of(lengths, tokens, density, engines and find_spec("vllm") is not None, steps)
+    run_cases(cases, lambda case: measure(case, options), result_path("vllm", out, quick), settings)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

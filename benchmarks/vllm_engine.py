@@ -1,21 +1,27 @@
 """A process with one engine of vLLM, for bench_vllm: its times, and its tokens.
 
+What is found is written after each measurement, and printed: what ends early leaves what it has.
+
 python -m benchmarks.vllm_engine CASE.json RESULT.json
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness import Row, quantiles
+from benchmarks.harness import Row, quantiles, write_json
+
+LONG_MS = 4000.0
+"""A prompt that takes longer is timed once, after the first time."""
 
 
 def model_config(length: int, small: bool) -> dict[str, Any]:
@@ -53,62 +59,102 @@ def save_small_model(folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
-def engine(case: dict[str, Any]) -> Row:
-    """The times of what one engine is asked for.
+class Log(logging.Handler):
+    """What flexproxy says in vLLM's log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message.startswith("flexproxy: "):
+            self.lines.append(message.removeprefix("flexproxy: "))
+
+
+def engine(case: dict[str, Any], report: Callable[[Row], None]) -> None:
+    """Measure what one engine is asked for, and report it piece by piece.
 
     case: ``model``, a folder; ``settings`` of flexproxy, None for FlashAttention alone; and ``work``.
 
-    work: ``prompts`` by name, lists of lengths, each timed to its first token, median of three; ``decode``, a number of
-    requests of 64 tokens and how many they generate; ``tokens``, prompts whose tokens are returned; ``max_tokens``, of
-    a step; ``max_len``; ``load``.
+    work: ``engine``, arguments of ``LLM``; ``prompts`` by name, lists of lengths, each timed to its first token, the
+    first time and the median of three more, or one; ``decode``, a number of requests of 64 tokens and how many they
+    generate; ``tokens``, prompts whose tokens are reported, with their log-probabilities.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    begin = time.perf_counter()
     from vllm import LLM, SamplingParams
 
     from flexproxy.integrations.vllm import register
 
     register()
+    log = Log()
+    logging.getLogger("vllm").addHandler(log)
     work, settings = case["work"], case["settings"]
     arguments: dict[str, Any] = {} if settings is None else {"additional_config": {"flexproxy": settings}}
-    backend = "FLASH_ATTN" if settings is None else "CUSTOM"
     llm = LLM(
         model=case["model"],
         dtype="bfloat16",
         skip_tokenizer_init=True,
-        load_format=work["load"],
-        max_model_len=work["max_len"],
-        max_num_batched_tokens=work["max_tokens"],
-        max_num_seqs=64,
         enable_prefix_caching=False,
-        gpu_memory_utilization=0.85,
-        attention_config={"backend": backend},
+        attention_config={"backend": "FLASH_ATTN" if settings is None else "CUSTOM"},
         seed=0,
+        **work["engine"],
         **arguments,
     )
+    config = llm.llm_engine.vllm_config
+    report(
+        {
+            "start_s": round(time.perf_counter() - begin, 1),
+            "log": log.lines,
+            "cache_pages": config.cache_config.num_gpu_blocks,
+            "page": config.cache_config.block_size,
+            "graphs": str(config.compilation_config.cudagraph_mode),
+            "runner": 2 if getattr(config, "use_v2_model_runner", False) else 1,
+        }
+    )
 
-    def generate(lengths: Sequence[int], number: int, seed: int = 0) -> tuple[float, Any]:
+    def generate(lengths: Sequence[int], number: int, seed: int = 0, logprobs: int | None = None) -> tuple[float, Any]:
         generator = torch.Generator().manual_seed(seed)
         ids = [torch.randint(1, 1000, (length,), generator=generator).tolist() for length in lengths]
         sampling = SamplingParams(
-            temperature=0, max_tokens=number, min_tokens=number, ignore_eos=True, detokenize=False
+            temperature=0, max_tokens=number, min_tokens=number, ignore_eos=True, detokenize=False, logprobs=logprobs
         )
         begin = time.perf_counter()
         outputs = llm.generate([{"prompt_token_ids": each} for each in ids], sampling, use_tqdm=False)
-        return 1000 * (time.perf_counter() - begin), [list(output.outputs[0].token_ids) for output in outputs]
+        return 1000 * (time.perf_counter() - begin), [output.outputs[0] for output in outputs]
 
-    row: Row = {"cache_pages": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks}
-    for name, lengths in work.get("prompts", {}).items():
-        row[f"{name}_first_ms"], _ = generate(lengths, 1)  # what is still compiled and loaded
-        row[f"{name}_ms"] = quantiles([generate(lengths, 1, seed)[0] for seed in range(1, 4)])["median_ms"]
+    if "tokens" in work:
+        found = generate(work["tokens"], 16, logprobs=0)[1]
+        tokens = [list(one.token_ids) for one in found]
+        chosen = [[at[token].logprob for token, at in zip(one.token_ids, one.logprobs, strict=True)] for one in found]
+        report({"tokens": tokens, "logprobs": chosen})
     if "decode" in work:
         requests, number = work["decode"]
         generate([64] * requests, 8)
         short, long = (min(generate([64] * requests, n)[0] for _ in range(3)) for n in (8, 8 + number))
-        row["decode_tokens_per_s"] = round(1000 * requests * number / (long - short), 1)
-    if "tokens" in work:
-        row["tokens"] = generate(work["tokens"], 16)[1]
-    return row
+        report({"decode_tokens_per_s": round(1000 * requests * number / (long - short), 1)})
+    for name, lengths in work.get("prompts", {}).items():
+        first, _ = generate(lengths, 1)  # with what is still compiled and loaded
+        times = [generate(lengths, 1, seed)[0] for seed in range(1, 2 if first > LONG_MS else 4)]
+        report({f"{name}_first_ms": round(first, 1), f"{name}_ms": quantiles(times)["median_ms"]})
+    report({"peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2), "log": log.lines})
+
+
+def main(case: Path, result: Path) -> None:
+    row: Row = {}
+
+    def report(found: Row) -> None:
+        row.update(found)
+        write_json(result, row)
+        print("measured", {name: value for name, value in found.items() if name != "logprobs"}, flush=True)
+
+    try:
+        engine(json.loads(case.read_text()), report)
+    except Exception as error:
+        report({"ended": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]})
+        raise
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(engine(json.loads(Path(sys.argv[1]).read_text()))))
+    main(*map(Path, sys.argv[1:]))

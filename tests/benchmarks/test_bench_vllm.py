@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def test_cases() -> None:
     assert {case.part for case in steps} == {"step"}
     assert [case.requests for case in steps[:3]] == [((8192, 8192),), ((16384, 32768),), ((2048, 16384),) * 8]
     engines = bench_vllm.cases_of([8192, 32768], 16384, 0.2, engines=True)[len(steps) :]
+    assert engines == bench_vllm.cases_of([8192, 32768], 16384, 0.2, engines=True, steps=False)
     assert [(case.part, case.contender, case.density) for case in engines] == [
         ("equality", "flexproxy", None),
         ("engine", "FlashAttention", None),
@@ -37,3 +39,12 @@ def test_an_engine_that_fails_says_why(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(vllm_engine.model_config(1024, small=True)))
     with pytest.raises(RuntimeError, match="No module named 'vllm'"):
         bench_vllm.run_engine(tmp_path, None, {})
+
+
+def test_an_engine_that_is_stopped_leaves_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(command: list[str], check: bool, timeout: float) -> None:
+        Path(command[-1]).write_text(json.dumps({"start_s": 1.5}))
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", stopped)
+    assert bench_vllm.run_engine(tmp_path, None, {}, limit_s=2) == {"ended": "after 2 s", "start_s": 1.5}
