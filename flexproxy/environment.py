@@ -20,19 +20,19 @@ from flexproxy.sparse.kernel_options import fastest
 _PACKAGES = {
     "torch": ("everything", "flexproxy"),
     "einops": ("everything", "flexproxy"),
-    "triton": ("compiled attention on a GPU, and the fast estimate there (PyTorch's is slower)", "flexproxy[triton]"),
+    "triton": ("compiled attention on a GPU, and the fast estimate there (PyTorch's is slower)", "triton"),
     "flash-attn-4": (
         'BACKEND="FLASH", the fastest attention on Hopper GPUs (else Triton\'s kernel)',
         "flexproxy[flash]",
     ),
     "transformers": (
         "flexproxy.integrations.transformers; recording and calibrating models; demo, inspect, calibrate",
-        "flexproxy[transformers]",
+        "flexproxy[hf]",
     ),
-    "safetensors": ("models: demo, inspect, calibrate", "flexproxy[transformers]"),
-    "matplotlib": ("flexproxy.plot; the pictures of demo, inspect and calibrate", "flexproxy[plot]"),
-    "typer": ("this command line", "flexproxy[cli]"),
-    "rich": ("this command line", "flexproxy[cli]"),
+    "safetensors": ("models: demo, inspect, calibrate", "flexproxy[hf]"),
+    "matplotlib": ("flexproxy.plot; the pictures of demo, inspect and calibrate", "flexproxy[hf]"),
+    "typer": ("this command line", "flexproxy[hf]"),
+    "rich": ("this command line", "flexproxy[hf]"),
 }
 _ONLY_PRE_RELEASES = {"flash-attn-4"}
 _SHAPE = {"Hq": 32, "Hkv": 8, "S": 4096, "D": 128}

@@ -94,7 +94,7 @@ def check_alone(wheel: Path, folder: Path) -> None:
     run([command, "--help"], folder)
     said = run([command, "info"], folder, expected=1).stderr
     lines = [line for line in said.splitlines() if line.startswith("flexproxy")]  # torch warns where there is no numpy
-    if len(lines) != 1 or 'pip install "flexproxy[cli]"' not in lines[0] or "Traceback" in said:
+    if len(lines) != 1 or 'pip install "flexproxy[hf]"' not in lines[0] or "Traceback" in said:
         raise SystemExit(f"release check: flexproxy info: expected one line, what to install, got\n{said}")
     print(f"   {lines[0]}")
 

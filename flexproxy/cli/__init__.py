@@ -60,7 +60,7 @@ def _app() -> typer.Typer:
 
 def _without_typer(args: Sequence[str]) -> int:
     """Help and version; for a command, what to install."""
-    install = f'{_missing} is not installed: pip install "flexproxy[cli]"'
+    install = f'{_missing} is not installed: pip install "flexproxy[hf]"'
     if args == ["--version"]:
         print(flexproxy.__version__)
     elif not args or "--help" in args:

@@ -51,11 +51,11 @@ class Device(str, Enum):
 Where: TypeAlias = Annotated[Device, typer.Option(help="Where to run; auto takes a GPU if there is one.")]
 
 
-def require(extra: str, *modules: str) -> None:
-    """End the command if a package of an extra is missing."""
+def require(*modules: str) -> None:
+    """End the command if a package is missing."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise ImpossibleError(f'{module} is not installed: pip install "flexproxy[{extra}]"')
+            raise ImpossibleError(f'{module} is not installed: pip install "flexproxy[hf]"')
 
 
 def check_output(option: str, path: Path, force: bool) -> None:
@@ -69,7 +69,7 @@ def check_picture(option: str, path: Path | None, force: bool) -> None:
     """``check_output`` for a picture, which also needs matplotlib; None asks for none."""
     if path is None:
         return
-    require("plot", "matplotlib")
+    require("matplotlib")
     from flexproxy.plot.figures import save_problem
 
     problem = save_problem(path, force)

@@ -84,7 +84,7 @@ def _why_torch(device: torch.device) -> str | None:
 def _missing(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on a device; None if they can."""
     if find_spec("triton") is None:
-        return 'triton is not installed (pip install "flexproxy[triton]")'
+        return "triton is not installed (pip install triton)"
     if device.type != "cuda":
         if os.environ.get("TRITON_INTERPRET", "").lower() not in ("1", "true", "on"):  # as triton reads it
             return f"the tensors are on {device}, and TRITON_INTERPRET is not set"

@@ -69,7 +69,7 @@ def plain_style() -> Iterator[None]:
         from matplotlib import style
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f'{error.name} is not installed, which flexproxy.plot needs: pip install "flexproxy[plot]"', name=error.name
+            f"{error.name} is not installed, which flexproxy.plot needs: pip install matplotlib", name=error.name
         ) from error
     with style.context("default"):
         yield

@@ -292,7 +292,7 @@ except ModuleNotFoundError as error:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT, timeout=120
     )
-    assert 'use pip install "flexproxy[transformers]"' in done.stdout, done.stderr
+    assert 'use pip install "flexproxy[hf]"' in done.stdout, done.stderr
 
 
 def test_the_name_is_lazy() -> None:

@@ -59,7 +59,7 @@ def test_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 MISSING = {
-    "no triton": ({"triton": False}, CPU, r'triton is not installed \(pip install "flexproxy\[triton\]"\)'),
+    "no triton": ({"triton": False}, CPU, r"triton is not installed \(pip install triton\)"),
     "no interpreter": ({}, CPU, "the tensors are on cpu, and TRITON_INTERPRET is not set"),
     "old interpreter": ({}, CPU, r"the interpreter of triton before 3\.4 cannot run the kernels"),
     "old GPU": ({}, GPU, r"cuda:0 has a compute capability below 8\.0"),

@@ -72,7 +72,7 @@ def calibrate(
     device: Where = Device.auto,
     as_json: AsJson = False,
 ) -> None:
-    require("transformers", "transformers", "safetensors")
+    require("transformers", "safetensors")
     from flexproxy import ProxyConfig
     from flexproxy.calibration import Target
     from flexproxy.calibration import calibrate as run

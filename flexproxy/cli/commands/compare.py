@@ -38,7 +38,7 @@ def compare(
     device: Where = Device.auto,
     as_json: AsJson = False,
 ) -> None:
-    require("transformers", "transformers", "safetensors")
+    require("transformers", "safetensors")
     from flexproxy.cli import comparison, inputs
 
     check_picture("--picture", picture, force)

@@ -55,7 +55,7 @@ def demo(
     device: Where = Device.auto,
     as_json: AsJson = False,
 ) -> None:
-    require("transformers", "transformers", "safetensors")
+    require("transformers", "safetensors")
     check_picture("--picture", picture, force)
     from flexproxy import ProxyConfig, plot
     from flexproxy.cli import demo as demo_module

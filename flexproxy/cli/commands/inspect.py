@@ -68,9 +68,9 @@ def inspect(
     device: Where = Device.auto,
     as_json: AsJson = False,
 ) -> None:
-    require("transformers", "transformers", "safetensors")
+    require("transformers", "safetensors")
     if pictures is not None:
-        require("plot", "matplotlib")
+        require("matplotlib")
     elif layer is not None:
         raise InputError("--pictures: expected a folder for the pictures, got none beside --layer; name one")
     if output is not None:

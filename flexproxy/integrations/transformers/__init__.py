@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
     raise ModuleNotFoundError(
-        'transformers: expected to be installed, got nothing; use pip install "flexproxy[transformers]"',
+        'transformers: expected to be installed, got nothing; use pip install "flexproxy[hf]"',
         name="transformers",
     ) from error
 except ImportError as error:
