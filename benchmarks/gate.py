@@ -14,7 +14,7 @@ from benchmarks.baselines import METHODS, to_block_mask
 from benchmarks.baselines.blocks import BLOCK_SIZE
 from benchmarks.contenders import flex, inputs, kernel_variants
 from flexproxy import ProxyConfig, masks, reference
-from tests.oracle import Case, check_count, check_rank, expect, pooled
+from tests.oracle import Case, check_count, check_rank, check_shares, expect, pooled, recorded_scores
 
 LENGTH = 2000  # ragged: no multiple of a block or a tile
 WHOLE = 2048  # whole blocks, for which other kernels are compiled
@@ -27,10 +27,14 @@ def check_selection(config: ProxyConfig) -> None:
     config = replace(config, gamma=0.5, min_budget=256)
     case = Case(q, k, v, config, "default", None, [0])
     expected = expect(case, *pooled(case))
-    selection = flexproxy.select(q, k, config=config)
+    with recorded_scores() as scores:
+        selection = flexproxy.select(q, k, config=config)
     try:
         check_rank(selection.rank.cpu(), expected)
-        check_count(selection.count.cpu(), expected, config)
+        if config.sharing == "rows":
+            check_shares(case, selection, scores[0], expected)
+        else:
+            check_count(selection.count.cpu(), expected, config)
     except AssertionError as error:
         raise SystemExit(f"correctness gate failed: selection with {config}: {error}; nothing was timed") from None
 

@@ -19,7 +19,7 @@ STAGES = {
     "scores": r"_scores_",
     "rank": r"_keys_|_rank_",
     "probe": r"_masses_",
-    "count": r"_forced_|_cumulative_|_kept_|_candidates_|_counts_",
+    "count": r"_forced_|_cumulative_|_kept_|_candidates_|_counts_|_threshold_",
     "lists": r"_lists_",
 }
 SHARED = r"_block_logits_"  # the pass over all keys, of the stage whose kernel follows it

@@ -16,6 +16,7 @@ MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 16, 1024
 MAX_DEFAULT_PROXIES = 8
 NEIGHBOURS = 128  # queries, from a multiple of this number on, whose mean an outlier is far from
 QueryChoice = Literal["first", "outlier"]
+Sharing = Literal["heads", "rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,11 @@ class ProxyConfig:
         gamma: attention mass that each head's budget must reach, in (0, 1]. 1.0 keeps every block.
         density: target mean density (kept blocks / admissible blocks) in (0, 1]. Replaces ``gamma``: the one gamma that
             brings the heads of a sequence nearest to the target is found, so all of them reach the same coverage.
+        sharing: what a count is for. "heads", as in the paper: each head has one, for all of its rows. "rows": a
+            sequence keeps as many blocks in all, but its rows and heads share them by one threshold on the scores, so
+            each row has a count of its own. It is for heads with scores of their own, ``num_proxies`` = Hq, which with
+            ``query_stride=16`` take the time of Hq / 4 proxies; with pooled scores "heads" loses less. The documents
+            packed in a batch row share as one sequence.
         stride: tokens from one sampled key (and query) to the next in the scores. Divides ``block_size``.
         query_stride: the same for the queries, where it is another. Half of the queries and twice the keys are as
             many pairs: what matters may be a few tokens among the keys, which many queries look for.
@@ -57,6 +63,7 @@ class ProxyConfig:
     groups: Sequence[int] | None = None
     gamma: float = 0.95
     density: float | None = None
+    sharing: Sharing = "heads"
     stride: int = 4
     query_stride: int | None = None
     query_choice: QueryChoice = "first"
@@ -75,13 +82,19 @@ class ProxyConfig:
         _check_fraction("gamma", self.gamma)
         if self.density is not None:
             _check_fraction("density", self.density)
+        _check_choice("sharing", self.sharing, get_args(Sharing))
         _check_int("block_size", self.block_size, MIN_BLOCK_SIZE, MAX_BLOCK_SIZE)
         if self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size: expected a power of two, got {self.block_size}; use 64 or 128")
         _check_stride("stride", self.stride, self.block_size)
         if self.query_stride is not None:
             _check_stride("query_stride", self.query_stride, self.block_size)
-        _check_query_choice(self.query_choice, self.strides[0])
+        _check_choice("query_choice", self.query_choice, get_args(QueryChoice))
+        if self.query_choice == "outlier" and self.strides[0] > NEIGHBOURS:
+            raise ValueError(
+                f"query_stride: expected at most {NEIGHBOURS} where query_choice is 'outlier', got {self.strides[0]}; "
+                "use 8 or 16"
+            )
         _check_int("sink_blocks", self.sink_blocks, 0)
         _check_int("local_blocks", self.local_blocks, 1)
         _check_int("dense_last_blocks", self.dense_last_blocks, 0)
@@ -121,6 +134,7 @@ class ProxyConfig:
             groups=None,
             gamma=0.95,
             density=None,
+            sharing="heads",
             stride=4,
             query_stride=None,
             query_choice="first",
@@ -190,10 +204,14 @@ class ProxyConfig:
         return None if self.max_budget is None else self.max_budget // self.block_size
 
     @property
+    def target(self) -> float:
+        """The density where there is one, else gamma; 1.0 leaves out no more than ``max_budget`` does."""
+        return self.gamma if self.density is None else self.density
+
+    @property
     def keeps_all(self) -> bool:
         """Whether every admissible block is kept, whatever the inputs are."""
-        target = self.gamma if self.density is None else self.density
-        return target == 1.0 and self.max_budget is None
+        return self.target == 1.0 and self.max_budget is None
 
 
 def _plain(value: Any) -> Any:
@@ -222,14 +240,9 @@ def _check_stride(name: str, value: int, block_size: int) -> None:
         raise ValueError(f"{name}: expected a divisor of block_size {block_size}, got {value}; use 1, 2, 4, 8 or 16")
 
 
-def _check_query_choice(value: object, stride: int) -> None:
-    choices = get_args(QueryChoice)
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"query_choice: expected one of {list(choices)}, got {value!r}; 'first' is the paper's")
-    if value == "outlier" and stride > NEIGHBOURS:
-        raise ValueError(
-            f"query_stride: expected at most {NEIGHBOURS} where query_choice is 'outlier', got {stride}; use 8 or 16"
-        )
+        raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}; {choices[0]!r} is the paper's")
 
 
 def _check_fraction(name: str, value: object) -> None:

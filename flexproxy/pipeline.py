@@ -40,6 +40,7 @@ from flexproxy.stages.lists import compile_block_mask, dense_maps
 from flexproxy.stages.proxy import merge_heads, outlying_queries, pool_heads, proxy_of_heads
 from flexproxy.stages.ranking import ForcedRule, forced_counts, rank_blocks
 from flexproxy.stages.scores import Sampling, block_scores
+from flexproxy.stages.sharing import shared_counts, total_blocks
 
 
 def select(
@@ -77,7 +78,7 @@ class Read(NamedTuple):
     """What an estimate takes from q and k; the rest of it looks at nothing else.
 
     q_proxy, k_proxy: the proxy heads, ``[B, P, sampled queries or Sq, D]`` and ``[B, P, sampled keys, D]``.
-    masses: of the budgets, fp32 ``[B, Hq, Nk]``, or by document; None where every block is kept.
+    masses: of the budgets, fp32 ``[B, Hq, Nk]``, or by document; None where the plan needs none.
     """
 
     q_proxy: Tensor
@@ -97,7 +98,7 @@ def read(q: Tensor, k: Tensor, mask: PreparedMask, plan: Plan) -> Read:
     q_proxy = pool_heads(q, plan.frame.groups, 1 if config.chooses_queries else q_stride)
     k_proxy = pool_heads(k, plan.key_groups, k_stride)
     masses = None
-    if not plan.keeps_all:
+    if plan.needs_masses:
         if isinstance(mask.probes, Documents):
             masses = document_masses(q, k, mask.probed, mask.probes, config.block_size, plan.scale)
         else:
@@ -128,7 +129,13 @@ def choose(x: Read, mask: PreparedMask, plan: Plan) -> Selection:
         head_rank = rank_blocks(-rank[:, proxy_of].float(), mask.admissible.any, mask.head_rows, mask.rule)
 
     # 2. Dynamic budgets: a count for every row of a head, from the last queries of its sequence.
-    count = _count_blocks(x, mask, plan)
+    if plan.shares_rows:
+        ranked = scores, rank, proxy_of
+        if head_rank is not None:
+            ranked = scores[:, proxy_of], head_rank, torch.arange(len(proxy_of), device=rank.device)
+        count = _share_blocks(x, mask, plan, ranked)
+    else:
+        count = _count_blocks(x, mask, plan)
 
     return Selection(
         rank=rank,
@@ -354,3 +361,12 @@ def _count_blocks(x: Read, mask: PreparedMask, plan: Plan) -> Tensor:
         count = torch.full(heads, num_blocks, dtype=torch.int32, device=rows.device)
         return rows_with_count(clip_counts(count, *bounds, num_blocks), rows, num_blocks)
     return count_blocks(masses, rows, mask.forced, gamma, density, config.min_blocks, max_blocks)
+
+
+def _share_blocks(x: Read, mask: PreparedMask, plan: Plan, ranked: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """int32 ``[B, Hq, Nq]``. ranked: as in ``shared_counts``."""
+    config, rows = plan.config, mask.head_rows
+    count = _count_blocks(x, mask, plan) if config.density is None else None
+    total = total_blocks(rows, count, (plan.frame.batch, plan.frame.num_heads), config.density)
+    max_blocks = mask.some.shape[-1] if config.max_blocks is None else config.max_blocks
+    return shared_counts(*ranked, rows, mask.forced, total, config.min_blocks, max_blocks)

@@ -152,9 +152,15 @@ class Plan:
     much_memory: bool
 
     @property
-    def keeps_all(self) -> bool:
-        """The target is every block, so no probe is needed; a ``max_budget`` may still keep fewer."""
-        return (self.config.gamma if self.config.density is None else self.config.density) == 1.0
+    def shares_rows(self) -> bool:
+        """Rows and heads share one budget."""
+        return self.config.sharing == "rows" and self.config.target < 1.0
+
+    @property
+    def needs_masses(self) -> bool:
+        """Budgets need a probe: not where everything is the target (a ``max_budget`` may still keep less), nor where
+        rows share a density."""
+        return self.config.target < 1.0 and not (self.shares_rows and self.config.density is not None)
 
 
 @planned

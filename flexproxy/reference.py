@@ -6,6 +6,7 @@ Shares no arithmetic with the fast path, and is what the fast path is tested aga
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 
@@ -265,6 +266,39 @@ def select(rank: Tensor, count: Tensor, groups: Groups, admissible: Tensor, forc
             own.sort(key=[(not f, r) for f, r in zip(forced[b, h, i], rank[b, proxy, i], strict=True)].__getitem__)
             selected[b, h, i, own[: int(count[b, h, i])]] = True
     return selected
+
+
+def share(
+    scores: Tensor, rank: Tensor, groups: Groups, admissible: Tensor, forced: Tensor, dense: Tensor, total: list[int],
+    bounds: tuple[int, int | None],
+) -> Tensor:  # fmt: skip
+    """Blocks that each row keeps where all rows of a sequence share ``total`` by their scores [ours]: int32
+    ``[B, Hq, Nq]``; dense rows ``[B, Hq, Nq]`` have Nk.
+
+    In the order of ``select``, a row has its first blocks in any case: the least of the bounds, its head's most forced
+    ones, one. Of the rest up to the most, it has those whose scores reach the threshold of the sequence, in steps of
+    1/64 from 0 to -64. That is where the sequence keeps nearest to its total; of two as near, the fewer.
+    """
+    counts = torch.zeros_like(dense, dtype=torch.int32)
+    least, most = bounds[0], rank.shape[-1] if bounds[1] is None else bounds[1]
+
+    def steps(score: float) -> int:
+        return 4095 if math.isnan(score) else 1 + math.floor(min(max(-64 * score, 0.0), 4094.0))
+
+    for b in range(len(rank)):
+        rows: dict[tuple[int, int], list[int]] = {}
+        for proxy, heads in enumerate(groups):
+            for h, i in itertools.product(heads, range(rank.shape[2])):
+                own = admissible[b, h, i].nonzero().flatten().tolist()
+                own.sort(key=[(not f, r) for f, r in zip(forced[b, h, i], rank[b, proxy, i], strict=True)].__getitem__)
+                most_forced, row = int(forced[b, h].sum(-1).max()), scores[b, proxy, i].tolist()
+                first = len(own) if dense[b, h, i] else max(least, most_forced, 1)
+                rows[h, i] = [0] * len(own[:first]) + [steps(row[j]) for j in own[first : max(most, most_forced)]]
+        every = sorted(itertools.chain(*rows.values()))
+        last = min([0, *every], key=lambda step, b=b: abs(bisect.bisect(every, step) - total[b]))  # type: ignore[misc]
+        for (h, i), row in rows.items():
+            counts[b, h, i] = sum(step <= last for step in row)
+    return torch.where(dense, rank.shape[-1], counts).to(torch.int32)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:

@@ -86,6 +86,7 @@ def calls(dtype: torch.dtype, head_dim: int) -> None:
         ProxyConfig(min_budget=0, block_size=16, groups=[0, 1, 0, 1]),
         ProxyConfig(min_budget=0, block_size=512, stride=1, density=0.5),
         ProxyConfig(min_budget=0, block_size=64, stride=64, query_stride=4, sink_blocks=1),
+        ProxyConfig(min_budget=0, num_proxies=4, query_stride=16, density=0.5, sharing="rows"),
         ProxyConfig.outliers(min_budget=0),
         ProxyConfig.outliers(min_budget=0, block_size=16, query_stride=2),
     ):

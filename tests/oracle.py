@@ -5,17 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import and_masks, or_masks
 
-from flexproxy import ProxyConfig, masks, reference
+import flexproxy
+from flexproxy import ProxyConfig, Selection, masks, pipeline, reference
 from flexproxy.masks.structure import MaskMod, structure_of
 from flexproxy.stages.lists import compile_block_mask
 from flexproxy.stages.proxy import head_groups, pool_heads
+from flexproxy.stages.scores import block_scores
 
 # Error of one fp32 operation, relative to the largest term.
 EPS = torch.finfo(torch.float32).eps
@@ -174,6 +179,7 @@ def random_case(seed: int, device: str = "cpu", bf16: bool = True, lists: bool =
         num_proxies=rng.choice([None, *proxies]),
         groups=groups,
         gamma=rng.choice([0.3, 0.6, 0.8, 0.9, 0.95, 1.0]),
+        density=(seed % 9 + 1) / 10 if seed % 5 == 1 else None,
         stride=rng.choice([1, 2, 4, 4, 8, 16]),
         query_stride=rng.choice([None, None, 1, 2, 8]),
         block_size=block_size,
@@ -183,6 +189,7 @@ def random_case(seed: int, device: str = "cpu", bf16: bool = True, lists: bool =
         local_blocks=rng.choice([1, 1, 2]),
         dense_last_blocks=rng.choice([0, 1, 1, 2]),
         query_choice="outlier" if seed % 3 == 2 else "first",
+        sharing="rows" if seed % 5 < 2 else "heads",
     )
     q, k, v = tensor(heads, num_queries), tensor(num_kv_heads, num_keys), tensor(num_kv_heads, num_keys)
     name, mask_mod, ids = _mask(rng, batch, heads, num_queries, num_keys, device)
@@ -309,3 +316,42 @@ def check_count(count: Tensor, expected: Expected, config: ProxyConfig) -> None:
     gammas = (1.0, 1.0) if config.gamma == 1.0 else (config.gamma - error, config.gamma + error)
     low, high = (expected.counts(gamma, config) for gamma in gammas)
     assert bool(((low <= count) & (count <= high)).all()), (low, count, high)
+
+
+@contextmanager
+def recorded_scores() -> Iterator[list[Tensor]]:
+    """The scores of the selections inside, as the implementation in use gives them."""
+    found: list[Tensor] = []
+
+    def recorded(*arguments: Any) -> Tensor:
+        found.append(block_scores(*arguments))
+        return found[-1]
+
+    with mock.patch.object(pipeline, "block_scores", recorded):
+        yield found
+
+
+def check_shares(case: Case, selection: Selection, scores: Tensor, expected: Expected) -> None:
+    """With ``sharing="rows"``: counts are exactly those that follow from the scores, ranks, and counts of the heads.
+
+    The scores, fp32, are within their error of the specification's.
+    """
+    scores, config, admissible = scores.cpu().double(), case.config, expected.admissible.sum(-1)
+    known = expected.scores.isfinite()
+    assert torch.equal(known, scores.isfinite()), "other blocks have a score"
+    gap = (scores - expected.scores)[known].abs()
+    assert bool((gap <= expected.score_error).all()), f"a score is {gap.max()} away"
+    if config.density is None:
+        heads = replace(config, sharing="heads")
+        count = flexproxy.select(case.q, case.k, **case.mask, config=heads).count.cpu()
+        check_count(count, expected, config)
+        total = torch.minimum(count, admissible).sum((1, 2)).tolist()
+    else:
+        total = [int(config.density * number) for number in admissible.sum((1, 2)).tolist()]
+    if config.target < 1.0:
+        bounds = math.ceil(config.min_budget / config.block_size), config.max_blocks
+        ranked = selection.rank.cpu(), case.groups(), expected.admissible, expected.forced
+        count = reference.share(scores, *ranked, expected.dense, total, bounds)
+    got = selection.count.cpu()
+    kept = torch.minimum(got, admissible).sum((1, 2)).tolist()
+    assert torch.equal(got, count), f"of {total} blocks {kept} are kept; {got.tolist()}, expected {count.tolist()}"

@@ -58,6 +58,11 @@ def cases(device: str) -> dict[str, tuple[Shape, MaskMod | None, ProxyConfig]]:
             every_third,
             ProxyConfig.outliers(min_budget=128, query_stride=16, stride=2),
         ),
+        "rows share": (
+            Shape(2, 4, 2, 300, 333, 64),
+            None,
+            ProxyConfig(num_proxies=4, query_stride=16, min_budget=128, gamma=0.8, block_size=32, sharing="rows"),
+        ),
         "a mask by pairs": (Shape(1, 2, 2, 260, 260, 96), every_third, ProxyConfig(num_proxies=2, min_budget=128)),
     }
 

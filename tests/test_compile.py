@@ -26,6 +26,7 @@ from tests.accuracy import assert_accurate, skip_unless_flex_compiles
 BATCH, HEADS, KV_HEADS, LENGTH, HEAD_DIM, BLOCK = 2, 4, 2, 300, 32, 64
 CONFIG = ProxyConfig.paper(num_proxies=KV_HEADS, gamma=0.6, min_budget=0, block_size=BLOCK)
 OUTLIERS = replace(CONFIG, stride=1, query_stride=8, query_choice="outlier")
+ROWS = replace(CONFIG, num_proxies=HEADS, query_stride=16, sharing="rows")
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 Arguments = dict[str, Any]
@@ -166,6 +167,10 @@ KINDS: dict[str, Kind] = {
     "another scale": Kind(lambda x: {"config": CONFIG, "scale": 0.25}),
     "outliers": Kind(lambda x: {"config": OUTLIERS}),
     "outliers, documents": Kind(lambda x: {"config": OUTLIERS, **KINDS["documents"].arguments(x)}),
+    "rows": Kind(lambda x: {"config": ROWS}),
+    "rows, closure of tensors": Kind(
+        lambda x: {"config": replace(ROWS, density=0.4), **KINDS["closure of tensors"].arguments(x)}
+    ),
     "outliers, closure of tensors": Kind(lambda x: {"config": OUTLIERS, **KINDS["closure of tensors"].arguments(x)}),
 }
 
@@ -553,7 +558,7 @@ def signature(args: tuple[Any, ...]) -> tuple[str, ...]:
 def test_operators(device: str) -> None:
     """torch's own checks of schema, fake implementation and tracing, on what the kinds of call give each operator."""
     backend = RecordingBackend()
-    names = ("default", "documents", "prefix", "closure of tensors", "density", "groups", "outliers, documents")
+    names = ("default", "documents", "prefix", "closure of tensors", "density", "groups", "rows", "outliers, documents")
     for kind in (KINDS[name] for name in names):
         x = kind.inputs(device, 0)
         torch._dynamo.reset()

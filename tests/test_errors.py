@@ -246,6 +246,16 @@ FIELDS = {
         ValueError,
         "query_choice: expected one of ['first', 'outlier'], got ['first']; 'first' is the paper's",
     ),
+    "sharing unknown": Bad(
+        lambda _: config(sharing="row"),
+        ValueError,
+        "sharing: expected one of ['heads', 'rows'], got 'row'; 'heads' is the paper's",
+    ),
+    "sharing a bool": Bad(
+        lambda _: config(sharing=True),
+        ValueError,
+        "sharing: expected one of ['heads', 'rows'], got True; 'heads' is the paper's",
+    ),
     "outliers of too many": Bad(
         lambda _: config(query_choice="outlier", query_stride=256, block_size=256),
         ValueError,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,7 +34,11 @@ def inputs(seed: int, batch: int, heads: int, kv_heads: int, length: int, device
 def test_gamma_one_keeps_everything(seed: int, device: str) -> None:
     case = random_case(5000 + seed, device)
     config = ProxyConfig(
-        gamma=1.0, block_size=case.config.block_size, stride=case.config.stride, query_stride=case.config.query_stride
+        gamma=1.0,
+        block_size=case.config.block_size,
+        stride=case.config.stride,
+        query_stride=case.config.query_stride,
+        sharing=case.config.sharing,
     )
     selection = flexproxy.select(case.q, case.k, mask_mod=case.mask_mod, config=config)
     admissible = selection.admissible.expand(*case.q.shape[:2], -1, -1)
@@ -52,6 +58,7 @@ def test_budget_is_monotone_in_gamma(seed: int, gammas: list[float]) -> None:
             block_size=case.config.block_size,
             stride=case.config.stride,
             query_stride=case.config.query_stride,
+            sharing=case.config.sharing,
             min_budget=0,
         )
         selection = flexproxy.select(case.q, case.k, mask_mod=case.mask_mod, config=config)
@@ -71,6 +78,7 @@ def test_every_query_sees_itself(seed: int) -> None:
     config = ProxyConfig(
         gamma=0.01,
         min_budget=0,
+        sharing=case.config.sharing,
         block_size=case.config.block_size,
         stride=case.config.stride,
         query_stride=case.config.query_stride,
@@ -92,6 +100,10 @@ def test_permuted_heads_give_permuted_results(device: str) -> None:
     permuted = flexproxy.select(q[:, q_order], k[:, kv_order], config=config)
     assert torch.equal(permuted.rank, plain.rank[:, kv_order])
     assert torch.equal(permuted.block_map(), plain.block_map()[:, q_order])
+    config = replace(config, num_proxies=8, sharing="rows")
+    plain, permuted = (flexproxy.select(*x, config=config) for x in ((q, k), (q[:, q_order], k[:, kv_order])))
+    assert torch.equal(permuted.count, plain.count[:, q_order])
+    assert len(set(plain.count.flatten().tolist())) > 4
 
 
 def test_groups_in_any_order_are_the_same_groups(device: str) -> None:
@@ -110,7 +122,8 @@ def test_permuted_batch_gives_permuted_results(device: str) -> None:
     q, k = inputs(3, 3, 4, 2, 200, device)
     real = (torch.arange(200) >= torch.tensor([[0], [50], [111]])).to(device)
     order = torch.tensor([2, 0, 1], device=device)
-    for config in (CONFIG, ProxyConfig(density=0.4, block_size=32, min_budget=32)):
+    shared = replace(CONFIG, num_proxies=4, sharing="rows")
+    for config in (CONFIG, ProxyConfig(density=0.4, block_size=32, min_budget=32), shared):
         plain = flexproxy.select(q, k, mask_mod=and_masks(masks.causal, masks.padding(real)), config=config)
         mask_mod = and_masks(masks.causal, masks.padding(real[order]))
         permuted = flexproxy.select(q[order], k[order], mask_mod=mask_mod, config=config)

@@ -234,7 +234,7 @@ def ours(**settings: Any) -> ProxyConfig:
 def name_of_config(config: ProxyConfig) -> str:
     """``flexproxy P 3, stride 4``: the proxies, and the strides of queries and keys, where they differ both.
 
-    Forced blocks are named where they are not the defaults.
+    Forced blocks, and ``sharing``, are named where they are not the defaults.
     """
     stride = ":".join(map(str, dict.fromkeys(config.strides)))
     kind = "stride" if config.query_choice == "first" else config.query_choice
@@ -243,7 +243,8 @@ def name_of_config(config: ProxyConfig) -> str:
     changed = {short: getattr(config, name) for name, short in names.items() if hasattr(config, name)}
     usually = {short: getattr(usual, name) for name, short in names.items() if hasattr(usual, name)}
     forced = "" if changed == usually else ", ".join(["", *(f"{name} {n}" for name, n in changed.items())])
-    return f"flexproxy P {config.num_proxies}, {kind} {stride}{forced}"
+    sharing = "" if config.sharing == usual.sharing else f", {config.sharing}"
+    return f"flexproxy P {config.num_proxies}, {kind} {stride}{sharing}{forced}"
 
 
 def fits(config: ProxyConfig, num_heads: int, num_kv_heads: int) -> str | None:

@@ -112,6 +112,9 @@ class Plan:
                 ours(num_proxies=self.proxies, stride=8, **self._at(target)),
                 ours(num_proxies=self.session.heads, **self._at(target)),
                 ours(num_proxies=self.session.heads, stride=4, query_stride=16, **self._at(target)),
+                ours(num_proxies=self.session.heads, query_stride=16, stride=4, sharing="rows", **self._at(target)),
+                ours(num_proxies=self.session.heads, query_stride=32, stride=4, sharing="rows", **self._at(target)),
+                ours(num_proxies=self.session.heads, query_stride=16, stride=8, sharing="rows", **self._at(target)),
             ]
             methods = [of_config(config) for config in variants]
             methods += [trial.at(target, MIN_BUDGET) for trial in EXPERIMENTS.values()]

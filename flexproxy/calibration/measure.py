@@ -128,10 +128,12 @@ class Rows:
 
 
 def _without_scores(config: ProxyConfig) -> ProxyConfig:
-    """The settings with the cheapest scores: budgets and the mask do not depend on scores."""
-    return replace(
-        config, num_proxies=1, groups=None, stride=config.block_size, query_stride=None, query_choice="first"
-    )
+    """The settings with the cheapest scores: the mask and budgets by head do not depend on scores.
+
+    Rows that share keep as many blocks in all.
+    """
+    scores: dict[str, Any] = {"stride": config.block_size, "query_stride": None, "query_choice": "first"}
+    return replace(config, num_proxies=1, groups=None, sharing="heads", **scores)
 
 
 def _forced(selection: Selection, config: ProxyConfig) -> Tensor:

@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Scores, logarithms of probabilities, are told apart in steps of 1/64, down to -64. Bin 0 is for what has no need of a
+# score, the last one for what has none, or a lower one.
+NUM_BINS, BINS_PER_UNIT = 4096, 64
+
 
 def pad_to_multiple(x: Tensor, dim: int, multiple: int, value: float) -> Tensor:
     """Pad the end of a dimension (negative, from the last) to a multiple; ``x`` itself, not a copy, if it is one."""

@@ -57,7 +57,7 @@ def attend(
     frame = plan.frame
     start = _first_apart(q, k, v, plan)
     rows = 0 if start is None else frame.dense_last_blocks
-    place = place_of(q.device) if _pairs(plan) <= MAX_PAIRS and not plan.keeps_all else None
+    place = place_of(q.device) if _pairs(plan) <= MAX_PAIRS else None
     if shared:
         start, lists = shared[0]
     elif place is None:
@@ -127,7 +127,8 @@ class Replay:
             for groups, stride in zip((plan.frame.groups, plan.key_groups), strides, strict=True)
         ]
         mask = self._mask
-        self._reader = kernels().Reader(pools, mask.probes, mask.probed, config.block_size, plan.scale)
+        probes = mask.probes if plan.needs_masses else None
+        self._reader = kernels().Reader(pools, probes, mask.probed, config.block_size, plan.scale)
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._lists: Lists | None = None

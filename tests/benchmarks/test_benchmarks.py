@@ -368,13 +368,16 @@ def test_a_case_that_breaks_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.usefixtures("on_cpu")
 def test_bench_build_has_stages_and_the_share_of_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_build, "cudnn", lambda q, k, v: q)
-    arguments = ["--lengths", "512,1000", "--num-proxies", "1,3", "--outliers", "8", "--dense-up-to", "512"]
+    monkeypatch.setattr(bench_build, "NUM_Q_HEADS", 8)
+    kinds_of = ["--num-proxies", "1,3", "--outliers", "8", "--rows", "16"]
+    arguments = ["--lengths", "512,1000", *kinds_of, "--dense-up-to", "512"]
     rows = result_of(bench_build, tmp_path / "build.json", *arguments)
-    kinds = [(1, "first", 4), (3, "first", 4), (2, "outlier", 8)]
+    kinds = [(1, "first", 4), (3, "first", 4), (2, "outlier", 8), (8, "first", 16)]
     wanted = [(length, *kind) for length in (512, 1000) for kind in kinds]
     assert [(r["length"], r["num_proxies"], r["query_choice"], r["query_stride"]) for r in rows] == wanted
-    good, impossible, outliers, long, _, _ = rows
-    assert outliers["error"] is None
+    good, impossible, outliers, shared, long, *_ = rows
+    assert outliers["error"] is shared["error"] is None
+    assert [row["sharing"] for row in rows[:4]] == ["heads"] * 3 + ["rows"]
     assert good["error"] is good["stage_error"] is good["dense_error"] is None
     assert (good["median_ms"], good["cpu_ms"], good["dense_ms"], good["share_of_dense"]) == (1.0, 0.5, 1.0, 1.0)
     assert {f"stage_{stage}_ms" for stage in (*stages.STAGES, "other")} < set(good)

@@ -131,6 +131,8 @@ def test_methods_of() -> None:
     assert again[1].select is again[2].select
     other = ours(num_proxies=2, query_stride=8, query_choice="outlier", stride=1, sink_blocks=0)
     assert name_of_config(other).startswith("flexproxy P 2, outlier 8:1, sink 0, local 2")
+    shared = ours(num_proxies=9, query_stride=16, sharing="rows")
+    assert name_of_config(shared) == "flexproxy P 9, stride 16:4, rows"
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "proxies"), [(9, 3, 3), (15, 5, 5), (14, 7, 7), (32, 8, 8), (20, 10, 5)])

@@ -34,7 +34,7 @@ pytest.importorskip("triton")
 kernels: Any = importlib.import_module("flexproxy.ops.kernels")
 LAUNCHERS = [
     importlib.import_module(f"flexproxy.ops.kernels.{name}")
-    for name in ("block_logits", "blocks", "budget", "documents", "lists", "proxy", "ranking", "scores")
+    for name in ("block_logits", "blocks", "budget", "documents", "lists", "proxy", "ranking", "scores", "sharing")
 ]
 
 
@@ -171,13 +171,14 @@ def unwritten(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "launch", forgetful)
 
 
-@pytest.mark.parametrize("name", ["blocks", "budget", "lists", "proxy", "ranking", "scores"])
+@pytest.mark.parametrize("name", ["blocks", "budget", "lists", "proxy", "ranking", "scores", "sharing"])
 def test_an_unwritten_element_is_seen(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above finds one element that a launcher leaves unwritten, whichever launcher it is."""
     module = importlib.import_module(f"flexproxy.ops.kernels.{name}")
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 2, length, 16, generator=generator).to(device) for length in (40, 90))
-    config = ProxyConfig.paper(block_size=16, min_budget=0, density=0.5)
+    sharing = "rows" if name == "sharing" else "heads"
+    config = ProxyConfig.paper(block_size=16, min_budget=0, density=0.5, sharing=sharing)
     case = Case(
         q, k, k, config, "full", masks.shift(masks.full, 0), [0]
     )  # the last row is not dense, its end not forced

@@ -52,6 +52,7 @@ FIELDS = {
     "gamma": 0.95,
     "density": None,
     "stride": 4,
+    "sharing": "heads",
     "query_stride": None,
     "query_choice": "first",
     "block_size": 128,

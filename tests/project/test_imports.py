@@ -20,7 +20,7 @@ import pytest
 import flexproxy
 
 PACKAGE = Path(flexproxy.__file__).parent
-STAGES = ("proxy", "scores", "ranking", "budget", "documents", "lists")
+STAGES = ("proxy", "scores", "ranking", "budget", "documents", "sharing", "lists")
 
 # A module imports from its own line and from those above. The longest name that fits decides; "" is the package itself.
 ROOMS = (

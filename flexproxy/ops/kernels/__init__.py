@@ -12,6 +12,7 @@ from flexproxy.ops.kernels.proxy import outlying_queries, pool_groups
 from flexproxy.ops.kernels.ranking import forced_counts, rank_blocks
 from flexproxy.ops.kernels.reading import Reader
 from flexproxy.ops.kernels.scores import block_scores
+from flexproxy.ops.kernels.sharing import shared_counts
 
 __all__ = ["OPERATORS", "Reader"]
 
@@ -30,6 +31,7 @@ OPERATORS = {
         pool_groups,
         rank_blocks,
         selected_lists,
+        shared_counts,
         summarize_rows,
     )
 }

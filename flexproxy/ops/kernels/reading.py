@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,13 +20,13 @@ class Reader:
 
     Args:
         pools: of q and of k: ``members``, ``sizes`` and ``stride`` of ``pool_groups``.
-        probes, mask, block_size, scale: as in ``block_masses``.
+        probes, mask, block_size, scale: as in ``block_masses``; probes None where no masses are needed.
     """
 
     def __init__(
         self,
         pools: Sequence[tuple[Sequence[int], Sequence[int], int]],
-        probes: Tensor,
+        probes: Tensor | None,
         mask: SampledMask,
         block_size: int,
         scale: float,
@@ -46,10 +46,13 @@ class Reader:
                 self._proxies.append(torch.empty(shape, dtype=x.dtype, device=x.device))
         first, second = (Pool(x, *self._pools[i], self._proxies[i]) for i, x in enumerate((q, k)))
         pool_pair(first, second)
-        self._logits = probe_logits(q, k, self._probes, self._mask, self._block_size, self._scale, self._logits)
+        if self._probes is not None:
+            self._logits = probe_logits(q, k, self._probes, self._mask, self._block_size, self._scale, self._logits)
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+    def results(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Proxy queries, proxy keys, and the masses, which are made anew. To be called after ``read``."""
         q_proxy, k_proxy = self._proxies
-        logits = cast("tuple[Tensor, Tensor]", self._logits)
-        return q_proxy, k_proxy, masses_of_logits(logits, self._probes, self._num_keys, self._block_size, q_proxy)
+        if self._logits is None or self._probes is None:
+            return q_proxy, k_proxy, None
+        masses = masses_of_logits(self._logits, self._probes, self._num_keys, self._block_size, q_proxy)
+        return q_proxy, k_proxy, masses
