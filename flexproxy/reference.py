@@ -253,17 +253,25 @@ def rank_blocks(scores: Tensor, admissible: Tensor, forced: Tensor) -> Tensor:
     return rank
 
 
+def walk(rank: Tensor, admissible: Tensor, forced: Tensor) -> list[int]:
+    """The blocks that a row of a head may see, in the order in which it keeps them: its own forced ones first [ours].
+
+    rank, admissible, forced: ``[Nk]`` of the row; the rank is that of its proxy.
+    """
+    own = admissible.nonzero().flatten().tolist()
+    return sorted(own, key=lambda j: (not forced[j], int(rank[j])))
+
+
 def select(rank: Tensor, count: Tensor, groups: Groups, admissible: Tensor, forced: Tensor) -> Tensor:
     """The blocks that every head keeps: bool ``[B, Hq, Nq, Nk]``.
 
-    A head walks the ranking of its proxy over its own admissible blocks, its own forced ones first [ours], and keeps
-    ``count [B, Hq, Nq]`` of them. Where the heads of a proxy see the same blocks: admissible & (rank < count).
+    A head walks the ranking of its proxy over its own admissible blocks, and keeps ``count [B, Hq, Nq]`` of them. Where
+    the heads of a proxy see the same blocks: admissible & (rank < count).
     """
     selected = torch.zeros_like(admissible)
     for proxy, heads in enumerate(groups):
         for b, h, i in itertools.product(range(len(rank)), heads, range(rank.shape[2])):
-            own = admissible[b, h, i].nonzero().flatten().tolist()
-            own.sort(key=[(not f, r) for f, r in zip(forced[b, h, i], rank[b, proxy, i], strict=True)].__getitem__)
+            own = walk(rank[b, proxy, i], admissible[b, h, i], forced[b, h, i])
             selected[b, h, i, own[: int(count[b, h, i])]] = True
     return selected
 
@@ -275,9 +283,9 @@ def share(
     """Blocks that each row keeps where all rows of a sequence share ``total`` by their scores [ours]: int32
     ``[B, Hq, Nq]``; dense rows ``[B, Hq, Nq]`` have Nk.
 
-    In the order of ``select``, a row has its first blocks in any case: the least of the bounds, its head's most forced
-    ones, one. Of the rest up to the most, it has those whose scores reach the threshold of the sequence, in steps of
-    1/64 from 0 to -64. That is where the sequence keeps nearest to its total; of two as near, the fewer.
+    As it walks, a row has its first blocks in any case: the least of the bounds, its head's most forced ones, one. Of
+    the rest up to the most, it has those whose scores reach the threshold of the sequence, in steps of 1/64 from 0 to
+    -64. That is where the sequence keeps nearest to its total; of two as near, the fewer.
     """
     counts = torch.zeros_like(dense, dtype=torch.int32)
     least, most = bounds[0], rank.shape[-1] if bounds[1] is None else bounds[1]
@@ -287,11 +295,10 @@ def share(
 
     for b in range(len(rank)):
         rows: dict[tuple[int, int], list[int]] = {}
-        for proxy, heads in enumerate(groups):
+        for p, heads in enumerate(groups):
             for h, i in itertools.product(heads, range(rank.shape[2])):
-                own = admissible[b, h, i].nonzero().flatten().tolist()
-                own.sort(key=[(not f, r) for f, r in zip(forced[b, h, i], rank[b, proxy, i], strict=True)].__getitem__)
-                most_forced, row = int(forced[b, h].sum(-1).max()), scores[b, proxy, i].tolist()
+                own = walk(rank[b, p, i], admissible[b, h, i], forced[b, h, i])
+                most_forced, row = int(forced[b, h].sum(-1).max()), scores[b, p, i].tolist()
                 first = len(own) if dense[b, h, i] else max(least, most_forced, 1)
                 rows[h, i] = [0] * len(own[:first]) + [steps(row[j]) for j in own[first : max(most, most_forced)]]
         every = sorted(itertools.chain(*rows.values()))

@@ -279,6 +279,38 @@ def select(ref: Any) -> None:
     assert torch.equal(got[1, 1], bools("x.x xxx"))
 
 
+def walk(ref: Any) -> None:
+    """Block 3 is forced and goes first, block 1 is closed; then by rank."""
+    assert ref.walk(torch.tensor([2, 0, 1, 3]), bools("x.xx")[0], bools("...x")[0]) == [3, 2, 0]
+
+
+def share(ref: Any) -> None:
+    """Two heads with scores of their own, rows of three blocks; the last row of head 1 is dense, and has three.
+
+    Every row has one block, the best. The others by score: -1 and -3 of head 0, -2 and -2.001, and -5, the second
+    scores being one step apart. Of a total of 7, with 1 + 1 + 1 + 3 in any case, one more: -1. Of 9, that would be
+    three: -1, -2 and -2.001, which are in one step. At most two blocks a row: nothing after the second.
+    """
+    scores = torch.tensor([[[0.0, -1.0, -3.0], [0.0, -2.0, -2.001]], [[0.0, -5.0, -INF], [0.0, -1.0, -1.0]]])[None]
+    rank = torch.arange(3).expand(1, 2, 2, 3)
+    every, force = torch.ones(1, 2, 2, 3, dtype=torch.bool), torch.zeros(1, 2, 2, 3, dtype=torch.bool)
+    dense = torch.tensor([[[False, False], [False, True]]])
+
+    def counts(total: int, least: int = 0, most: int | None = None) -> list[list[int]]:
+        found: Tensor = ref.share(scores, rank, [[0], [1]], every, force, dense, [total], (least, most))
+        assert found.dtype == torch.int32
+        return found[0].tolist()
+
+    assert counts(7) == [[2, 1], [1, 3]]
+    assert counts(9) == [[2, 3], [1, 3]]
+    assert counts(8) == [[2, 1], [1, 3]]  # 7 and 9 are as near
+    assert counts(10) == [[3, 3], [1, 3]]
+    assert counts(8, most=2) == [[2, 2], [1, 3]]
+    assert counts(0) == [[1, 1], [1, 3]]
+    assert counts(0, least=2) == [[2, 2], [2, 3]]
+    assert counts(12) == [[3, 3], [3, 3]]
+
+
 def attention(ref: Any) -> None:
     """Keys 0 and ln 3, values 4 and 8: 1/4 and 3/4 for q = 1 give 7; 1/10 and 9/10 for q = 2 give 7.6; q = 0 gives 6.
 
@@ -313,7 +345,9 @@ EXAMPLES: dict[str, Example] = {
         row_counts,
         forced,
         rank_blocks,
+        walk,
         select,
+        share,
         attention,
     )
 }
@@ -420,10 +454,17 @@ MISTAKES = [
     ("rank_blocks", "row[j] == -math.inf", "row[j] < -0.4"),
     ("rank_blocks", "return 3, 0.0, j", "return 1, -row[j], j"),
     ("rank_blocks", "rank[b, p, i, j] = r", "rank[b, p, i, r] = j"),
-    ("select", "zip(forced[b, h, i], rank[b, proxy, i]", "zip(forced[b, h, i], rank[b, 0, i]"),
-    ("select", "(not f, r) for", "(not f, -r) for"),
-    ("select", "(not f, r) for", "(r,) for"),
-    ("select", "own = admissible[b, h, i]", "own = admissible[b, heads].any(0)[i]"),
+    ("walk", "(not forced[j], int(rank[j]))", "(not forced[j], -int(rank[j]))"),
+    ("walk", "(not forced[j], int(rank[j]))", "int(rank[j])"),
+    ("walk", "own = admissible.nonzero()", "own = (rank >= 0).nonzero()"),
+    ("select", "walk(rank[b, proxy, i]", "walk(rank[b, 0, i]"),
+    ("select", "rank[b, proxy, i], admissible[b, h, i]", "rank[b, proxy, i], admissible[b, heads].any(0)[i]"),
+    ("share", "-64 * score", "-64.0 * 64 * score"),
+    ("share", "max(least, most_forced, 1)", "max(most_forced, 1)"),
+    ("share", "max(most, most_forced)", "len(own)"),
+    ("share", "walk(rank[b, p, i]", "walk(rank[b, 0, i]"),
+    ("share", "scores[b, p, i].tolist()", "scores[b, 0, i].tolist()"),
+    ("share", "abs(bisect.bisect(every, step) - total[b])", "bisect.bisect(every, step) > total[b]"),
     ("select", "own[: int(count[b, h, i])]", "own[: int(count[b, h, 0])]"),
     ("select", "own[: int(count[b, h, i])]", "own[: int(count[b, proxy, i])]"),
     ("select", "itertools.product(range(len(rank))", "itertools.product(range(1)"),
