@@ -291,8 +291,8 @@ def share(ref: Any) -> None:
     scores being one step apart. Of a total of 7, with 1 + 1 + 1 + 3 in any case, one more: -1. Of 9, that would be
     three: -1, -2 and -2.001, which are in one step. At most two blocks a row: nothing after the second.
     """
-    scores = torch.tensor([[[0.0, -1.0, -3.0], [0.0, -2.0, -2.001]], [[0.0, -5.0, -INF], [0.0, -1.0, -1.0]]])[None]
-    rank = torch.arange(3).expand(1, 2, 2, 3)
+    scores = torch.tensor([[[0.0, -1.0, -3.0], [0.0, -2.0, -2.001]], [[-INF, -5.0, 0.0], [-1.0, -1.0, 0.0]]])[None]
+    rank = torch.tensor([[[0, 1, 2]] * 2, [[2, 1, 0]] * 2])[None]
     every, force = torch.ones(1, 2, 2, 3, dtype=torch.bool), torch.zeros(1, 2, 2, 3, dtype=torch.bool)
     dense = torch.tensor([[[False, False], [False, True]]])
 
