@@ -463,7 +463,7 @@ MISTAKES = [
     ("share", "max(least, most_forced, 1)", "max(most_forced, 1)"),
     ("share", "max(most, most_forced)", "len(own)"),
     ("share", "walk(rank[b, p, i]", "walk(rank[b, 0, i]"),
-    ("share", "scores[b, p, i].tolist()", "scores[b, 0, i].tolist()"),
+    ("share", "), scores[b, p, i].tolist()", "), scores[b, 0, i].tolist()"),
     ("share", "abs(bisect.bisect(every, step) - total[b])", "bisect.bisect(every, step) > total[b]"),
     ("select", "own[: int(count[b, h, i])]", "own[: int(count[b, h, 0])]"),
     ("select", "own[: int(count[b, h, i])]", "own[: int(count[b, proxy, i])]"),
