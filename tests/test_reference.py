@@ -285,30 +285,37 @@ def walk(ref: Any) -> None:
 
 
 def share(ref: Any) -> None:
-    """Two heads with scores of their own, rows of three blocks; the last row of head 1 is dense, and has three.
+    """Head 1 follows proxy 0, head 0 proxy 1; four blocks. Blocks 0 and 2 are forced to row 0 of head 0.
 
-    Every row has one block, the best. The others by score: -1 and -3 of head 0, -2 and -2.001, and -5, the second
-    scores being one step apart. Of a total of 7, with 1 + 1 + 1 + 3 in any case, one more: -1. Of 9, that would be
-    three: -1, -2 and -2.001, which are in one step. At most two blocks a row: nothing after the second.
+    Row 1 of head 0 is dense, and has three blocks; row 0 of head 1, too. In any case are kept 2 and 3 blocks of head 0,
+    and 1 and 1 of head 1: 7. The rest, by the step from which it is kept: of head 0, blocks 3 and 1 of row 0, steps 6
+    and 33; of head 1, blocks 0 and 3 of row 0, steps 33 and the last, and 1, 3 and 2 of row 1, steps 41, the last, the
+    last. So 7, 8, 10, 11 or 14 blocks can be kept. The second sequence is the same.
     """
-    scores = torch.tensor([[[0.0, -1.0, -3.0], [0.0, -2.0, -2.001]], [[-INF, -5.0, 0.0], [-1.0, -1.0, 0.0]]])[None]
-    rank = torch.tensor([[[0, 1, 2]] * 2, [[2, 1, 0]] * 2])[None]
-    every, force = torch.ones(1, 2, 2, 3, dtype=torch.bool), torch.zeros(1, 2, 2, 3, dtype=torch.bool)
-    dense = torch.tensor([[[False, False], [False, True]]])
+    none = 64 * INF
+    scores = torch.tensor([[[32.0, 16, 0, none], [8, 40, none, 9000]], [[3, 32.4, 100, 5], [1, math.nan, 1, 1]]]) / -64
+    rank = torch.tensor([[[2, 1, 0, 3], [0, 1, 3, 2]], [[0, 2, 3, 1], [0, 3, 1, 2]]])
+    admissible = torch.stack([bools("xxxx xxx."), bools("xx.x xxxx")])
+    force = torch.stack([bools("x.x. ...."), bools(".... ....")])
+    dense = torch.tensor([[False, True], [False, False]])
+    tensors = [x.expand(2, *x.shape) for x in (scores, rank, admissible, force, dense)]
 
-    def counts(total: int, least: int = 0, most: int | None = None) -> list[list[int]]:
-        found: Tensor = ref.share(scores, rank, [[0], [1]], every, force, dense, [total], (least, most))
-        assert found.dtype == torch.int32
-        return found[0].tolist()
+    def counts(first: int, second: int, least: int = 0, most: int | None = None) -> list[Any]:
+        groups, total = [[1], [0]], [first, second]
+        got = ref.share(*tensors[:2], groups, *tensors[2:], total, (least, most))
+        assert got.dtype == torch.int32
+        return [sequence.tolist() for sequence in got]
 
-    assert counts(7) == [[2, 1], [1, 3]]
-    assert counts(9) == [[2, 3], [1, 3]]
-    assert counts(8) == [[2, 1], [1, 3]]  # 7 and 9 are as near
-    assert counts(10) == [[3, 3], [1, 3]]
-    assert counts(8, most=2) == [[2, 2], [1, 3]]
-    assert counts(0) == [[1, 1], [1, 3]]
-    assert counts(0, least=2) == [[2, 2], [2, 3]]
-    assert counts(12) == [[3, 3], [3, 3]]
+    assert counts(0, 7) == [[[2, 4], [1, 1]]] * 2
+    assert counts(8, 9) == [[[3, 4], [1, 1]]] * 2  # 9 is as near to 8 as to 10
+    assert counts(10, 11) == [[[4, 4], [2, 1]], [[4, 4], [2, 2]]]
+    assert counts(12, 13) == [[[4, 4], [2, 2]], [[4, 4], [3, 4]]]
+    assert counts(9, 10, least=2) == [[[2, 4], [2, 2]], [[3, 4], [2, 2]]]
+    assert counts(8, 99, most=3) == [[[3, 4], [1, 1]], [[3, 4], [3, 3]]]
+    assert counts(99, 99, most=1) == [[[2, 4], [1, 1]]] * 2  # forced blocks are two
+    # What is above 0 counts as 0, so that blocks 3 and 0 are in one step; NaN counts as none.
+    tensors[0] = torch.where(tensors[0] == scores[1, 0, 1], math.nan, tensors[0] + 33 / 64)
+    assert counts(8, 9) == [[[2, 4], [1, 1]], [[3, 4], [2, 1]]]
 
 
 def attention(ref: Any) -> None:
@@ -465,6 +472,17 @@ MISTAKES = [
     ("share", "walk(rank[b, p, i]", "walk(rank[b, 0, i]"),
     ("share", "), scores[b, p, i].tolist()", "), scores[b, 0, i].tolist()"),
     ("share", "abs(bisect.bisect(every, step) - total[b])", "bisect.bisect(every, step) > total[b]"),
+    ("share", "abs(bisect.bisect(every, step) - total[b])", "abs(bisect.bisect(every, step) - total[0])"),
+    ("share", "-64 * score, 0.0", "-64 * score, -99.0"),
+    ("share", "4095 if math.isnan(score) else 1", "0 if math.isnan(score) else 1"),
+    ("share", "4094.0)", "40.0)"),
+    ("share", "math.floor(min", "math.ceil(min"),
+    ("share", "if dense[b, h, i] else", "if False else"),
+    ("share", "max(least, most_forced, 1)", "max(least, 1)"),
+    ("share", "max(least, most_forced, 1)", "max(least, most_forced)"),
+    ("share", "min([0, *every]", "min(every[::-1]"),
+    ("share", "sum(step <= last", "sum(step < last"),
+    ("share", "torch.where(dense, rank.shape[-1], counts)", "counts"),
     ("select", "own[: int(count[b, h, i])]", "own[: int(count[b, h, 0])]"),
     ("select", "own[: int(count[b, h, i])]", "own[: int(count[b, proxy, i])]"),
     ("select", "itertools.product(range(len(rank))", "itertools.product(range(1)"),
