@@ -34,7 +34,8 @@ PAGE = ROOT / "docs" / "concepts.md"
 IMAGES = ROOT / "docs" / "images"
 DRAWN = IMAGES / "drawn.json"
 QUALITY = "quality_smollm2"
-SOURCES = {name: source for name, (source, _) in plots.PLOTS.items()} | {"quality": QUALITY}
+SHOWN = "speedup", "peers", "build", "stages"  # of the plots of the benchmarks
+SOURCES = {name: plots.PLOTS[name][0] for name in SHOWN} | {"quality": QUALITY}
 # Of flexproxy's own variants; the notebook beside the benchmarks has the others.
 QUALITY_OURS = "flexproxy P 3, stride 4", "flexproxy P 1, stride 4", "flexproxy, as the paper"
 QUALITY_PANELS = (8192, "prose"), (8192, "code"), (8192, "single"), (32768, "prose")

@@ -27,7 +27,8 @@ from tests.tiny_model import LAYERS, save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted(page.name for page in DOCS.glob("*.md"))
+PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
+API = "".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
 
 
 def code_of(page: str) -> list[str]:
@@ -154,7 +155,7 @@ HEAPQ = "08a593fae3924bb710171eda664bf50ab984208706f3772ea3270aeb5e474651"  # it
 
 def test_pages_are_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]
-    assert sorted(re.findall(r"(\w+\.md)", navigation)) == PAGES
+    assert sorted(re.findall(r"([\w/]+\.md)", navigation)) == PAGES
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -218,36 +219,10 @@ def columns_of(rows: list[Any], task: str, setting: str) -> dict[str, str]:
     return dict(tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines)  # type: ignore[misc]
 
 
-def test_figures_of_outliers() -> None:
-    """What outliers take at 128K tokens, on two pages."""
-    rows = json.loads((ROOT / "benchmarks/results/build_outliers.json").read_text())["rows"]
-    at = [row for row in rows if row["length"] == 131072]
-    (plain,) = [r["median_ms"] for r in at if (r["num_proxies"], r["query_choice"]) == (1, "first")]
-    eight, sixteen = (
-        next(r["median_ms"] for r in at if (r["query_choice"], r["query_stride"]) == ("outlier", stride))
-        for stride in (8, 16)
-    )
-    page = " ".join((DOCS / "performance.md").read_text().split())
-    assert f"takes {eight:.2f} ms there, and {sixteen:.2f} ms with one of 16, beside {plain:.2f} ms" in page
-    assert f"add {eight - plain:.2f} ms, those of 16 {sixteen - plain:.2f}" in page
-    more = f"{eight - plain:.1f} ms more than the default"
-    assert more in " ".join((DOCS / "choosing.md").read_text().split())
-
-
-def test_figures_of_the_stages() -> None:
-    """The table of stages is the row of the committed result."""
-    rows = json.loads((ROOT / "benchmarks/results/build.json").read_text())["rows"]
-    (row,) = [row for row in rows if (row["length"], row["num_proxies"]) == (131072, 1)]
-    stages = ("pool", "scores", "rank", "probe", "count", "lists")
-    wanted = [f"{row[f'stage_{stage}_ms']:.2f}" for stage in stages] + [f"{row['median_ms']:.2f}"]
-    table = re.findall(r"^\| [^|]+ \| (\d+\.\d+) \|", (DOCS / "performance.md").read_text(), re.MULTILINE)
-    assert table == wanted
-
-
 def documented() -> set[str]:
     """Full names that the API page shows, by its directives and their lists of members."""
     names = set()
-    for name, options in re.findall(r"^::: ([\w.]+)\n((?: +.*\n)*)", (DOCS / "api.md").read_text(), re.MULTILINE):
+    for name, options in re.findall(r"^::: ([\w.]+)\n((?: +.*\n)*)", API, re.MULTILINE):
         members = re.search(r"members: \[([^]]*)\]", options)
         names |= {name} | {f"{name}.{member.strip()}" for member in (members[1].split(",") if members else ())}
     return names
@@ -267,9 +242,7 @@ def test_every_public_name_is_in_the_api(module: str) -> None:
 
 def test_every_method_is_in_the_api() -> None:
     """Of the classes that the page lists members of, all public ones."""
-    for name, options in re.findall(
-        r"^::: ([\w.]+[A-Z]\w+)\n((?: +.*\n)*)", (DOCS / "api.md").read_text(), re.MULTILINE
-    ):
+    for name, options in re.findall(r"^::: ([\w.]+[A-Z]\w+)\n((?: +.*\n)*)", API, re.MULTILINE):
         module, _, cls = name.rpartition(".")
         found = vars(getattr(importlib.import_module(module), cls))
         methods = {n for n, x in found.items() if isinstance(x, (FunctionType, classmethod)) and n[0] != "_"}

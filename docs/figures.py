@@ -1,0 +1,280 @@
+"""Write the figures of README and of the pages: every one comes from a file of benchmarks/results.
+
+    python -m docs.figures
+
+A page has a place for each, between ``<!-- figures: NAME -->`` and ``<!-- end -->``; ``BLOCKS`` has what goes there. A
+file of another version of flexproxy is refused. tests/project/test_figures.py compares pages and files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import flexproxy
+from benchmarks import harness
+from benchmarks.quality import report
+from benchmarks.stages import STAGES
+from flexproxy.files import replacing
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))
+QUALITY = "quality_smollm2"
+OURS = "flexproxy P 3, stride 4"  # the defaults, for a model of 3 key/value heads
+SHOWN = ("dense", OURS, "XAttention", "FlexPrefill", "flexproxy, as the paper", "oracle")
+FLASH, CUDNN = "SDPA FlashAttention-2", "SDPA cuDNN"
+LONG = 131072
+Row = dict[str, Any]
+_PLACE = re.compile(r"<!-- figures: (\w+) -->\n(\n?).*?<!-- end -->", re.DOTALL)
+
+
+@cache
+def results(name: str) -> Any:
+    """A file of results.
+
+    Raises:
+        ValueError: it is of another version.
+    """
+    data = json.loads((harness.RESULTS / f"{name}.json").read_text())
+    version = data["environment"]["flexproxy"]
+    if version != flexproxy.__version__:
+        raise ValueError(
+            f"benchmarks/results/{name}.json: expected results of flexproxy {flexproxy.__version__}, got {version}; "
+            "measure again"
+        )
+    return data
+
+
+def find(name: str, **wanted: Any) -> Row:
+    """The first row with these values."""
+    rows: list[Row] = results(name)["rows"]
+    for row in rows:
+        if row.get("error") is None and all(row.get(key) == value for key, value in wanted.items()):
+            return row
+    raise ValueError(f"benchmarks/results/{name}.json: expected a row with {wanted}, got none")
+
+
+def lengths_of(name: str, **wanted: Any) -> list[int]:
+    rows = [r for r in results(name)["rows"] if r.get("error") is None and wanted.items() <= r.items()]
+    return sorted({row["length"] for row in rows})
+
+
+def device(name: str) -> str:
+    environment = results(name)["environment"]
+    text = environment.get("gpu") or environment["device"]
+    return str(text).removeprefix("NVIDIA ")
+
+
+def table(lines: Sequence[Sequence[str]], wide: int = 1) -> str:
+    """Markdown; the first ``wide`` columns to the left, numbers to the right."""
+    head, *body = lines
+    rule = ["---"] * wide + ["---:"] * (len(head) - wide)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
+
+
+def tokens(length: int) -> str:
+    return f"{length // 2**20}M" if length % 2**20 == 0 else f"{length // 1024}K"
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+# Speed
+
+
+def _attention(length: int, density: float, kernel: str = "default") -> float:
+    wanted = {"contender": "flexproxy", "part": "total", "kernel": kernel, "target_density": density}
+    return float(find("attention", length=length, **wanted)["median_ms"])
+
+
+def _dense(name: str, length: int, contender: str) -> float:
+    part = "dense" if name == "attention" else "prefill"
+    return float(find(name, length=length, contender=contender, part=part)["median_ms"])
+
+
+def _model(length: int, density: float) -> float:
+    wanted = {"part": "prefill", "contender": "flexproxy", "density": density}
+    return float(find("prefill", length=length, **wanted)["median_ms"])
+
+
+def speed() -> str:
+    """One layer and a whole model, by length, at a density of 0.10."""
+    lines = [["tokens", "layer, dense", "flexproxy", "", "model, dense", "flexproxy", ""]]
+    lengths = set(lengths_of("attention", contender=CUDNN, part="dense"))
+    for length in lengths_of("prefill", contender=CUDNN, part="prefill"):
+        if length in lengths:
+            layer, model = _dense("attention", length, CUDNN), _dense("prefill", length, CUDNN)
+            ours, whole = _attention(length, 0.1), _model(length, 0.1)
+            lines.append(
+                [
+                    tokens(length),
+                    f"{milliseconds(layer)} ms",
+                    f"{milliseconds(ours)} ms",
+                    f"{layer / ours:.1f} x",
+                    f"{model / 1000:.1f} s",
+                    f"{whole / 1000:.1f} s",
+                    f"{model / whole:.1f} x",
+                ]
+            )
+    return (
+        f"{table(lines)}\n\n"
+        f"flexproxy {flexproxy.__version__} on one {device('prefill')}, bf16, the shape of Llama-3.1-8B, density 0.10; "
+        "dense is cuDNN. Layer: blocks\n"
+        "chosen and attention. Model: time to the first token, batch 1, transformers."
+    )
+
+
+def numbers() -> str:
+    """Three numbers for the first page."""
+    dense, ours = _dense("prefill", LONG, CUDNN), _model(LONG, 0.16)
+    layer, build = _dense("attention", LONG, CUDNN), find("build", length=LONG, num_proxies=1)["median_ms"]
+    lost, kept = _lost(32768, "prose", "defaults")
+    return (
+        f"- **{dense / ours:.1f} times** as fast to the first token: the shape of Llama-3.1-8B, {tokens(LONG)} tokens, "
+        f"density 0.16,\n  {ours / 1000:.1f} s beside {dense / 1000:.1f} s with cuDNN ({device('prefill')}).\n"
+        f"- **{build:.1f} ms** to choose the blocks of a layer of {tokens(LONG)} tokens, where dense attention takes "
+        f"{layer:.0f} ms.\n"
+        f"- **{lost:+.1f} %** bits per byte on prose of 32K tokens at default settings (SmolLM2-135M, {kept:.2f} of\n"
+        "  the blocks kept)."
+    )
+
+
+def attention() -> str:
+    lines = [["tokens", "density", "flexproxy", "without flash-attn-4", "cuDNN", "FlashAttention-2"]]
+    for length in lengths_of("attention", contender=CUDNN, part="dense"):
+        for density in (0.02, 0.1, 0.2, 0.4):
+            if length >= 32768:
+                ours = [_attention(length, density, kernel) for kernel in ("default", "triton")]
+                dense = [_dense("attention", length, contender) for contender in (CUDNN, FLASH)]
+                found = [milliseconds(x) for x in (*ours, *dense)]
+                lines.append([tokens(length), f"{density:.2f}", *found])
+    return table(lines)
+
+
+def build() -> str:
+    lines = [["tokens", "1 proxy", "4 proxies", "8 proxies", "dense, cuDNN", "share, 1 proxy"]]
+    for length in lengths_of("build", num_proxies=1):
+        rows = [find("build", length=length, num_proxies=proxies) for proxies in (1, 4, 8)]
+        dense, share = rows[0]["dense_ms"], rows[0]["share_of_dense"]
+        times = [milliseconds(row["median_ms"]) for row in rows]
+        cells = ["", ""] if dense is None else [milliseconds(dense), f"{100 * share:.2g} %"]
+        lines.append([tokens(length), *times, *cells])
+    return table(lines)
+
+
+def stages() -> str:
+    row = find("build", length=LONG, num_proxies=1)
+    found = [(name, row[f"stage_{name}_ms"]) for name in (*STAGES, "other") if row.get(f"stage_{name}_ms")]
+    return table([["stage", "ms"], *([name, f"{value:.2f}"] for name, value in found)])
+
+
+def model() -> str:
+    lines = [["tokens", "cuDNN", "FlashAttention-2", "density 0.31", "0.16", "0.10", "memory"]]
+    for length in lengths_of("prefill", contender=CUDNN, part="prefill"):
+        dense = find("prefill", length=length, contender=CUDNN, part="prefill")
+        ours = find("prefill", length=length, contender="flexproxy", part="prefill", density=0.1)
+        flash = [
+            row["median_ms"]
+            for row in results("prefill")["rows"]
+            if (row["part"], row["length"], row["contender"], row.get("error")) == ("prefill", length, FLASH, None)
+        ]
+        times = [dense["median_ms"], *flash[:1], *(_model(length, x) for x in (0.31, 0.16, 0.1))]
+        cells = [f"{x / 1000:.2f} s" for x in times]
+        if not flash:
+            cells.insert(1, "")
+        lines.append([tokens(length), *cells, f"{ours['peak_mib'] - dense['peak_mib']:+.0f} MiB"])
+    return table(lines)
+
+
+# Quality
+
+
+def _quality(method: str, length: int, task: str, setting: str) -> Row:
+    return find(QUALITY, method=method, length=length, task=task, setting=setting)
+
+
+def _lost(length: int, task: str, setting: str) -> tuple[float, float]:
+    """What is lost, in percent of the bits or in points of the answers, and what is kept."""
+    dense, ours = _quality("dense", length, task, ""), _quality(OURS, length, task, setting)
+    if dense["metric"] == "bits_per_byte":
+        return 100 * (ours["mean"] / dense["mean"] - 1), ours["density"]
+    return 100 * (ours["mean"] - dense["mean"]), ours["density"]
+
+
+def quality() -> str:
+    rows = [row for row in results(QUALITY)["rows"] if row["method"] in SHOWN]
+    columns = [(8192, task, "density 0.25") for task in ("prose", "code", "single")]
+    text = report.columns_markdown(rows, columns, intervals=False)
+    return text.replace(OURS, "**flexproxy**").replace("flexproxy, as the paper", "ProxyAttn, as its paper")
+
+
+def density() -> str:
+    """What the default settings keep and lose, by length."""
+    lengths = lengths_of(QUALITY, method=OURS, setting="defaults", task="prose")
+    found = [_lost(length, "prose", "defaults") for length in lengths]
+    lines = [
+        ["tokens", *map(tokens, lengths)],
+        ["blocks kept", *(f"{kept:.2f}" for _, kept in found)],
+        ["bits per byte", *(f"{lost:+.1f} %" for lost, _ in found)],
+    ]
+    return table(lines)
+
+
+def choosing() -> str:
+    """What to expect of a setting, as measured."""
+    lines = [["tokens", "goal", "setting", "density", "loss, prose", "code", "needles"]]
+
+    def line(length: int, goal: str, setting: str, measured: str) -> None:
+        if length not in lengths_of(QUALITY, method=OURS, task="prose", setting=measured):
+            return
+        cells = []
+        for task in ("prose", "code", "single"):
+            if length in lengths_of(QUALITY, method=OURS, task=task, setting=measured):
+                lost, _ = _lost(length, task, measured)
+                cells.append(f"{lost:+.1f} {'points' if task == 'single' else '%'}")
+            else:
+                cells.append("")
+        kept = _quality(OURS, length, "prose", measured)["density"]
+        lines.append([tokens(length), goal, setting, f"{kept:.2f}", *cells])
+
+    for length in (8192, 16384, 32768):
+        line(length, "quality", "the defaults", "defaults")
+    line(8192, "speed", "`density=0.25, min_budget=256`", "density 0.25")
+    line(8192, "too low", "`density=0.12, min_budget=256`", "density 0.12")
+    line(32768, "speed", "`density=0.1, min_budget=256`", "density 0.1")
+    line(32768, "more speed", "`density=0.05, min_budget=256`", "density 0.05")
+    return table(lines, wide=3)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    block.__name__: block for block in (speed, numbers, attention, build, stages, model, quality, density, choosing)
+}
+
+
+def with_figures(text: str) -> str:
+    """A page with every block as the files have it; mkdocs needs a blank line around a table, README does without."""
+
+    def block(match: re.Match[str]) -> str:
+        name, blank = match.groups()
+        return f"<!-- figures: {name} -->\n{blank}{BLOCKS[name]()}\n{blank}<!-- end -->"
+
+    return _PLACE.sub(block, text)
+
+
+def main() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        written = with_figures(text)
+        if written != text:
+            with replacing(page) as unfinished:
+                unfinished.write_text(written)
+            print(f"wrote {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
