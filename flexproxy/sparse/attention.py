@@ -15,7 +15,7 @@ from flexproxy.masks.structure import MaskMod
 from flexproxy.ops import compat
 from flexproxy.ops.implementations import picked
 from flexproxy.pipeline import check_memory, dense_block_mask, estimate, read_mask
-from flexproxy.sparse import replay
+from flexproxy.sparse import replay, rows
 from flexproxy.sparse.kernel import NotCompiledError, Result
 from flexproxy.sparse.plan import AttentionPlan, Settings, When, plan_attention
 
@@ -66,6 +66,9 @@ def attention(
 ) -> Result:
     """ProxyAttn in one call: builds the mask, then runs compiled ``flex_attention`` with it.
 
+    On a CPU, where the mask is the default one and queries begin at a block of keys, ``scaled_dot_product_attention``
+    of the kept blocks takes its place, which is faster and compiles nothing.
+
     Dense where sparse cannot pay: fewer queries than a block (decoding), every row's budget covers all keys, the
     settings keep every block, or, on a GPU, sequences so short that the estimate takes longer than what it saves.
     ``why_dense`` says which it will be.
@@ -90,12 +93,14 @@ def attention(
     plan = plan_attention((q, k, v), mask_mod, block_mask, settings)
     if plan.estimate is None:
         return attend_densely(q, k, v, mask_mod, block_mask, plan, score_mod)
-    if plan.is_inference and picked(q.device) == "triton":
+    if plan.is_inference and q.is_cuda and picked(q.device) == "triton":
         with contextlib.suppress(NotCompiledError):
             return replay.attend(q, k, v, plan.estimate, plan.kernel)
     check_memory(q, k, plan.estimate)
     mask = read_mask(mask_mod, block_mask, plan.estimate.frame, q.device)
     selection = estimate(q, k, mask, plan.estimate)
+    if plan.is_inference and rows.fits(q, k, v, plan.block_size):
+        return rows.attend(q, k, v, selection)
     return plan.kernel.run(q, k, v, plan.kernel.mask_of(selection), score_mod, selection.block_mask)
 
 

@@ -93,7 +93,7 @@ class AttentionPlan:
         kernel: that of ``flex_attention``.
         block_size: tokens per block.
         return_lse: the caller gets the log-sum-exp.
-        is_inference: sparse, on a GPU, under the default mask and options, and nothing but the output is needed.
+        is_inference: sparse, under the default mask and options, and nothing but the output is needed.
     """
 
     dense: str | None
@@ -137,7 +137,7 @@ def plan_attention(
     kernel = _plan_kernel(q, k, v, structure, config.block_size, scale, call)
     plain = structure is None and call.score_mod is NoneType and not call.return_lse and q.shape[2] in (1, k.shape[2])
     estimate = new_plan(q, k, config, scale, kernel.gradients) if dense is None else None
-    is_default = q.is_cuda and structure is None and kernel.listed and not compat.in_a_mode()
+    is_default = structure is None and kernel.listed and not compat.in_a_mode()
     bare = call.score_mod is NoneType and call.kernel_options is None and not (call.return_lse or kernel.gradients)
     return AttentionPlan(
         dense=dense,

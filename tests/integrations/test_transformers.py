@@ -25,7 +25,7 @@ from flexproxy import ProxyConfig
 from flexproxy.integrations.transformers import attention as hf_attention
 from flexproxy.integrations.transformers import configuration, configure
 from flexproxy.integrations.transformers import masks as hf_masks
-from flexproxy.sparse import kernel
+from flexproxy.sparse import kernel, rows
 from flexproxy.sparse.plan import plan_attention
 from tests.accuracy import skip_unless_flex_compiles
 from tests.transformers_models import (
@@ -265,6 +265,7 @@ def test_chunks_compile_no_kernel_each(monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_gpu: Any = kernel.compiled_flex_attention.__wrapped__("cuda")
     compiled = torch.compile(on_a_gpu._torchdynamo_orig_callable, fullgraph=True, backend=count)
     monkeypatch.setattr(kernel, "run_compiled", compiled)
+    monkeypatch.setattr(rows, "fits", lambda *_: False)  # what a CPU does instead
     model, tokens = model_of("llama"), make_tokens(1, 8 * 160)
     configure_sparse(model, SOME_BLOCKS)
     plan_attention.plans.clear()

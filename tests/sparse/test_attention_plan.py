@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, noop_mask
 import flexproxy
 from flexproxy import ProxyConfig, masks
 from flexproxy.sparse import kernel as sparse_kernel
+from flexproxy.sparse import rows
 from flexproxy.sparse.plan import AttentionPlan, KernelPlan, Settings, plan_attention
 from tests.accuracy import allowed_pairs, assert_accurate, cpu_kernel_exists, skip_unless_flex_compiles
 
@@ -40,6 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         return q
 
     monkeypatch.setattr(sparse_kernel, "run_compiled", run)
+    monkeypatch.setattr(rows, "fits", lambda *_: False)  # what a CPU does instead
     return seen
 
 

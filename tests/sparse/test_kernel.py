@@ -36,9 +36,9 @@ def qkv(length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_length(length: int) -> None:
-    """``attention`` of some length is dense attention to its selection."""
+    """``attention`` of some length, by ``flex_attention``, is dense attention to its selection."""
     q, k, v = qkv(length)
-    out = flexproxy.attention(q, k, v, config=CONFIG)
+    out = flexproxy.attention(q, k, v, mask_mod=masks.causal, config=CONFIG)
     selection = flexproxy.select(q, k, config=CONFIG)
     assert_accurate(out, q, k, v, allowed_pairs(selection, masks.causal, length, length, BLOCK))
 
@@ -74,13 +74,13 @@ def test_any_number_of_lengths(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     monkeypatch.setattr(torch, "compile", traced_alone)
     monkeypatch.setattr(compat, "forget_compiled", lambda code: forgotten.append(forget(code)))
     for length in (*range(70, 76), 70):
-        flexproxy.attention(*qkv(length), config=CONFIG)
+        flexproxy.attention(*qkv(length), mask_mod=masks.causal, config=CONFIG)
     assert warnings_of(caplog) == []
     gc.collect()
     alive = [function() is not None for function in functions]
     assert alive == [False] * 4 + [True] * 3, "the last three are remembered"
     assert len(forgotten) == 4
-    flexproxy.attention(*qkv(70), config=CONFIG)
+    flexproxy.attention(*qkv(70), mask_mod=masks.causal, config=CONFIG)
     assert len(functions) == 7, "remembered, and compiled again"
 
 

@@ -24,7 +24,7 @@ from flexproxy.ops.implementations import picked
 from flexproxy.pipeline import PreparedMask, check_memory, estimate, read_mask
 from flexproxy.plan import Frame, Plan, plan_estimate
 from flexproxy.selection import mask_for
-from flexproxy.sparse import replay
+from flexproxy.sparse import replay, rows
 from flexproxy.sparse.attention import attend_densely, attention
 from flexproxy.sparse.kernel import NotCompiledError
 from flexproxy.sparse.plan import Settings, When, plan_attention, reason_to_be_dense
@@ -126,9 +126,10 @@ def _forward(x: _Inputs, mask: Tensor | BlockMask | None, call: Call | None = No
         mask = shared.block_mask(x.q.device, config.block_size)
     owned = shared is not None and not torch.compiler.is_compiling()
     shares = why_all is None and sharing_of(x.module) is not None
-    plain = owned and x.q.is_cuda and call is None and x.softcap is None and x.sinks is None
+    plain = owned and x.softcap is None and x.sinks is None
     is_default = plain and shared is not None and shared.is_default  # the mask that attention knows best
-    if is_default and not shares:
+    by_default = is_default and x.q.is_cuda and call is None
+    if by_default and not shares:
         return attention(x.q, x.k, x.v, config=config, scale=x.scale, when=when).transpose(1, 2).contiguous()
     kept = vars(mask).setdefault("flexproxy_prepared", {}) if owned else {}
     if shares:
@@ -136,10 +137,10 @@ def _forward(x: _Inputs, mask: Tensor | BlockMask | None, call: Call | None = No
             refuse_a_trace("whose trace keeps no selection for layers to share", "configure it without share")
         # With the mask of the forward pass, which stays where accelerate copies its blocks for every layer.
         kept["selections"] = vars(mask if shared is None else shared).setdefault("flexproxy_selections", {})
-        by_lists = _by_lists(x, kept["selections"], config, when) if is_default else None
+        by_lists = _by_lists(x, kept["selections"], config, when) if by_default else None
         if by_lists is not None:
             return by_lists.transpose(1, 2).contiguous()
-    out = _by_blocks(x._replace(sinks=_local(x.sinks)), mask, kept, config, when, call)
+    out = _by_blocks(x._replace(sinks=_local(x.sinks)), mask, kept, config, when, call, is_default)
     return out.transpose(1, 2).contiguous()
 
 
@@ -197,10 +198,12 @@ def _by_blocks(
     config: ProxyConfig,
     when: When,
     call: Call | None,
+    is_default: bool,
 ) -> Tensor:
     """Attention under the blocks that are selected, or under all of the mask, ``[B, Hq, Sq, Dv]``.
 
     kept: the masks that layers before prepared, and their selections; belongs to ``block_mask``.
+    is_default: the mask is the default one of ``attention``, and scores are as they are.
     """
     q, k, v, scale, sinks = x.q, x.k, x.v, x.scale, x.sinks
     gradients = torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v))
@@ -222,10 +225,12 @@ def _by_blocks(
         result: Any = attend_densely(q, k, v, None, block_mask, attention, score_mod)
     else:
         selection = _selection(x, block_mask, kept, attention.estimate)
-        shares = sharing_of(x.module) is not None
-        chosen = mask_for(selection, attention.kernel) if shares else attention.kernel.mask_of(selection)
         if call is not None:
             call.note(selection)
+        if is_default and rows.fits(q, k, v, selection.block_size):
+            return rows.attend(q, k, v, selection)
+        shares = sharing_of(x.module) is not None
+        chosen = mask_for(selection, attention.kernel) if shares else attention.kernel.mask_of(selection)
         result = attention.kernel.run(q, k, v, chosen, score_mod, selection.block_mask)
     return result if sinks is None else _with_sinks(result[0], result[1], sinks)
 
