@@ -25,6 +25,8 @@ from flexproxy import ProxyConfig, masks
 from flexproxy.masks.blocks import summarize_rows
 from flexproxy.masks.structure import MaskMod
 from flexproxy.ops import implementations
+from flexproxy.pipeline import read, read_mask
+from flexproxy.plan import plan_estimate
 from flexproxy.stages.proxy import head_groups, pool_heads
 from flexproxy.stages.ranking import ForcedRule, rank_blocks
 from tests.conftest import IMPLEMENTATIONS
@@ -155,6 +157,23 @@ def test_nothing_depends_on_what_memory_held(device: str, monkeypatch: pytest.Mo
                 assert not bool(index[behind].any()), f"{name}: garbage behind the {kind} lists"
         poisoned.check_guards()
         assert len(poisoned.buffers) > 10 * len(SEEDS)
+
+
+def test_masses_of_documents_are_written_whole(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the last part too, which means nothing: a compiler compares all that an operator gives."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 2, 90, 16, generator=generator).to(device) for _ in range(2))
+    mask_mod = masks.and_masks(masks.causal, masks.document(torch.arange(90, device=device) // 40))
+    plan = plan_estimate((q, k), mask_mod, None, (ProxyConfig(block_size=16, min_budget=0), None))
+    prepared, masses = read_mask(mask_mod, None, plan.frame, q.device), []
+    for which in range(len(Poisoned.GARBAGE)):
+        with monkeypatch.context() as patch:
+            poison(patch, which)
+            masses.append(read(q, k, prepared, plan).masses)
+    first, second = masses
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first, second)
 
 
 def unwritten(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:

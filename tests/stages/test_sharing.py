@@ -55,7 +55,8 @@ def test_counts_equal_the_reference(seed: int, implementation: str) -> None:
 
     sequence = torch.stack([torch.zeros_like(dense, dtype=torch.int32), dense.int()], -1)
     proxy_of = torch.tensor([next(p for p, own in enumerate(groups) if h in own) for h in range(heads)])
-    arguments = scores, rank, proxy_of, summarize_rows(admissible, admissible, sequence), forced.sum(-1).amax(-1).int()
+    summary = summarize_rows(*on(implementation, admissible, admissible, sequence))
+    arguments = scores, rank, proxy_of, summary, forced.sum(-1).amax(-1).int()
     most = blocks if bounds[1] is None else bounds[1]
     got = shared_counts(*on(implementation, *arguments, total, bounds[0], most))
     assert got.dtype == torch.int32
@@ -70,8 +71,8 @@ def test_every_total_of_one_row(implementation: str) -> None:
     row = torch.tensor([-1.0, -1.0, -64 + 3 / 64, -64 + 2 / 64, -math.inf])
     total = torch.arange(7)
     scores, rank = (x.expand(7, 1, 1, 5).contiguous() for x in (row, torch.arange(5, dtype=torch.int32)))
-    every = torch.ones(1, 1, 1, 5, dtype=torch.bool)
-    summary = summarize_rows(every, every, torch.zeros(1, 1, 1, 2, dtype=torch.int32))
+    every = torch.ones(1, 1, 1, 5, dtype=torch.bool, device=implementation)
+    summary = summarize_rows(every, every, torch.zeros(1, 1, 1, 2, dtype=torch.int32, device=implementation))
     none, head = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
     got = shared_counts(*on(implementation, scores, rank, head, summary, none, total, 0, 5))
     assert got.flatten().tolist() == [1, 1, 2, 3, 3, 5, 5]
