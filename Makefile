@@ -13,7 +13,7 @@ export CXX
 EXTRAS := dev,hf
 PROJECT := pyproject.toml constraints.txt
 SOURCES := $(wildcard flexproxy tests benchmarks examples docs)
-DOCS := mkdocs-material 'mkdocstrings[python]' latex2mathml
+DOCS := mkdocs-material 'mkdocstrings[python]' latex2mathml ruff
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help

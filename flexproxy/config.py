@@ -164,7 +164,7 @@ class ProxyConfig:
         return cls(**(settings | changes))
 
     def proxies(self, num_kv_heads: int) -> int:
-        """P, for a number Hkv of key/value heads."""
+        """P, for ``num_kv_heads`` = Hkv."""
         if self.groups is not None:
             return max(self.groups) + 1
         if self.num_proxies is not None:

@@ -164,7 +164,8 @@ def build(
 ) -> BlockMask:
     """Build the per-head BlockMask of ProxyAttn, for ``flex_attention(q, k, v, block_mask=..., enable_gqa=True)``.
 
-    Arguments and errors are those of ``select``.
+    Args:
+        q, k, mask_mod, block_mask, config, scale: as for ``select``, and so are the errors.
 
     Returns:
         BlockMask ``[B, Hq, Sq, Skv]`` of every head's kept blocks, and within them the mask that was given. It has the

@@ -38,7 +38,7 @@ _MAX_LENGTH = 2**30  # of windows and prefixes; no sum of it and a position pass
 
 
 def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    """A query sees the keys up to its own index: ``q_idx >= kv_idx``."""
+    """A query sees the keys up to its own index: ``q_idx >= kv_idx``, whatever ``b`` and ``h`` are."""
     return q_idx >= kv_idx
 
 
@@ -54,7 +54,7 @@ attach(causal, Structure(_causal_clauses, position=_at_start))
 
 
 def full(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    """Every query sees every key (non-causal attention)."""
+    """Every query sees every key (non-causal attention), whatever ``b``, ``h``, ``q_idx`` and ``kv_idx`` are."""
     return (q_idx >= 0) & (kv_idx >= 0)
 
 

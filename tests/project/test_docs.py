@@ -6,6 +6,7 @@ import ast
 import hashlib
 import heapq
 import importlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -228,9 +229,10 @@ def documented() -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(
-    "module", ["", ".masks", ".stats", ".plot", ".ops.implementations", ".integrations.transformers"]
-)
+PUBLIC = "", ".masks", ".stats", ".plot", ".ops.implementations", ".integrations.transformers"
+
+
+@pytest.mark.parametrize("module", PUBLIC)
 def test_every_public_name_is_in_the_api(module: str) -> None:
     if module == ".integrations.transformers":
         pytest.importorskip("transformers")
@@ -247,6 +249,40 @@ def test_every_method_is_in_the_api() -> None:
         found = vars(getattr(importlib.import_module(module), cls))
         methods = {n for n, x in found.items() if isinstance(x, (FunctionType, classmethod)) and n[0] != "_"}
         assert methods <= set(re.findall(r"\w+", options.partition("members:")[2])), name
+
+
+@pytest.mark.parametrize("path", ["README.md", *(f"docs/{page}" for page in PAGES)])
+def test_code_fits_80_columns(path: str) -> None:
+    """As do the examples, which ruff holds to it (examples/ruff.toml)."""
+    for block in re.findall(r"^ *```.*\n((?:.*\n)*?) *```", (ROOT / path).read_text(), re.MULTILINE):
+        assert [line for line in block.splitlines() if len(line) > 80] == []
+
+
+def public_functions() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Those of the modules of the API, with the methods of their classes."""
+    for module in PUBLIC:
+        if module == ".integrations.transformers" and find_spec("transformers") is None:
+            continue
+        found = importlib.import_module(f"flexproxy{module}")
+        for name in found.__all__:
+            value = getattr(found, name)
+            if isinstance(value, type):
+                for method, x in vars(value).items():
+                    if method[0] != "_" and isinstance(x, (FunctionType, classmethod)):
+                        yield f"{name}.{method}", getattr(value, method)
+            elif callable(value):
+                yield name, value
+
+
+def test_every_argument_is_described() -> None:
+    """By name, in the docstring, which the API shows."""
+    missing = [
+        f"{name}: {argument}"
+        for name, function in public_functions()
+        for argument in inspect.signature(function).parameters
+        if argument != "self" and not re.search(rf"\b{argument}\b", function.__doc__ or "")
+    ]
+    assert missing == []
 
 
 def messages() -> Iterator[tuple[str, str]]:

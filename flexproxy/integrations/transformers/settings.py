@@ -107,7 +107,7 @@ def configure(
 
 
 def configuration(model: PreTrainedModel) -> dict[int, ProxyConfig]:
-    """The settings of every layer with causal self-attention, by its index.
+    """The settings of every layer of ``model`` with causal self-attention, by its index.
 
     Raises:
         TypeError, ValueError: as ``configure``.
