@@ -203,9 +203,9 @@ def _plan_kernel(
     )
 
 
-# Work of dense attention, in floating-point operations, that a GPU does while the host starts the kernels of a build:
-# that of 8K tokens, or somewhat more, as the host is: 0.9 ms of cuDNN (benchmarks/results/build.json).
-BUILD_FLOPS = 6e11
+# Work of dense attention, in floating-point operations, that a GPU does while the host starts an estimate
+# that is replayed: 0.4 ms of cuDNN on an H100. One that is not takes the host about 0.9 ms; a model runs ahead of both.
+BUILD_FLOPS = 2.5e11
 # What a kept block costs beside one of dense attention: flex_attention is slower than cuDNN. An estimate.
 SPARSE_COST = 1.3
 
@@ -215,7 +215,7 @@ def why_dense(q: Tensor, k: Tensor, config: ProxyConfig | None = None) -> str | 
 
     It goes by lengths and settings, and looks at no values. It assumes a causal mask, ``when="auto"``, and that a gamma
     keeps no more than ``min_budget``. On a GPU it compares the work that is saved with the time that the host takes to
-    start the kernels of the estimate, both as on an H200 whose host waits for each call.
+    start the kernels of the estimate, both as on an H100 whose host waits for each call.
 
     Args:
         q, k, config: as for ``attention``.
