@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import venv
 import zipfile
@@ -45,6 +47,15 @@ def problems_of(wheel: Path) -> list[str]:
     return problems
 
 
+def missing_from(sdist: Path) -> list[str]:
+    """What README links to and the sdist does not hold."""
+    with tarfile.open(sdist) as archive:
+        files = [PurePosixPath(*PurePosixPath(name).parts[1:]) for name in archive.getnames()]
+    held = {str(path) for file in files for path in (file, *file.parents)}
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / "README.md").read_text())
+    return sorted({link for link in links if link.rstrip("/") not in held})
+
+
 def say(what: str) -> None:
     print(f"-- {what}", flush=True)
 
@@ -71,6 +82,8 @@ def build(folder: Path) -> tuple[Path, Path]:
 def check_files(sdist: Path, wheel: Path, folder: Path) -> None:
     if problems := problems_of(wheel):
         raise SystemExit("release check: the wheel\n" + "\n".join(problems))
+    if missing := missing_from(sdist):
+        raise SystemExit(f"release check: the sdist: expected all that README links to, got none of {missing}")
     run([sys.executable, "-m", "twine", "check", "--strict", sdist, wheel], folder)
     print(f"   {wheel.name} {wheel.stat().st_size:,} bytes, {sdist.name} {sdist.stat().st_size:,} bytes")
 

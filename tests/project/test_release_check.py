@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from tests.release_check import MAX_BYTES, problems_of
+from tests.release_check import MAX_BYTES, missing_from, problems_of
 
 GOOD = {
     "flexproxy/__init__.py": b"",
@@ -45,3 +46,12 @@ def test_what_does_not_belong_in_it(tmp_path: Path, name: str, content: bytes, p
 def test_what_is_missing_from_it(tmp_path: Path) -> None:
     incomplete = {name: content for name, content in GOOD.items() if name != "flexproxy/py.typed"}
     assert problems_of(wheel_of(tmp_path, incomplete)) == ["flexproxy/py.typed is missing"]
+
+
+def test_what_the_readme_names_and_the_sdist_lacks(tmp_path: Path) -> None:
+    (tmp_path / "LICENSE").write_text("")
+    with tarfile.open(tmp_path / "flexproxy.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "LICENSE", "flexproxy-0.1.0/LICENSE")
+    missing = missing_from(tmp_path / "flexproxy.tar.gz")
+    assert "LICENSE" not in missing
+    assert {"CHANGELOG.md", "examples"} <= set(missing)
