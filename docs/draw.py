@@ -22,6 +22,7 @@ from unittest import mock
 
 from benchmarks import harness, plots
 from benchmarks.quality import report
+from docs import figures as figures_of
 from flexproxy import plot
 from flexproxy.files import replacing
 
@@ -35,7 +36,7 @@ IMAGES = ROOT / "docs" / "images"
 DRAWN = IMAGES / "drawn.json"
 QUALITY = "quality_smollm2"
 SHOWN = "speedup", "peers", "build", "stages"  # of the plots of the benchmarks
-SOURCES = {name: plots.PLOTS[name][0] for name in SHOWN} | {"quality": QUALITY}
+SOURCES = {name: (plots.PLOTS[name][0],) for name in SHOWN} | {"quality": (QUALITY,), "overview": ("prefill", QUALITY)}
 # Of flexproxy's own variants; the notebook beside the benchmarks has the others.
 QUALITY_OURS = "flexproxy P 3, stride 4", "flexproxy P 1, stride 4", "flexproxy, as the paper"
 QUALITY_PANELS = (8192, "prose"), (8192, "code"), (8192, "single"), (32768, "prose")
@@ -77,8 +78,46 @@ def _panel(axes: Axes) -> list[list[str]]:
     return [[" ".join(f"{value:.3g}" for value in row) for row in array] for array in arrays]
 
 
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def digest(*paths: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def draw_overview() -> None:
+    """Time to the first token, loss and answers against density: flexproxy, dense, and two other methods."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(10, 3.4), layout="constrained", dpi=100)
+    time, loss, needles = picture.subplots(1, 3)
+    rows = [row for row in figures_of.results("prefill")["rows"] if row["part"] == "prefill" and row["error"] is None]
+    rows = [row for row in rows if row["length"] == figures_of.LONG]
+    ours = sorted((row["density"], row["median_ms"] / 1000) for row in rows if row["contender"] == "flexproxy")
+    time.plot(*zip(*ours, strict=True), "o-", color=plots.COLOURS[0], label="flexproxy")
+    for number, (contender, name) in enumerate(plots.DENSE.items()):
+        for row in rows:
+            if row["contender"] == contender:
+                seconds = row["median_ms"] / 1000
+                time.axhline(seconds, color="#555555", linestyle=("--", ":")[number], label=name)
+    time.set(title=f"first token, 128K tokens, {figures_of.device('prefill')}", ylabel="seconds", ylim=(0, None))
+    methods = {figures_of.OURS: "flexproxy", "XAttention": "XAttention", "FlexPrefill": "FlexPrefill"}
+    for axes, task in ((loss, "prose"), (needles, "single")):
+        found = [r for r in figures_of.results(QUALITY)["rows"] if (r["length"], r["task"]) == (8192, task)]
+        (dense,) = (row["mean"] for row in found if row["method"] == "dense")
+        for colour, (method, name) in zip(plots.COLOURS, methods.items(), strict=False):
+            at = [r for r in found if r["method"] == method and r["setting"].startswith("density 0")]
+            points = [
+                (r["density"], 100 * (r["mean"] if task == "single" else r["mean"] / dense - 1))
+                for r in sorted(at, key=lambda r: r["density"])
+            ]
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name)
+        axes.axhline(100 * dense if task == "single" else 0, color="#555555", linestyle="--", label="dense")
+    loss.set(title="prose, 8K tokens, SmolLM2-135M", ylabel="bits per byte more than dense, %")
+    needles.set(title="needles, 8K tokens, SmolLM2-135M", ylabel="found, %", ylim=(0, 100))
+    for axes in (time, loss, needles):
+        axes.set_title(axes.get_title(), fontsize=10)
+        axes.set_xlabel("density (kept / causal blocks)")
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+    plot.save(picture, IMAGES / "overview.png", force=True)
 
 
 def draw_quality() -> None:
@@ -94,12 +133,13 @@ def main() -> None:
         plot.save(figure, ROOT / path, force=True)
         drawn[path] = {"sha256": digest(ROOT / path), "panels": data_of(figure)}
         print(f"wrote {path}")
-    sources = {name: harness.RESULTS / f"{source}.json" for name, source in SOURCES.items()}
-    measured = [name for name, source in sources.items() if source.exists()]
+    sources = {name: [harness.RESULTS / f"{x}.json" for x in files] for name, files in SOURCES.items()}
+    measured = [name for name, files in sources.items() if all(file.exists() for file in files)]
     plots.main([*(name for name in measured if name in plots.PLOTS), "--unfinished", "--out", str(IMAGES)])
     draw_quality()
+    draw_overview()
     for name in measured:
-        drawn[f"docs/images/{name}.png"] = {"sha256": digest(IMAGES / f"{name}.png"), "source": digest(sources[name])}
+        drawn[f"docs/images/{name}.png"] = {"sha256": digest(IMAGES / f"{name}.png"), "source": digest(*sources[name])}
     with replacing(DRAWN) as unfinished:
         unfinished.write_text(json.dumps(drawn, indent=1) + "\n")
 
