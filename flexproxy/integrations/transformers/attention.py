@@ -211,7 +211,7 @@ def _by_blocks(
         # The CPU kernel has neither a log-sum-exp nor gradients.
         if when == "always" or not config.keeps_all:
             plan = plan_estimate((q, k), None, block_mask, (config, scale))
-            selection = _selection(x, block_mask, kept, plan)
+            selection = _selection(x, None if is_default else block_mask, kept, plan)
             block_mask = selection.block_mask()
             if call is not None:
                 call.note(selection)
@@ -224,7 +224,7 @@ def _by_blocks(
     if attention.estimate is None:
         result: Any = attend_densely(q, k, v, None, block_mask, attention, score_mod)
     else:
-        selection = _selection(x, block_mask, kept, attention.estimate)
+        selection = _selection(x, None if is_default else block_mask, kept, attention.estimate)
         if call is not None:
             call.note(selection)
         if is_default and rows.fits(q, k, v, selection.block_size):
@@ -235,8 +235,11 @@ def _by_blocks(
     return result if sinks is None else _with_sinks(result[0], result[1], sinks)
 
 
-def _selection(x: _Inputs, block_mask: BlockMask, kept: dict[Any, Any], plan: Plan) -> Selection:
-    """The selection of the layer, or that of an earlier one which it shares, see ``configure``."""
+def _selection(x: _Inputs, block_mask: BlockMask | None, kept: dict[Any, Any], plan: Plan) -> Selection:
+    """The selection of the layer, or that of an earlier one which it shares, see ``configure``.
+
+    block_mask: None is the default mask, of which an estimate knows more than lists tell.
+    """
     layer, sharing = x.module.layer_idx, sharing_of(x.module)
     if sharing is None or sharing.source == layer:
         check_memory(x.q, x.k, plan)
@@ -257,10 +260,10 @@ def _selection(x: _Inputs, block_mask: BlockMask, kept: dict[Any, Any], plan: Pl
     return selection
 
 
-def _prepared(block_mask: BlockMask, kept: dict[Any, Any], frame: Frame, device: torch.device) -> PreparedMask:
+def _prepared(block_mask: BlockMask | None, kept: dict[Any, Any], frame: Frame, device: torch.device) -> PreparedMask:
     """A mask as the estimate needs it, made by the first of the layers that share it."""
     place = place_of(device)
-    if place is None:
+    if place is None or block_mask is None:  # the default one is kept by itself
         return read_mask(None, block_mask, frame, device)
     of_all, of_these = (place, frame.of_all_heads()), (place, frame)
     mask: PreparedMask | None = kept.get(of_all) or kept.get(of_these)
