@@ -129,7 +129,10 @@ def peak_memory(run: Callable[[], Any]) -> Row:
 
 
 def environment() -> dict[str, Any]:
-    """The GPU, the versions, and the day."""
+    """The GPU, or without one the CPU, the versions, and the day."""
+    if not torch.cuda.is_available():
+        capability = torch.backends.cpu.get_cpu_capability()
+        return {"cpu": capability, "threads": torch.get_num_threads(), **versions()}
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "gpu": device.name,

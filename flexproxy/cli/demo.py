@@ -54,7 +54,7 @@ class DemoResult:
         tokens: length of the sequence; one byte of text is one token.
         queries: needles planted, each asked for once.
         device: name of the processor; ``dtype`` is what the model ran in.
-        first_seconds: the first prefill with flexproxy, in which its kernels are compiled.
+        first_seconds: the first prefill with flexproxy, in which kernels of a GPU are compiled.
         mean_density: kept blocks / admissible blocks, mean over layers and heads.
         density: the same of every layer and head, ``[layers][Hq]``.
         layer: index of the layer that ``selection`` belongs to.
@@ -175,7 +175,7 @@ def run(
     prefills = _Prefills(model, batch.tokens, 3 + 2 * _REPEATS, progress)
     with _prepared(model, config, prefills.layer_done):
         dense, _ = prefills.run("dense, warming up", "sdpa")
-        sparse, first_seconds = prefills.run("flexproxy, compiling", "flexproxy")
+        sparse, first_seconds = prefills.run("flexproxy, warming up", "flexproxy")
         seconds = [
             (prefills.run("dense, timed", "sdpa")[1], prefills.run("flexproxy, timed", "flexproxy")[1])
             for _ in range(_REPEATS)

@@ -107,7 +107,7 @@ def _show_demo(result: demo_module.DemoResult, picture: Path) -> None:
     ):
         table.add_row(name, *values)
     console.print(table)
-    console.print(f"The first prefill with flexproxy, its kernels being compiled, took {result.first_seconds:.1f} s.")
+    console.print(f"The first prefill with flexproxy took {result.first_seconds:.1f} s.")
 
     for index, heads in enumerate(result.density):
         mean = sum(heads) / len(heads)
