@@ -182,9 +182,7 @@ def test_a_trace_is_refused(fullgraph: bool) -> None:
     traced: Any = torch.compile(model, fullgraph=fullgraph, dynamic=False, backend="eager")
     tokens = make_tokens(1, 256)
     # With fullgraph the error is dynamo's, which names the function.
-    message = (
-        "function `<function _no_compiled_model_can_be_observed" if fullgraph else r"one compiled by torch\.compile"
-    )
+    message = "function `<function _refuse" if fullgraph else r"one compiled by torch\.compile"
     with (
         flexproxy.record(model) as record,
         torch.no_grad(),
