@@ -70,7 +70,7 @@ def attention(
     of the kept blocks takes its place, which is faster and compiles nothing.
 
     Dense where sparse cannot pay: fewer queries than a block (decoding), every row's budget covers all keys, the
-    settings keep every block, or, on a GPU, sequences so short that the estimate takes longer than what it saves.
+    settings keep every block, or the estimate takes longer than what it saves, as on a GPU for short sequences.
     ``why_dense`` says which it will be.
 
     Args:

@@ -326,7 +326,7 @@ def test_sinks_by_the_log_sum_exp_are_sinks_among_the_scores() -> None:
 
 def test_a_window_that_the_least_budget_covers_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then there is nothing to estimate in the layers that have it, and they alone."""
-    model, tokens = model_of("gemma3"), make_tokens(1, 300)  # a window of 100 in layer 0
+    model, tokens = model_of("gemma3"), make_tokens(1, 600)  # a window of 100 in layer 0
     estimated = []
 
     def recorded(*arguments: Any) -> Any:

@@ -258,6 +258,9 @@ def test_on_a_cpu_only_lengths_and_settings_count() -> None:
         assert is_dense(length, length, sparse, cuda=False) is False
         assert is_dense(length, length, ProxyConfig(gamma=1.0, min_budget=0), cuda=False) is True
         assert is_dense(length, length, ProxyConfig(min_budget=4096), cuda=False) is True
+    for length, dense in ((3000, True), (4096, True), (8192, False)):
+        assert is_dense(length, length, ProxyConfig(), cuda=False) is dense, "the estimate, and three blocks of four"
+    assert is_dense(4096, 4096, ProxyConfig(density=0.8, min_budget=0), cuda=False) is True
     assert is_dense(127, 2**17, sparse, cuda=False) is True
     assert is_dense(1, 2**17, sparse) is True
 
