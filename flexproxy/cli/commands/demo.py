@@ -25,7 +25,7 @@ def demo(
     model: Annotated[
         Path, typer.Option(help="Folder of the needle model, which is part of flexproxy's repository.")
     ] = Path("examples/needle"),
-    length: Annotated[int, typer.Option(min=32, help="Bytes of text, one token each.")] = 8192,
+    length: Annotated[int, typer.Option(min=32, help="Bytes of text, one token each.")] = 16384,
     needles: Annotated[int, typer.Option(min=1, help="Needles to plant, each asked for once.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Where the needles go and what they say.")] = 0,
     gamma: Annotated[float, typer.Option(help="Attention mass that each head's budget must reach, in (0, 1].")] = 0.95,
@@ -33,7 +33,7 @@ def demo(
         int,
         typer.Option(
             help="Tokens that every row keeps at least. The library's default is 2048, meant for 32K tokens and more; "
-            "of the demo's 8192 that would be a quarter, and what the heads choose by themselves would not show."
+            "of the demo's 16384 that would be an eighth, and what the heads choose by themselves would not show."
         ),
     ] = 512,
     num_proxies: Annotated[int, typer.Option(help="Proxy heads; the model has 2 key/value heads.")] = 2,
