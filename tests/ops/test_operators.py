@@ -131,6 +131,7 @@ def test_every_operator_takes_keywords(monkeypatch: pytest.MonkeyPatch) -> None:
         "default": (masks.causal, ProxyConfig(gamma=0.8, **settings)),
         "documents": (masks.and_masks(masks.causal, masks.document(torch.arange(70) // 40)), ProxyConfig(**settings)),
         "outliers": (masks.causal, ProxyConfig.outliers(density=0.5, **settings)),
+        "rows": (masks.causal, ProxyConfig(sharing="rows", **settings)),
     }
 
     def everything() -> list[Tensor]:
