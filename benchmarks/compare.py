@@ -21,11 +21,11 @@ from benchmarks.harness import RESULTS, Row
 KEYS = [
     "length", "num_proxies", "query_choice", "query_stride", "contender", "part",
     "kernel", "target_density", "min_budget", "choice", "mask", "caches",
-    "sequences", "target",
+    "sequences", "target", "tokens", "what", "stride", "requests",
 ]  # fmt: skip
 VALUES = [
     "median_ms", "dense_ms", "kept_mib", "extra_mib", "peak_mib", "layer_ms",
-    "flexproxy_ms", "total_s", "again_ms", "seconds",
+    "flexproxy_ms", "total_s", "again_ms", "seconds", "equal_tokens", "decode_tokens_per_s",
 ]  # fmt: skip
 
 

@@ -143,8 +143,10 @@ def test_a_budget_is_the_request_alone(sparse: Any) -> None:
     assert bool((out[starts[-1] :] == 7.0).all())
 
 
-def test_layers_with_other_settings(sparse: Any) -> None:
+def test_layers_with_other_settings(sparse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has the split that its settings ask for; those of layers with the same requests are made once."""
+    monkeypatch.setattr("flexproxy.sparse.plan.SPARSE_COST", 0.0)  # the budgets alone decide
+    monkeypatch.setattr("flexproxy.sparse.plan.CPU_BUILD", 0.0)
     layers = {"1": {"min_budget": 100}, "2": {"gamma": 1.0}, "3": {"min_budget": 64}}
     server = Server(sparse, BUDGET | {"layers": layers}, {i: {} for i in range(4)})
     step = server.step()

@@ -12,6 +12,14 @@ from flexproxy.integrations.vllm.versions import why_unsupported
 HEADS = Heads(8, 2, 64, torch.float32, torch.device("cpu"))
 
 
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if an estimate and a kept block cost nothing: settings and lengths alone decide."""
+    monkeypatch.setattr("flexproxy.sparse.plan.SPARSE_COST", 0.0)
+    monkeypatch.setattr("flexproxy.sparse.plan.CPU_BUILD", 0.0)
+
+
+@pytest.mark.usefixtures("free")
 def test_whether_it_pays() -> None:
     config = ProxyConfig(min_budget=1024)
     plan = Plan(config, config)
@@ -24,6 +32,7 @@ def test_whether_it_pays() -> None:
     assert not HEADS.pays(dense, 512, 2048)
 
 
+@pytest.mark.usefixtures("free")
 def test_shortest_prompt() -> None:
     config = ProxyConfig(min_budget=1024)
     assert HEADS.shortest(Plan(config, config), 4096, 32768) == 1025
