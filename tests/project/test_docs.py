@@ -70,12 +70,12 @@ def test_code_of_choosing() -> None:
 
 @pytest.mark.slow
 def test_code_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page leaves the model and its input to the reader: here they are as small as they may be."""
+    """The page leaves the model and its input to the reader: here they are as small as they may be, and sparse."""
     pytest.importorskip("transformers")
     skip_unless_flex_compiles("cpu")
     monkeypatch.chdir(tmp_path)
     torch._dynamo.reset()
-    names: dict[str, Any] = {"name": str(save_tiny_model(tmp_path)), "input_ids": torch.randint(256, (1, 700))}
+    names: dict[str, Any] = {"name": str(save_tiny_model(tmp_path)), "input_ids": torch.randint(256, (1, 5000))}
     with torch.no_grad():
         run("transformers.md", names)
     assert json.loads((tmp_path / "settings.json").read_text())["layers"]["0"]["gamma"] == 0.99
