@@ -85,9 +85,8 @@ def attention(
                 own, all_k[:, :, : (piece + 1) * size], config=of_piece
             )
         )
-    count = (
-        selections[1].count[:, :, :1].contiguous()
-    )  # of the last piece, which is rank 0's; its first row is not dense
+    # Of the last piece, which is rank 0's; its first row is not dense.
+    count = selections[1].count[:, :, :1].contiguous()
     dist.broadcast(count, src=0)
     outputs, blocks = [], 0
     for piece, own, selection in zip(pieces, queries, selections, strict=True):
