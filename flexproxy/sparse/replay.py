@@ -88,7 +88,8 @@ def _first_apart(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> int | None:
     frame = plan.frame
     num_q_blocks, num_k_blocks = frame.num_blocks()
     start = (num_q_blocks - frame.dense_last_blocks) * frame.block_size
-    fits = q.dtype != torch.float32 and q.shape[3] % 8 == 0 and all(x.stride(3) == 1 for x in (q, k, v))
+    fits = q.dtype != torch.float32 and q.shape[3] % 8 == 0 and v.shape[3] == q.shape[3]
+    fits = fits and torch.backends.cuda.is_flash_attention_available() and all(x.stride(3) == 1 for x in (q, k, v))
     pays = num_k_blocks >= MIN_APART and frame.dense_last_blocks > 0 and start > 0
     return start if fits and pays else None
 

@@ -94,6 +94,17 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+def test_values_of_another_head_dimension() -> None:
+    q, k, v = qkv("long", 0)
+    for _ in range(3):
+        assert_near(
+            flexproxy.attention(q, k, v[..., :32], config=CONFIGS["defaults"], when="always"),
+            (q, k, v[..., :32]),
+            CONFIGS["defaults"],
+        )
+
+
+@pytest.mark.gpu
 def test_lists_are_those_of_select() -> None:
     config = CONFIGS["density"]
     q, k, _ = qkv("long", 0)
@@ -170,3 +181,18 @@ def test_where_compilation_is_switched_off() -> None:
     lists = block_lists(*[torch.ones(1, 1, 1, 1, dtype=torch.bool)] * 2)
     with torch.compiler.set_stance("force_eager"), pytest.raises(NotCompiledError):
         run_causal(x, x, x, torch.zeros(1, dtype=torch.int32), lists, 128, 1.0, {})
+
+
+def test_which_rows_stand_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the kernel for them takes: values of another head dimension it does not."""
+    monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
+    q, k = (torch.empty(1, heads, 4300, 64, dtype=torch.bfloat16) for heads in (4, 2))
+    plan = plan_estimate((q, k), None, None, (ProxyConfig(dense_last_blocks=2), None))
+    assert replay._first_apart(q, k, k, plan) == 32 * 128
+    assert replay._first_apart(q, k, k[..., :32], plan) is None
+    assert replay._first_apart(q, k, k.mT.contiguous().mT, plan) is None
+    assert replay._first_apart(q.float(), k.float(), k.float(), plan) is None
+    paper = plan_estimate((q, k), None, None, (ProxyConfig.paper(), None))
+    assert replay._first_apart(q, k, k, paper) is None
+    monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: False)
+    assert replay._first_apart(q, k, k, plan) is None
