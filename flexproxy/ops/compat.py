@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 from types import CodeType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ from torch.nn.attention.flex_attention import BlockMask
 _FROM_KV_BLOCKS = frozenset(inspect.signature(BlockMask.from_kv_blocks).parameters)
 _FLEX_ATTENTION = frozenset(inspect.signature(flex.flex_attention).parameters)
 _SDPA_KERNEL = frozenset(inspect.signature(sdpa_kernel).parameters)
-Args = ParamSpec("Args")
-Result = TypeVar("Result")
 IS_ROCM = torch.version.hip is not None
 MAX_COMPILED_LENGTHS = 256  # dynamo's own limit is 8
 

@@ -92,7 +92,6 @@ class AttentionPlan:
         estimate: the plan of the estimate; None where it is dense.
         kernel: that of ``flex_attention``.
         block_size: tokens per block.
-        return_lse: the caller gets the log-sum-exp.
         is_inference: sparse, under the default mask and options, and nothing but the output is needed.
     """
 
@@ -101,7 +100,6 @@ class AttentionPlan:
     estimate: Plan | None
     kernel: KernelPlan
     block_size: int
-    return_lse: bool
     is_inference: bool
 
 
@@ -145,7 +143,6 @@ def plan_attention(
         estimate=estimate,
         kernel=kernel,
         block_size=config.block_size,
-        return_lse=call.return_lse,
         is_inference=dense is None and is_default and bare,
     )
 
