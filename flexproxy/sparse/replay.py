@@ -30,6 +30,7 @@ from flexproxy.selection import Selection, selected_lists
 from flexproxy.sparse.kernel import run_causal
 from flexproxy.sparse.plan import KernelPlan
 from flexproxy.stages.lists import Lists
+from flexproxy.stages.proxy import flat
 
 MAX_KEPT = 4
 # Pairs of blocks, of all heads: at 32K tokens with 32 heads and blocks of 128. A graph of so many takes about 100 MiB,
@@ -123,10 +124,8 @@ class Replay:
         self._plan, self._rows_apart = plan, rows_apart
         self._mask: PreparedMask = read_mask(None, None, plan.frame, device)
         strides = 1 if config.chooses_queries else config.strides[0], config.strides[1]
-        pools = [
-            ([head for heads in groups for head in heads], [*map(len, groups)], stride)
-            for groups, stride in zip((plan.frame.groups, plan.key_groups), strides, strict=True)
-        ]
+        groups = plan.frame.groups, plan.key_groups
+        pools = [(*flat(of_proxies), stride) for of_proxies, stride in zip(groups, strides, strict=True)]
         mask = self._mask
         probes = mask.probes if plan.needs_masses else None
         self._reader = kernels().Reader(pools, probes, mask.probed, config.block_size, plan.scale)

@@ -64,10 +64,10 @@ def proxy_of_heads(q_groups: Groups, device: torch.device) -> Tensor:
 
 @kept(256)
 def _proxy_table(device: torch.device, q_groups: Groups) -> Tensor:
-    size = len(q_groups[0])
-    num_heads = sum(map(len, q_groups))
-    if is_contiguous([head for heads in q_groups for head in heads], [len(heads) for heads in q_groups], num_heads):
-        return torch.arange(num_heads, device=device) // size
+    members, sizes = flat(q_groups)
+    num_heads = len(members)
+    if is_contiguous(members, sizes, num_heads):
+        return torch.arange(num_heads, device=device) // sizes[0]
     index = {head: proxy for proxy, heads in enumerate(q_groups) for head in heads}
     return torch.stack([torch.full((), index[head], dtype=torch.int64, device=device) for head in range(num_heads)])
 
@@ -77,7 +77,12 @@ def pool_heads(x: Tensor, groups: Groups, stride: int) -> Tensor:
 
     Accumulated in fp32 and rounded to the dtype of ``x``.
     """
-    return pool_groups(x, [head for heads in groups for head in heads], [len(heads) for heads in groups], stride)
+    return pool_groups(x, *flat(groups), stride)
+
+
+def flat(groups: Groups) -> tuple[list[int], list[int]]:
+    """``members`` and ``sizes`` of ``pool_groups``: the heads of all groups in a row, and how many each has."""
+    return [head for heads in groups for head in heads], [len(heads) for heads in groups]
 
 
 @operator(lambda a: ((a.x.shape[0], len(a.sizes), -(-a.x.shape[2] // a.stride), a.x.shape[3]), a.x.dtype))

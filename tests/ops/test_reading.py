@@ -10,6 +10,7 @@ from flexproxy.ops import implementations
 from flexproxy.ops.operators import kernels
 from flexproxy.pipeline import read, read_mask
 from flexproxy.plan import plan_estimate
+from flexproxy.stages.proxy import flat
 
 
 @pytest.mark.parametrize("groups", [None, (0, 1, 1, 0)])
@@ -29,8 +30,7 @@ def test_reads_are_those_of_the_operators(
         plan = plan_estimate((q, k), None, None, (config, None))
         mask = read_mask(None, None, plan.frame, q.device)
         if reader is None:
-            groups_of_both = plan.frame.groups, plan.key_groups
-            pools = [([head for heads in x for head in heads], [*map(len, x)], 2) for x in groups_of_both]
+            pools = [(*flat(x), 2) for x in (plan.frame.groups, plan.key_groups)]
             reader = kernels().Reader(pools, mask.probes, mask.probed, 32, plan.scale)
         reader.read(q, k)
         for ours, theirs in zip(reader.results(), read(q, k, mask, plan), strict=True):
