@@ -13,7 +13,6 @@ from flexproxy.checks import check_kernel_options
 from flexproxy.config import ProxyConfig
 from flexproxy.masks.structure import MaskMod
 from flexproxy.ops import compat
-from flexproxy.ops.implementations import picked
 from flexproxy.pipeline import check_memory, dense_block_mask, estimate, read_mask
 from flexproxy.sparse import replay, rows
 from flexproxy.sparse.kernel import NotCompiledError, Result
@@ -93,7 +92,7 @@ def attention(
     plan = plan_attention((q, k, v), mask_mod, block_mask, settings)
     if plan.estimate is None:
         return attend_densely(q, k, v, mask_mod, block_mask, plan, score_mod)
-    if plan.is_inference and q.is_cuda and picked(q.device) == "triton":
+    if plan.is_inference and replay.fits(q):
         with contextlib.suppress(NotCompiledError):
             return replay.attend(q, k, v, plan.estimate, plan.kernel)
     check_memory(q, k, plan.estimate)

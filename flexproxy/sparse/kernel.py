@@ -87,11 +87,7 @@ def run_causal(
         NotCompiledError: compilation is switched off.
     """
     compiled = _compiled_causal(block_size, scale, q.shape[1] != k.shape[1], tuple(kernel_options.items()))
-    try:
-        out: Tensor = compiled(q, k, v, offset, *lists)
-    except compat.recompile_limit_hit():
-        with compat.many_lengths():
-            out = compiled(q, k, v, offset, *lists)
+    out: Tensor = _call(compiled, q, k, v, offset, *lists)
     return out
 
 
@@ -172,12 +168,15 @@ def _try_flash(device: torch.device) -> float:
 def run_compiled(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Any:
     """Compiled ``flex_attention``. Raises NotCompiledError where compilation is switched off."""
     lengths = (q.shape, k.shape, v.shape, q.dtype) if q.device.type == "cpu" else ()
-    compiled = compiled_flex_attention(q.device.type, *lengths)
+    return _call(compiled_flex_attention(q.device.type, *lengths), q, k, v, **arguments)
+
+
+def _call(compiled: Callable[..., Any], *tensors: Tensor, **arguments: Any) -> Any:
     try:
-        return compiled(q, k, v, **arguments)
+        return compiled(*tensors, **arguments)
     except compat.recompile_limit_hit():  # by masks and options: lifted where it is met, for that takes a millisecond
         with compat.many_lengths():
-            return compiled(q, k, v, **arguments)
+            return compiled(*tensors, **arguments)
 
 
 @functools.lru_cache(MAX_COMPILED)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from flexproxy.ops.cache import kept, place_of
+from flexproxy.ops.implementations import picked
 from flexproxy.ops.operators import kernels, on_device_of
 from flexproxy.pipeline import PreparedMask, Read, check_memory, choose, estimate, read_mask
 from flexproxy.plan import Plan
@@ -39,6 +40,11 @@ MAX_PAIRS = 2**21
 MIN_APART = 32  # blocks of keys from which on dense rows are apart: with fewer, one more launch takes longer
 
 
+def fits(q: Tensor) -> bool:
+    """Whether ``attend`` can do it, where a plan is for inference: on a GPU whose operators Triton carries out."""
+    return q.is_cuda and picked(q.device) == "triton"
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -47,7 +53,7 @@ def attend(
     kernel: KernelPlan,
     shared: list[tuple[int | None, Lists]] | None = None,
 ) -> Tensor:
-    """``attention`` under the default mask, without gradients: ``[B, Hq, Sq, D]``. Triton carries out the operators.
+    """``attention`` under the default mask, without gradients: ``[B, Hq, Sq, D]``.
 
     Args:
         shared: gets what is attended to, for calls with the same plan; they find it there and estimate nothing.

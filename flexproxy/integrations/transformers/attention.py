@@ -20,7 +20,6 @@ from flexproxy.integrations.transformers.masks import BLOCK_SIZE, ForwardMask, f
 from flexproxy.integrations.transformers.observing import Call, now, observers_of, refuse_a_trace
 from flexproxy.integrations.transformers.settings import is_decoder_attention, local_config, sharing_of, when_of
 from flexproxy.ops.cache import place_of
-from flexproxy.ops.implementations import picked
 from flexproxy.pipeline import PreparedMask, check_memory, estimate, read_mask
 from flexproxy.plan import Frame, Plan, plan_estimate
 from flexproxy.selection import mask_for
@@ -176,7 +175,7 @@ def _by_lists(x: _Inputs, lists: dict[Any, Any], config: ProxyConfig, when: When
     plan, sharing = plan_attention((x.q, x.k, x.v), None, None, settings), sharing_of(x.module)
     # What is run again for its gradients goes the other way, as must all layers that share with it.
     trains = x.module.training or torch.is_grad_enabled()
-    if trains or sharing is None or plan.estimate is None or not plan.is_inference or picked(x.q.device) != "triton":
+    if trains or sharing is None or plan.estimate is None or not plan.is_inference or not replay.fits(x.q):
         return None
     key = sharing.source, plan.estimate.frame, x.q.device
     if sharing.source == x.module.layer_idx:
