@@ -93,7 +93,7 @@ def _masses_kernel(
 def block_masses(q: Tensor, k: Tensor, probes: Tensor, mask: SampledMask, block_size: int, scale: float) -> Tensor:
     """``flexproxy.stages.budget.block_masses``."""
     logits = probe_logits(q, k, probes, mask, block_size, scale)
-    return masses_of_logits(logits, probes, k.shape[2], block_size, q)
+    return masses_of_logits(logits, probes, block_size, q)
 
 
 def probe_logits(
@@ -121,14 +121,12 @@ def probe_logits(
     )
 
 
-def masses_of_logits(
-    logits: tuple[Tensor, Tensor], probes: Tensor, num_keys: int, block_size: int, like: Tensor
-) -> Tensor:
+def masses_of_logits(logits: tuple[Tensor, Tensor], probes: Tensor, block_size: int, like: Tensor) -> Tensor:
     """``block_masses`` from the ``probe_logits`` of queries like these: of their dtype, head dimension and device."""
     values, partial = logits
     batch, heads, _, num_columns, num_probes = values.shape
-    num_k_blocks = -(-num_keys // block_size)
-    tile = masses_tile(like.dtype, like.shape[3], like.device, block_size)
+    per_block = -(-block_size // masses_tile(like.dtype, like.shape[3], like.device, block_size).keys)
+    num_k_blocks = -(-num_columns // per_block)
     masses = torch.empty(batch, heads, num_k_blocks, dtype=torch.float32, device=values.device)
     block_m = min(num_probes, 128)
     block_j = 4096 // block_m
@@ -144,7 +142,7 @@ def masses_of_logits(
         num_k_blocks=num_k_blocks,
         splits=partial.shape[2],
         heads=heads,
-        PER_BLOCK=-(-block_size // tile.keys),
+        PER_BLOCK=per_block,
         BLOCK_M=block_m,
         BLOCK_J=block_j,
     )

@@ -89,11 +89,12 @@ def pool_groups(x: Tensor, members: Sequence[int], sizes: Sequence[int], stride:
 
 
 def pool_pair(first: Pool, other: Pool | None) -> None:
-    """Both in one launch: as many groups of heads of the same dimension."""
-    second = first if other is None else other
+    """Both in one launch, or the first alone: as many groups of heads of the same dimension."""
     batch, proxies, q_rows, head_dim = first.out.shape
-    k_rows = 0 if other is None else second.out.shape[2]
-    q_heads, k_heads = first.table(), second.table()
+    second, k_rows, k_heads = first, 0, None  # no program reads these
+    if other is not None:
+        second, k_rows, k_heads = other, other.out.shape[2], other.table()
+    q_heads = first.table()
     block_d = power_of_2(head_dim, 16, 256)
     block_s = max(1, 8192 // block_d)
     q_programs = -(-q_rows // block_s)

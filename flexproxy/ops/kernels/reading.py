@@ -35,12 +35,10 @@ class Reader:
         self._block_size, self._scale = block_size, scale
         self._proxies: list[Tensor] = []
         self._logits: tuple[Tensor, Tensor] | None = None
-        self._num_keys = 0
 
     def read(self, q: Tensor, k: Tensor) -> None:
         """Write over what was read before."""
         if not self._proxies:
-            self._num_keys = k.shape[2]
             for x, (_, sizes, stride) in zip((q, k), self._pools, strict=True):
                 shape = x.shape[0], len(sizes), -(-x.shape[2] // stride), x.shape[3]
                 self._proxies.append(torch.empty(shape, dtype=x.dtype, device=x.device))
@@ -54,5 +52,4 @@ class Reader:
         q_proxy, k_proxy = self._proxies
         if self._logits is None or self._probes is None:
             return q_proxy, k_proxy, None
-        masses = masses_of_logits(self._logits, self._probes, self._num_keys, self._block_size, q_proxy)
-        return q_proxy, k_proxy, masses
+        return q_proxy, k_proxy, masses_of_logits(self._logits, self._probes, self._block_size, q_proxy)
