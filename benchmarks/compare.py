@@ -22,7 +22,9 @@ KEYS = [
     "length", "num_proxies", "query_choice", "query_stride", "contender", "part",
     "kernel", "target_density", "min_budget", "choice", "mask", "caches",
     "sequences", "target", "tokens", "what", "stride", "requests",
+    "sharing", "share", "chunk",
 ]  # fmt: skip
+USUAL = {"sharing": "heads", "share": 1}  # not said by results that are older than these
 VALUES = [
     "median_ms", "dense_ms", "kept_mib", "extra_mib", "peak_mib", "layer_ms",
     "flexproxy_ms", "total_s", "again_ms", "seconds", "equal_tokens", "decode_tokens_per_s",
@@ -31,7 +33,7 @@ VALUES = [
 
 def case_of(row: Row) -> dict[str, Any]:
     keys = KEYS if "target_density" in row else [*KEYS, "density"]  # wanted, not reached
-    return {key: row[key] for key in keys if row.get(key) is not None}
+    return {key: row[key] for key in keys if row.get(key) not in (None, USUAL.get(key))}
 
 
 def compare(new: Sequence[Row], old: Sequence[Row]) -> Iterator[tuple[dict[str, Any], str, float | None, float | None]]:

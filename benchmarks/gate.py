@@ -42,8 +42,8 @@ def check_selection(config: ProxyConfig) -> None:
 def check_attention(every: bool) -> None:
     """Sparse output is dense attention under the tokens of the selected blocks.
 
-    every: with the mask of ``build``, and with the peers' selections too, not only as
-        ``flexproxy.attention`` does it by default.
+    every: with the mask of ``build``, and with the peers' selections too, not only as ``flexproxy.attention`` does it
+        by default.
     """
     for length in (LENGTH, WHOLE):
         q, k, v = inputs(length)
@@ -54,17 +54,17 @@ def check_attention(every: bool) -> None:
         for name, variant in kernel_variants().items():
             with variant():
                 out = flexproxy.attention(q, k, v, config=config, when="always")
-                _compare(f"attention, kernel {name!r}", out, exact, own_error)
+                compare(f"attention, kernel {name!r}", out, exact, own_error)
                 if every:
                     out = flex(q, k, v, block_mask, flexproxy.kernel_options(q, k))
-                    _compare(f"kernel {name!r}", out, exact, own_error)
+                    compare(f"kernel {name!r}", out, exact, own_error)
     if not every:
         return
     for name, method in METHODS.items():
         blocks = method.select(q, k, 0.5)
         exact, own_error = _exact(q, k, v, blocks)
         out = flex(q, k, v, to_block_mask(blocks, WHOLE), flexproxy.kernel_options(q, k))
-        _compare(name, out, exact, own_error)
+        compare(name, out, exact, own_error)
 
 
 def _exact(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> tuple[Tensor, float]:
@@ -77,9 +77,11 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> tuple[Tensor, flo
     return exact, (own.double() - exact).abs().max().item()
 
 
-def _compare(name: str, out: Tensor, exact: Tensor, own_error: float) -> None:
+def compare(name: str, out: Tensor, exact: Tensor, own_error: float) -> None:
+    """Stop where the error is more than twice own_error, that of SDPA, and a rounding. name: what it is of, or ""."""
     error = (out.double() - exact).abs().max().item()
     if not error <= 2 * own_error + torch.finfo(out.dtype).eps * exact.abs().max().item():
+        what = f"{name}: " if name else ""
         raise SystemExit(
-            f"correctness gate failed: {name}: error {error:.2e}, SDPA's own {own_error:.2e}; nothing was timed"
+            f"correctness gate failed: {what}error {error:.2e}, SDPA's own {own_error:.2e}; nothing more was timed"
         )

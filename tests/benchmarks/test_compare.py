@@ -39,3 +39,11 @@ def test_rows_are_matched_whatever_their_order_and_their_density(
         file.write_text(json.dumps({"environment": {"gpu": "A GPU", "date": "2026-01-02"}, "rows": rows}))
     compare.main(*files)
     assert "0.5" in capsys.readouterr().out
+
+
+def test_what_tells_new_cases_apart() -> None:
+    """How rows and layers share, and chunks; what is usual is what older results do not say."""
+    usual: Row = {"length": 8, "contender": "flexproxy"}
+    assert compare.case_of(usual | {"sharing": "heads", "share": 1, "chunk": None}) == usual
+    for other in ({"sharing": "rows"}, {"share": 2}, {"chunk": 4}):
+        assert compare.case_of(usual | other) == usual | other
