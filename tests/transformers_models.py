@@ -124,3 +124,11 @@ def interpreted(device: str) -> AbstractContextManager[Any]:
     """On a CPU run compiled functions as they are written: there every kernel takes about 15 seconds to compile."""
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager" if device == "cpu" else "default")
     return stance
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: Tensor, **inputs: Any) -> Tensor:
+    """Those of ``[B, S]`` tokens; without a cache where none is asked for."""
+    with interpreted(tokens.device.type):
+        result: Tensor = model(input_ids=tokens, **({"use_cache": False} | inputs)).logits
+    return result

@@ -32,6 +32,7 @@ from tests.transformers_models import (
     FAMILIES,
     configure_sparse,
     interpreted,
+    logits,
     make_model,
     make_tokens,
     one_after_another,
@@ -50,13 +51,6 @@ def model_of(family: str, device: str = "cpu", **overrides: Any) -> Any:
     model = make_model(family, **overrides).to(device)
     use(model, "flexproxy")
     return model
-
-
-@torch.no_grad()
-def logits(model: Any, tokens: Tensor, **inputs: Any) -> Tensor:
-    with interpreted(tokens.device.type):
-        result: Tensor = model(input_ids=tokens, **({"use_cache": False} | inputs)).logits
-    return result
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:

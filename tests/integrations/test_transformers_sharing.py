@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("transformers")
 
@@ -23,7 +22,7 @@ from flexproxy.integrations.transformers import attention as hf_attention
 from flexproxy.integrations.transformers import configuration, configure, save_configuration
 from flexproxy.integrations.vllm import settings as vllm_settings
 from flexproxy.pipeline import estimate
-from tests.transformers_models import interpreted, make_model, make_tokens, use
+from tests.transformers_models import interpreted, logits, make_model, make_tokens, use
 
 BLOCK = 32
 EVERY_BLOCK = ProxyConfig(gamma=1.0, max_budget=2**20, min_budget=BLOCK, block_size=BLOCK)
@@ -37,13 +36,6 @@ def model_of(config: ProxyConfig, share: dict[int, int], device: str = "cpu", fa
     use(model, "flexproxy")
     configure(model, config, when="always", share=share)
     return model
-
-
-@torch.no_grad()
-def logits(model: Any, tokens: Tensor, **inputs: Any) -> Tensor:
-    with interpreted(tokens.device.type):
-        result: Tensor = model(input_ids=tokens, **({"use_cache": False} | inputs)).logits
-    return result
 
 
 def sources(model: Any) -> dict[int, int]:
