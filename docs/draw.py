@@ -3,8 +3,8 @@
     python -m docs.draw
 
 The page is a program that saves pictures. Beside them docs/images/drawn.json gets, for each, the digest of the file and
-the data that it shows, or the digest of the results that it was drawn from. tests/test_docs.py runs the page again
-and compares: so no picture can show other data than the code above it gives.
+the data that it shows, or the digest of the results that it was drawn from. tests/project/test_docs.py runs the page
+again and compares: so no picture can show other data than the code above it gives.
 """
 
 from __future__ import annotations

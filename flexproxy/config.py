@@ -205,7 +205,7 @@ class ProxyConfig:
 
     @property
     def target(self) -> float:
-        """The density where there is one, else gamma; 1.0 leaves out no more than ``max_budget`` does."""
+        """``density`` where it is set, else ``gamma``. With 1.0 only ``max_budget`` leaves blocks out."""
         return self.gamma if self.density is None else self.density
 
     @property

@@ -200,10 +200,11 @@ def _plan_kernel(
     )
 
 
-# Work of dense attention, in floating-point operations, that a GPU does while the host starts an estimate
-# that is replayed: 0.4 ms of cuDNN on an H100. One that is not takes the host about 0.9 ms; a model runs ahead of both.
+# Floating-point operations of dense attention that a GPU does while the host launches a replayed estimate: 0.4 ms of an
+# H100. Other estimates take the host about 0.9 ms. Inside a model the host runs ahead, and the GPU waits for neither.
 BUILD_FLOPS = 2.5e11
-# The same of a CPU, as a share of dense attention: 1/16 in fp32 at 8K tokens, 1/6 in bf16 where it multiplies that.
+# Time of an estimate on a CPU, as a share of dense attention: 1/11 in fp32 at 8K tokens and stride 4, less for longer
+# prompts (benchmarks/results/cpu.json).
 CPU_BUILD = 0.1
 # What a kept block costs beside one of dense attention: flex_attention is slower than cuDNN. An estimate.
 SPARSE_COST = 1.3
@@ -214,7 +215,8 @@ def why_dense(q: Tensor, k: Tensor, config: ProxyConfig | None = None) -> str | 
 
     It goes by lengths and settings, and looks at no values. It assumes a causal mask, ``when="auto"``, and that a gamma
     keeps no more than ``min_budget``. On a GPU it compares the work that is saved with the time that the host takes to
-    start the kernels of the estimate, both as on an H100 whose host waits for each call.
+    start the kernels of the estimate, both as on an H100 whose host waits for each call; on a CPU it assumes that
+    the estimate takes a tenth of the time of dense attention.
 
     Args:
         q, k, config: as for ``attention``.

@@ -145,7 +145,7 @@ def test_streams_and_threads_have_replays_of_their_own() -> None:
 
 @pytest.mark.gpu
 def test_in_a_graph_of_the_caller() -> None:
-    """A graph within a graph there is none: the estimate is captured with the rest."""
+    """CUDA graphs do not nest: there the estimate is captured with the rest."""
     config, x = CONFIGS["density"], qkv("long", 0)
     for _ in range(3):
         flexproxy.attention(*x, config=config, when="always")

@@ -126,7 +126,7 @@ def _forward(x: _Inputs, mask: Tensor | BlockMask | None, call: Call | None = No
     owned = shared is not None and not torch.compiler.is_compiling()
     shares = why_all is None and sharing_of(x.module) is not None
     plain = owned and x.softcap is None and x.sinks is None
-    is_default = plain and shared is not None and shared.is_default  # the mask that attention knows best
+    is_default = plain and shared is not None and shared.is_default  # attention has a faster way for it
     by_default = is_default and x.q.is_cuda and call is None
     if by_default and not shares:
         return attention(x.q, x.k, x.v, config=config, scale=x.scale, when=when).transpose(1, 2).contiguous()

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from flexproxy.masks.sampled import SampledMask
 
 LOG2_E = math.log2(math.e)
-# Programs that fill a GPU twice: with fewer, each takes fewer steps than its tile says, but MIN_STEPS.
+# Enough programs to fill a GPU twice. Where there would be fewer, each takes fewer steps than its tile says, at least
+# MIN_STEPS.
 MANY_PROGRAMS, MIN_STEPS = 512, 2
 
 
