@@ -69,6 +69,11 @@ def device(name: str) -> str:
     return str(text).removeprefix("NVIDIA ")
 
 
+def measured(name: str) -> str:
+    """What a file was measured on, and when: code changes within a version too."""
+    return f"flexproxy {flexproxy.__version__} of {results(name)['environment']['date']}, {device(name)}"
+
+
 def table(lines: Sequence[Sequence[str]], wide: int = 1) -> str:
     """Markdown; the first ``wide`` columns to the left, numbers to the right."""
     head, *body = lines
@@ -123,9 +128,8 @@ def speed() -> str:
             )
     return (
         f"{table(lines)}\n\n"
-        f"flexproxy {flexproxy.__version__} on one {device('prefill')}, bf16, the shape of Llama-3.1-8B, density 0.10; "
-        "dense is cuDNN. Layer: blocks\n"
-        "chosen and attention. Model: time to the first token, batch 1, transformers."
+        f"{measured('prefill')}, bf16, the shape of Llama-3.1-8B, density 0.10; dense is cuDNN.\n"
+        "Layer: blocks chosen and attention. Model: time to the first token, batch 1, transformers."
     )
 
 
@@ -136,7 +140,7 @@ def numbers() -> str:
     lost, kept = _lost(32768, "prose", "defaults")
     return (
         f"- **{dense / ours:.1f} times** as fast to the first token: the shape of Llama-3.1-8B, {tokens(LONG)} tokens, "
-        f"density 0.16,\n  {ours / 1000:.1f} s beside {dense / 1000:.1f} s with cuDNN ({device('prefill')}).\n"
+        f"density 0.16,\n  {ours / 1000:.1f} s beside {dense / 1000:.1f} s with cuDNN ({measured('prefill')}).\n"
         f"- **{build:.1f} ms** to choose the blocks of a layer of {tokens(LONG)} tokens, where dense attention takes "
         f"{layer:.0f} ms.\n"
         f"- **{lost:+.1f} %** bits per byte on prose of 32K tokens at default settings (SmolLM2-135M, {kept:.2f} of\n"
