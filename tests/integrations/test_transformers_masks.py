@@ -345,3 +345,33 @@ def test_a_mask_is_prepared_once_for_layers_of_the_same_settings(monkeypatch: py
     assert sorted(shared) == list(range(5))
     for layer, selection in shared.items():
         assert torch.equal(selection.block_map(), alone[layer].block_map())
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, True),
+        ({"q_offset": 0}, False),  # free space at the end of the keys
+        ({"kv_offset": 10}, False),  # the first keys are gone
+        ({"q_offset": torch.tensor(KEYS - QUERIES)}, False),  # a static cache, which counts on while layers run
+        ({"mask_function": utils.sliding_window_causal_mask_function(70)}, False),
+        ({"attention_mask": torch.ones(BATCH, KEYS, dtype=torch.bool)}, True),
+        ({"attention_mask": torch.arange(KEYS).expand(BATCH, -1) > 5}, False),
+    ],
+)
+def test_which_mask_is_the_default_one(changes: dict[str, Any], wanted: bool) -> None:
+    """Causal, aligned at the end, for all that is known without looking at a device."""
+    mask = hf_masks.ForwardMask(
+        {
+            "batch_size": BATCH,
+            "q_length": QUERIES,
+            "kv_length": KEYS,
+            "q_offset": KEYS - QUERIES,
+            "kv_offset": 0,
+            "device": torch.device("cpu"),
+            "mask_function": utils.causal_mask_function,
+            "attention_mask": None,
+        }
+        | changes
+    )
+    assert mask.is_default is wanted
