@@ -16,6 +16,8 @@ from torch.nn.attention.flex_attention import and_masks
 import flexproxy
 from flexproxy import ProxyConfig, masks
 from flexproxy.masks.structure import MaskMod
+from flexproxy.plan import plan_estimate
+from flexproxy.sparse.replay import Replay
 
 
 class Shape(NamedTuple):
@@ -74,6 +76,9 @@ def main() -> None:
         q = torch.randn(batch, num_q_heads, num_queries, head_dim, device="cuda", dtype=torch.bfloat16)
         k = torch.randn(batch, num_kv_heads, num_keys, head_dim, device="cuda", dtype=torch.bfloat16)
         block_mask = flexproxy.build(q, k, mask_mod=mask_mod, config=config)
+        if mask_mod is None:  # as attention reads queries and keys; its second call would be captured
+            plan = plan_estimate((q, k), None, None, (config, None))
+            Replay(q.device, plan, rows_apart=0).lists_of(q, k)
         torch.cuda.synchronize()
         print(f"{name}: {int(block_mask.kv_num_blocks.sum())} partial blocks are kept")
 
