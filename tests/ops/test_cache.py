@@ -36,7 +36,8 @@ def keeps(monkeypatch: pytest.MonkeyPatch) -> None:
 def stream(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stands for the current stream of a GPU."""
     stream = SimpleNamespace(cuda_stream=7, capturing=False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: stream.cuda_stream, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stream.capturing)
     return stream
 

@@ -108,6 +108,33 @@ def test_the_second_launch_is_direct(gpu: Gpu) -> None:
     assert given[12:] == numbers
 
 
+@pytest.mark.parametrize("described", [False, True])
+def test_the_same_launch_again(described: bool, gpu: Gpu) -> None:
+    """With other tensors for the first two pointers, or a descriptor of the second; all else stays."""
+
+    class Descriptor(SimpleNamespace):
+        def __init__(self, base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> None:
+            super().__init__(base=base, shape=shape, strides=strides, block_shape=block)
+
+    def second() -> Any:
+        k = aligned(8, 2)
+        return Descriptor(k, [8, 2], [2, 1], [4, 2]) if described else k
+
+    log: list[Any] = []
+    kernel, given = Kernel(log), arguments(y=second())
+    assert launching.launch(kernel, (7, 2, 1), **given) is None
+    launched = launching.launch(kernel, (7, 2, 1), **given)
+    q, k = aligned(3, 4), aligned(8, 2)
+    launched.again(q, k)
+    before, after = log[1][2], log[2][2]
+    assert after[9] is q
+    assert (after[10].base if described else after[10]) is k
+    if described:
+        assert vars(after[10]) == {"base": k, "shape": [8, 2], "strides": [2, 1], "block_shape": [4, 2]}
+    assert len(before) == len(after)
+    assert all(x is y or x == y for x, y in zip(before[:9] + before[11:], after[:9] + after[11:], strict=True))
+
+
 def test_strides_are_those_of_the_tensors(gpu: Gpu) -> None:
     """The first dimensions of each; 0 where the size is 1, of a tensor that is not there, and of a descriptor's."""
     log: list[Any] = []

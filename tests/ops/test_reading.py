@@ -24,8 +24,10 @@ def test_reads_are_those_of_the_operators(
     config = ProxyConfig(block_size=32, stride=2, groups=groups, min_budget=32)
     rng = torch.Generator().manual_seed(num_keys)
     reader = None
-    for _ in range(2):  # the second time into the same memory
+    for n in range(6):  # into the same memory; from the third time on the launches are those of before
         q = torch.randn(2, 4, num_queries, 16, generator=rng).to(device)
+        if n == 4:  # another layout
+            q = q.transpose(1, 2).contiguous().transpose(1, 2)
         k = torch.randn(2, num_keys, 4, 16, generator=rng).to(device).transpose(1, 2)
         plan = plan_estimate((q, k), None, None, (config, None))
         mask = read_mask(None, None, plan.frame, q.device)

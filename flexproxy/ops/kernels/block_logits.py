@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexproxy.ops.kernels.launch import Options, launch, power_of_2
+from flexproxy.ops.kernels.launch import Launched, Options, launch, power_of_2
 from flexproxy.ops.kernels.row_summary import COLUMNS, END, FIRST, FULL_END, FULL_FIRST
 
 try:
@@ -279,6 +279,14 @@ def combine_splits(partial_at, splits, stride, ok, BLOCK_S: tl.constexpr):
     return largest + tl.log2(total)
 
 
+class BlockLogits(NamedTuple):
+    """values: fp32 ``[B, H, row blocks, columns, q_cell]``. partial: log-sum-exps, fp32 ``[B, H, splits, rows]``."""
+
+    values: Tensor
+    partial: Tensor
+    launched: Launched | None
+
+
 def block_logits(
     q: Tensor,
     k: Tensor,
@@ -293,11 +301,9 @@ def block_logits(
     row_index: Tensor | None = None,
     summary: Tensor | None = None,
     sums: bool = False,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Values by column, fp32 ``[B, H, row blocks, columns, q_cell]``, and log-sum-exps ``[B, H, splits, rows]``.
-
-    See NOTE [One pass].
+    out: BlockLogits | None = None,
+) -> BlockLogits:
+    """Largest logits, or log-sum-exps, of blocks, and those of rows. See NOTE [One pass].
 
     Args:
         q, k: ``[B, H, rows, D]`` (or, with ``row_index``, ``[B, H, Sq, D]``) and ``[B, h, keys, D]``, any strides.
@@ -326,9 +332,9 @@ def block_logits(
         values = torch.empty(batch, heads, row_blocks, num_columns, q_cell, dtype=torch.float32, device=q.device)
         partial = torch.empty(batch, heads, splits, number, dtype=torch.float32, device=q.device)
     else:
-        values, partial = out
+        values, partial, _ = out
     descriptor = _descriptor(k, [1, 1, tile.keys, block_d]) if tile.tma else None
-    launch(
+    launched = launch(
         _block_logits_kernel,
         (row_tiles, splits, batch * heads),
         Options(tile.warps, tile.stages, tile.registers),
@@ -372,7 +378,7 @@ def block_logits(
         BLOCK_N=tile.keys,
         TMA=descriptor is not None,
     )
-    return values, partial
+    return BlockLogits(values, partial, launched)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexproxy.ops.kernels.block_logits import block_logits, combine_splits
+from flexproxy.ops.kernels.block_logits import BlockLogits, block_logits, combine_splits
 from flexproxy.ops.kernels.launch import launch, power_of_2
 from flexproxy.ops.kernels.row_summary import COLUMNS, DENSE, NUMBER
 from flexproxy.ops.kernels.tiles import masses_tile
@@ -103,8 +103,8 @@ def probe_logits(
     mask: SampledMask,
     block_size: int,
     scale: float,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    out: BlockLogits | None = None,
+) -> BlockLogits:
     """The part of ``block_masses`` that reads q and k: ``block_logits`` of the probes; out: an earlier result."""
     return block_logits(
         q,
@@ -121,9 +121,9 @@ def probe_logits(
     )
 
 
-def masses_of_logits(logits: tuple[Tensor, Tensor], probes: Tensor, block_size: int, like: Tensor) -> Tensor:
+def masses_of_logits(logits: BlockLogits, probes: Tensor, block_size: int, like: Tensor) -> Tensor:
     """``block_masses`` from the ``probe_logits`` of queries like these: of their dtype, head dimension and device."""
-    values, partial = logits
+    values, partial, _ = logits
     batch, heads, _, num_columns, num_probes = values.shape
     per_block = -(-block_size // masses_tile(like.dtype, like.shape[3], like.device, block_size).keys)
     num_k_blocks = -(-num_columns // per_block)

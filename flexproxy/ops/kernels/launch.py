@@ -53,10 +53,32 @@ class Options(NamedTuple):
 DEFAULT = Options()
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], options: Options = DEFAULT, /, **arguments: Any) -> None:
+class Launched:
+    """A launch whose kernel is compiled, to be made again with other q and k: its first two pointers.
+
+    They must have the shapes, strides and dtypes of those, and addresses that are multiples of 16 where theirs are.
+    """
+
+    def __init__(self, compiled: Any, grid: tuple[int, int, int], device: int, arguments: Sequence[Any]) -> None:
+        self._compiled, self._grid, self._device = compiled, grid, device
+        self._rest = arguments[2:]  # q and k themselves are not kept
+        self._block, self._descriptor = getattr(arguments[1], "block_shape", None), type(arguments[1])
+
+    def again(self, q: Tensor, k: Tensor) -> None:
+        keys = k if self._block is None else self._descriptor(k, list(k.shape), list(k.stride()), self._block)
+        compiled = self._compiled
+        stream = triton.runtime.driver.active.get_current_stream(self._device)
+        fixed = compiled.function, compiled.packed_metadata, None, None, None
+        compiled.run(*self._grid, stream, *fixed, q, keys, *self._rest)
+
+
+def launch(kernel: Any, grid: tuple[int, int, int], options: Options = DEFAULT, /, **arguments: Any) -> Launched | None:
     """Launch a kernel.
 
     arguments: of the kernel, by name, without the strides. Pointers are tensors, None, or tensor descriptors.
+
+    Returns:
+        What makes the same launch again at less cost; None the first time, and where launches are ordinary ones.
 
     Raises:
         TypeError: the arguments are not those of the kernel, at its first launch.
@@ -80,10 +102,11 @@ def launch(kernel: Any, grid: tuple[int, int, int], options: Options = DEFAULT, 
             if len(_cached) >= MAX_CACHED:
                 _cached.clear()
             _cached[key] = compiled, numbers
-        return
+        return None
     compiled, numbers = entry
     stream = triton.runtime.driver.active.get_current_stream(device)
     compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *pointers, *numbers)
+    return Launched(compiled, grid, device, (*pointers, *numbers))
 
 
 def _kind(pointer: Any, strided: int) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexproxy.config import NEIGHBOURS
 from flexproxy.ops.cache import kept
-from flexproxy.ops.kernels.launch import Options, launch, power_of_2
+from flexproxy.ops.kernels.launch import Launched, Options, launch, power_of_2
 from flexproxy.ops.tensors import is_contiguous
 
 
@@ -88,7 +88,7 @@ def pool_groups(x: Tensor, members: Sequence[int], sizes: Sequence[int], stride:
     return pooled
 
 
-def pool_pair(first: Pool, other: Pool | None) -> None:
+def pool_pair(first: Pool, other: Pool | None) -> Launched | None:
     """Both in one launch, or the first alone: as many groups of heads of the same dimension."""
     batch, proxies, q_rows, head_dim = first.out.shape
     second, k_rows, k_heads = first, 0, None  # no program reads these
@@ -98,7 +98,7 @@ def pool_pair(first: Pool, other: Pool | None) -> None:
     block_d = power_of_2(head_dim, 16, 256)
     block_s = max(1, 8192 // block_d)
     q_programs = -(-q_rows // block_s)
-    launch(
+    return launch(
         _pool_kernel,
         (q_programs - (-k_rows // block_s), proxies, batch),
         q=first.x,

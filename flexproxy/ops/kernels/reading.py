@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from flexproxy.ops.kernels.block_logits import BlockLogits
 from flexproxy.ops.kernels.budget import masses_of_logits, probe_logits
+from flexproxy.ops.kernels.launch import Launched
 from flexproxy.ops.kernels.proxy import Pool, pool_pair
 
 if TYPE_CHECKING:
@@ -34,18 +36,27 @@ class Reader:
         self._pools, self._probes, self._mask = pools, probes, mask
         self._block_size, self._scale = block_size, scale
         self._proxies: list[Tensor] = []
-        self._logits: tuple[Tensor, Tensor] | None = None
+        self._logits: BlockLogits | None = None
+        self._layout: tuple[object, ...] = ()
+        self._launches: list[Launched] = []  # for this layout
 
     def read(self, q: Tensor, k: Tensor) -> None:
         """Write over what was read before."""
+        layout = q.stride(), k.stride(), q.data_ptr() % 16, k.data_ptr() % 16
+        if self._launches and layout == self._layout:
+            for launched in self._launches:
+                launched.again(q, k)
+            return
         if not self._proxies:
             for x, (_, sizes, stride) in zip((q, k), self._pools, strict=True):
                 shape = x.shape[0], len(sizes), -(-x.shape[2] // stride), x.shape[3]
                 self._proxies.append(torch.empty(shape, dtype=x.dtype, device=x.device))
         first, second = (Pool(x, *self._pools[i], self._proxies[i]) for i, x in enumerate((q, k)))
-        pool_pair(first, second)
+        launches = [pool_pair(first, second)]
         if self._probes is not None:
             self._logits = probe_logits(q, k, self._probes, self._mask, self._block_size, self._scale, self._logits)
+            launches.append(self._logits.launched)
+        self._layout, self._launches = layout, [] if None in launches else [x for x in launches if x is not None]
 
     def results(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Proxy queries, proxy keys, and the masses, which are made anew. To be called after ``read``."""

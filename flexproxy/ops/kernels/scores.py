@@ -86,7 +86,7 @@ def block_scores(
     for start in range(0, num_q_blocks, blocks_per_part):
         stop = min(start + blocks_per_part, num_q_blocks)
         rows = slice(start * q_cell, min(stop * q_cell, num_rows))
-        values, partial = block_logits(
+        values, partial, _ = block_logits(
             q,
             k,
             mask,
