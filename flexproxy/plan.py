@@ -132,9 +132,9 @@ class Frame(NamedTuple):
         return -(-self.num_queries // self.block_size), -(-self.num_keys // self.block_size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """What an estimate needs. See NOTE [Plans].
+    """What an estimate needs. See NOTE [Plans]. Equal is only itself: what is kept for a plan is found by it.
 
     Attributes:
         config, scale: the settings, the defaults filled in.

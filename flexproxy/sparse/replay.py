@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,42 +62,55 @@ def attend(
     Raises:
         NotCompiledError: compilation is switched off.
     """
-    frame = plan.frame
-    start = _first_apart(q, k, v, plan)
+    place = place_of(q.device)
+    frame, shapes = plan.frame, Values(q.dtype, q.shape[3], v.shape[3], q.stride(3) == k.stride(3) == v.stride(3) == 1)
+    start = first_apart(plan, shapes)
     rows = 0 if start is None else frame.dense_last_blocks
-    place = place_of(q.device) if _pairs(plan) <= MAX_PAIRS else None
+    replays = place is not None and _pairs(plan) <= MAX_PAIRS
     if shared:
         start, lists = shared[0]
-    elif place is None:
+    elif replays:
+        lists = _replay_of((place, threading.get_ident()), q.device, plan, rows).lists_of(q, k)
+    else:
         check_memory(q, k, plan)
         lists = _lists_of(estimate(q, k, read_mask(None, None, frame, q.device), plan), rows)
-    else:
-        key = place, threading.get_ident(), q.dtype, q.shape[3], k.shape[1]
-        lists = _replay_of(key, q.device, plan, rows).lists_of(q, k)
     if shared is not None and not shared:
-        kept_lists = lists if place is None else [x.clone() for x in lists]  # the next replay writes over them
+        kept_lists = [x.clone() for x in lists] if replays else lists  # the next replay writes over them
         shared.append((start, (kept_lists[0], kept_lists[1], kept_lists[2], kept_lists[3])))
     offset = _offset(q.device, frame.batch, frame.num_keys - frame.num_queries)
     out = run_causal(q, k, v, offset, lists, frame.block_size, kernel.scale, kernel.kernel_options)
     if start is not None:
         # Aligned at the end, as this operator is by itself, and scaled_dot_product_attention is not.
-        dense = torch.ops.aten._scaled_dot_product_flash_attention
-        out[:, :, start:] = dense(q[:, :, start:], k, v, 0.0, True, False, scale=kernel.scale)[0]
+        dense = torch.ops.aten._scaled_dot_product_flash_attention.default
+        number = frame.num_queries - start
+        last = dense(q.narrow(2, start, number), k, v, 0.0, True, False, scale=kernel.scale)[0]
+        out.narrow(2, start, number).copy_(last)
     return out
 
 
+class Values(NamedTuple):
+    """What a plan of an estimate does not say of q, k and v. contiguous: the elements of a head lie side by side."""
+
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    contiguous: bool
+
+
+@functools.lru_cache(1024)
 def _pairs(plan: Plan) -> int:
     num_q_blocks, num_k_blocks = plan.frame.num_blocks()
     return plan.frame.batch * plan.frame.num_heads * num_q_blocks * num_k_blocks
 
 
-def _first_apart(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> int | None:
+@functools.lru_cache(1024)
+def first_apart(plan: Plan, values: Values) -> int | None:
     """The first query of the dense last rows; None where they stay among the others. See NOTE [The last rows]."""
     frame = plan.frame
     num_q_blocks, num_k_blocks = frame.num_blocks()
     start = (num_q_blocks - frame.dense_last_blocks) * frame.block_size
-    fits = q.dtype != torch.float32 and q.shape[3] % 8 == 0 and v.shape[3] == q.shape[3]
-    fits = fits and torch.backends.cuda.is_flash_attention_available() and all(x.stride(3) == 1 for x in (q, k, v))
+    fits = values.dtype != torch.float32 and values.head_dim % 8 == 0 and values.value_dim == values.head_dim
+    fits = fits and values.contiguous and torch.backends.cuda.is_flash_attention_available()
     pays = num_k_blocks >= MIN_APART and frame.dense_last_blocks > 0 and start > 0
     return start if fits and pays else None
 

@@ -185,14 +185,15 @@ def test_where_compilation_is_switched_off() -> None:
 
 def test_which_rows_stand_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that the kernel for them takes: values of another head dimension it does not."""
+    first_apart = replay.first_apart.__wrapped__
     monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
     q, k = (torch.empty(1, heads, 4300, 64, dtype=torch.bfloat16) for heads in (4, 2))
     plan = plan_estimate((q, k), None, None, (ProxyConfig(dense_last_blocks=2), None))
-    assert replay._first_apart(q, k, k, plan) == 32 * 128
-    assert replay._first_apart(q, k, k[..., :32], plan) is None
-    assert replay._first_apart(q, k, k.mT.contiguous().mT, plan) is None
-    assert replay._first_apart(q.float(), k.float(), k.float(), plan) is None
+    usual = replay.Values(torch.bfloat16, 64, 64, True)
+    assert first_apart(plan, usual) == 32 * 128
+    for changes in ({"value_dim": 32}, {"contiguous": False}, {"dtype": torch.float32}):
+        assert first_apart(plan, usual._replace(**changes)) is None
     paper = plan_estimate((q, k), None, None, (ProxyConfig.paper(), None))
-    assert replay._first_apart(q, k, k, paper) is None
+    assert first_apart(paper, usual) is None
     monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: False)
-    assert replay._first_apart(q, k, k, plan) is None
+    assert first_apart(plan, usual) is None
