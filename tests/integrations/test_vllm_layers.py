@@ -61,12 +61,13 @@ def test_rehearsals(queries: int, keys: int) -> None:
 
 
 def test_rehearsals_compile_for_any_length() -> None:
-    """Two of whole blocks and two of others, each pair different in both numbers, queries fewer than keys."""
+    """Rows of every power of two of blocks, whole blocks and not, and prompts that are one step."""
     pairs = rehearsals(16384, 131136)
-    for first, second in (pairs[:2], pairs[2:4]):
-        assert first[0] != second[0]
-        assert first[1] != second[1]
-        assert len({q % 128 == 0 and k % 128 == 0 for q, k in (first, second)}) == 1
+    for whole, most in ((True, 1024), (False, 2048)):
+        alike = [(q, k) for q, k in pairs if (q % 128 == 0 and k % 128 == 0) == whole]
+        widths = {1 << (-(-k // 128) - 1).bit_length() for _, k in alike}
+        assert widths == {8, 16, 32, 64, 128, 256, 512, 1024, most}
+        assert {q == k for q, k in alike} == {True, False}
 
 
 def test_layer_index() -> None:

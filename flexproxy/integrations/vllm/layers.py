@@ -87,14 +87,18 @@ def description(plans: Mapping[int, Plan], shortest: Mapping[Plan, int | None]) 
 
 
 def rehearsals(max_queries: int, max_keys: int) -> list[tuple[int, int]]:
-    """Numbers of queries and keys to try: twice two lengths each, whole blocks and not, the longest last.
+    """Numbers of queries and keys to try, in whole blocks and not, the longest last.
 
-    A kernel is compiled for the first length, and for any at the second; whole blocks may have one of their own.
+    Kernels that hold a row of blocks are compiled for each power of two of its blocks; flex_attention for the first
+    lengths, for any at the second, and perhaps once more where there are as many queries as keys.
     """
-    queries, keys = min(max_queries, max_keys), max_keys
-    whole = [(queries // 2 // 128 * 128, keys // 2 // 128 * 128), (queries // 128 * 128, keys // 128 * 128)]
-    ragged = [(whole[0][0] - 1, whole[0][1] - 3), (queries - 1, keys - 3)]
-    pairs = [*whole, *ragged, (queries, keys)]
+    powers = (2**n for n in range(10, max_keys.bit_length()))
+    lengths = [length for length in powers if length < max_keys] + [max_keys]
+    pairs = []
+    for keys in lengths:
+        queries = min(max_queries, keys)
+        pairs += [(queries // 128 * 128, keys // 128 * 128), (min(queries - 1, keys - 3), keys - 3)]
+    pairs.append((min(max_queries, max_keys), max_keys))
     return [(q, k) for q, k in pairs if 1 < q <= k]
 
 
