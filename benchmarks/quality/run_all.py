@@ -67,6 +67,7 @@ class Plan:
             "defaults": self.defaults,
             "long": self.long,
             "trials": self.trials,
+            "rows": self.rows,
             "curve": self.curve,
             "matched": self.matched,
             "needles": self.needles,
@@ -112,13 +113,22 @@ class Plan:
                 ours(num_proxies=self.proxies, stride=8, **self._at(target)),
                 ours(num_proxies=self.session.heads, **self._at(target)),
                 ours(num_proxies=self.session.heads, stride=4, query_stride=16, **self._at(target)),
-                ours(num_proxies=self.session.heads, query_stride=16, stride=4, sharing="rows", **self._at(target)),
                 ours(num_proxies=self.session.heads, query_stride=32, stride=4, sharing="rows", **self._at(target)),
                 ours(num_proxies=self.session.heads, query_stride=16, stride=8, sharing="rows", **self._at(target)),
             ]
-            methods = [of_config(config) for config in variants]
+            methods = [*map(of_config, variants), self._by_rows(target)]
             methods += [trial.at(target, MIN_BUDGET) for trial in EXPERIMENTS.values()]
             yield from self._over([LENGTH], USUAL, methods)
+
+    def rows(self) -> Iterator[Cell]:
+        """One budget for rows and heads, beside the defaults, at other densities, lengths and tasks."""
+        for target in (0.12, 0.08, 0.35):
+            yield from self._over([LENGTH], USUAL, [self._ours(target)[0], self._by_rows(target)])
+        for target in (0.05, 0.1):
+            yield from self._over([32768], ("prose",), [self._ours(target)[0], self._by_rows(target)])
+        for target in (0.25, 0.12):
+            tasks = "multikey", "multivalue", "multiquery"
+            yield from self._over([LENGTH], tasks, [self._ours(target)[0], self._by_rows(target)])
 
     def curve(self) -> Iterator[Cell]:
         """More densities, for the plot."""
@@ -188,6 +198,10 @@ class Plan:
         one = of_config(ours(num_proxies=1, **self._at(target)))
         paper = of_config(ProxyConfig.paper(**self._at(target)), "flexproxy, as the paper")
         return [own, one, paper] if self.proxies > 1 else [own, paper]
+
+    def _by_rows(self, target: float) -> Method:
+        heads = {"num_proxies": self.session.heads, "query_stride": 16, "sharing": "rows"}
+        return of_config(ours(stride=4, **heads, **self._at(target)))
 
     def _default(self) -> Method:
         return of_config(ours(num_proxies=self.proxies), setting="defaults")
