@@ -36,7 +36,19 @@ IMAGES = ROOT / "docs" / "images"
 DRAWN = IMAGES / "drawn.json"
 QUALITY = "quality_smollm2"
 SHOWN = "speedup", "peers", "build", "stages"  # of the plots of the benchmarks
-SOURCES = {name: (plots.PLOTS[name][0],) for name in SHOWN} | {"quality": (QUALITY,), "overview": ("prefill", QUALITY)}
+PAGES_OF_OVERVIEW: dict[str, Any] = {
+    "overview": {},
+    # GitHub's dark page, for README; the site makes all pictures dark by its style sheet.
+    "overview-dark": (
+        "dark_background",
+        dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "#0d1117"),
+    ),
+}
+SOURCES = (
+    {name: (plots.PLOTS[name][0],) for name in SHOWN}
+    | {"quality": (QUALITY,)}
+    | dict.fromkeys(PAGES_OF_OVERVIEW, ("prefill", QUALITY))
+)
 # Of flexproxy's own variants; the notebook beside the benchmarks has the others.
 QUALITY_OURS = "flexproxy P 3, stride 4", "flexproxy P 1, stride 4", "flexproxy, as the paper"
 QUALITY_PANELS = (8192, "prose"), (8192, "code"), (8192, "single"), (32768, "prose")
@@ -83,9 +95,20 @@ def digest(*paths: Path) -> str:
 
 
 def draw_overview() -> None:
+    """For light and for dark pages."""
+    from matplotlib import style
+
+    for name, page in PAGES_OF_OVERVIEW.items():
+        with style.context(page):
+            plots.save(overview(), IMAGES / f"{name}.png", dpi=130)
+
+
+def overview() -> Figure:
     """Time to the first token, loss and answers against density: flexproxy, dense, and two other methods."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    text = rcParams["text.color"]
     picture = Figure(figsize=(10, 3.4), layout="constrained", dpi=100)
     time, loss, needles = picture.subplots(1, 3)
     rows = [row for row in figures_of.results("prefill")["rows"] if row["part"] == "prefill" and row["error"] is None]
@@ -96,8 +119,12 @@ def draw_overview() -> None:
         for row in rows:
             if row["contender"] == contender:
                 seconds = row["median_ms"] / 1000
-                time.axhline(seconds, color="#555555", linestyle=("--", ":")[number], label=name)
-    time.set(title=f"first token, 128K tokens, {figures_of.device('prefill')}", ylabel="seconds", ylim=(0, None))
+                time.axhline(seconds, color=text, linestyle=("--", ":")[number], label=name)
+    time.set(
+        title=f"Llama-3.1-8B shape, 128K, {figures_of.device('prefill')}",
+        ylabel="seconds to the first token",
+        ylim=(0, None),
+    )
     methods = {figures_of.OURS: "flexproxy", "XAttention": "XAttention", "FlexPrefill": "FlexPrefill"}
     for axes, task in ((loss, "prose"), (needles, "single")):
         found = [r for r in figures_of.results(QUALITY)["rows"] if (r["length"], r["task"]) == (8192, task)]
@@ -109,15 +136,15 @@ def draw_overview() -> None:
                 for r in sorted(at, key=lambda r: r["density"])
             ]
             axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name)
-        axes.axhline(100 * dense if task == "single" else 0, color="#555555", linestyle="--", label="dense")
+        axes.axhline(100 * dense if task == "single" else 0, color=text, linestyle="--", label="dense")
     loss.set(title="prose, 8K tokens, SmolLM2-135M", ylabel="bits per byte more than dense, %")
     needles.set(title="needles, 8K tokens, SmolLM2-135M", ylabel="found, %", ylim=(0, 100))
-    for axes in (time, loss, needles):
+    for axes, legend in ((time, "lower right"), (loss, "upper right"), (needles, "lower right")):
         axes.set_title(axes.get_title(), fontsize=10)
         axes.set_xlabel("density (kept / causal blocks)")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=8, loc=legend)
         axes.grid(alpha=0.3)
-    plot.save(picture, IMAGES / "overview.png", force=True)
+    return picture
 
 
 def draw_quality() -> None:

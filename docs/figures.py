@@ -109,7 +109,7 @@ def _model(length: int, density: float) -> float:
 
 def speed() -> str:
     """One layer and a whole model, by length, at a density of 0.10."""
-    lines = [["tokens", "layer, dense", "flexproxy", "", "model, dense", "flexproxy", ""]]
+    lines = [["tokens", "layer, dense", "flexproxy", "gain", "model, dense", "flexproxy", "gain"]]
     lengths = set(lengths_of("attention", contender=CUDNN, part="dense"))
     for length in lengths_of("prefill", contender=CUDNN, part="prefill"):
         if length in lengths:
@@ -128,8 +128,9 @@ def speed() -> str:
             )
     return (
         f"{table(lines)}\n\n"
-        f"{measured('prefill')}, bf16, the shape of Llama-3.1-8B, density 0.10; dense is cuDNN.\n"
-        "Layer: blocks chosen and attention. Model: time to the first token, batch 1, transformers."
+        f"{measured('prefill')}, bf16, the shape of Llama-3.1-8B, density 0.10 (kept / causal blocks); dense is\n"
+        "cuDNN. Layer: blocks chosen and attention. Model: time to the first token, batch 1, transformers; at density "
+        f"0.31 and {tokens(LONG)} {_dense('prefill', LONG, CUDNN) / _model(LONG, 0.31):.1f} x."
     )
 
 
@@ -178,7 +179,7 @@ def stages() -> str:
 
 
 def model() -> str:
-    lines = [["tokens", "cuDNN", "FlashAttention-2", "density 0.31", "0.16", "0.10", "memory"]]
+    lines = [["tokens", "cuDNN", "FlashAttention-2", "density 0.31", "0.16", "0.10", "memory, MiB"]]
     for length in lengths_of("prefill", contender=CUDNN, part="prefill"):
         dense = find("prefill", length=length, contender=CUDNN, part="prefill")
         ours = find("prefill", length=length, contender="flexproxy", part="prefill", density=0.1)
@@ -188,10 +189,10 @@ def model() -> str:
             if (row["part"], row["length"], row["contender"], row.get("error")) == ("prefill", length, FLASH, None)
         ]
         times = [dense["median_ms"], *flash[:1], *(_model(length, x) for x in (0.31, 0.16, 0.1))]
-        cells = [f"{x / 1000:.2f} s" for x in times]
+        cells = [f"{x / 1000:.2f}" for x in times]
         if not flash:
             cells.insert(1, "")
-        lines.append([tokens(length), *cells, f"{ours['peak_mib'] - dense['peak_mib']:+.0f} MiB"])
+        lines.append([tokens(length), *cells, f"{ours['peak_mib'] - dense['peak_mib']:+.0f}"])
     return table(lines)
 
 
@@ -239,7 +240,8 @@ def quality() -> str:
     rows = [row for row in results(QUALITY)["rows"] if row["method"] in SHOWN]
     columns = [(8192, task, "density 0.25") for task in ("prose", "code", "single")]
     text = report.columns_markdown(rows, columns, intervals=False)
-    return text.replace(OURS, "**flexproxy**").replace("flexproxy, as the paper", "ProxyAttn, as its paper")
+    text = text.replace(OURS, "**flexproxy**").replace("flexproxy, as the paper", "ProxyAttn, as its paper")
+    return text.replace(", 8K, 0.25", "").replace("| single |", "| needles, % |")
 
 
 def density() -> str:
@@ -256,7 +258,7 @@ def density() -> str:
 
 def choosing() -> str:
     """What to expect of a setting, as measured."""
-    lines = [["tokens", "goal", "setting", "density", "loss, prose", "code", "needles"]]
+    lines = [["tokens", "goal", "setting", "density", "loss, prose", "code", "needles, points"]]
 
     def line(length: int, goal: str, setting: str, measured: str) -> None:
         if length not in lengths_of(QUALITY, method=OURS, task="prose", setting=measured):
@@ -265,7 +267,7 @@ def choosing() -> str:
         for task in ("prose", "code", "single"):
             if length in lengths_of(QUALITY, method=OURS, task=task, setting=measured):
                 lost, _ = _lost(length, task, measured)
-                cells.append(f"{lost:+.1f} {'points' if task == 'single' else '%'}")
+                cells.append(f"{lost:+.1f}{'' if task == 'single' else ' %'}")
             else:
                 cells.append("")
         kept = _quality(OURS, length, "prose", measured)["density"]

@@ -14,16 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LINK = r'(?:\]\(|src="|srcset=")([^)"]+)'  # of README: a link, or a picture
 
 
 def with_address(readme: str, address: str, ref: str) -> str:
-    """README with absolute links; pictures are linked as files, not as pages."""
-
-    def absolute(match: re.Match[str]) -> str:
-        kind = "raw" if match[1] else "blob"
-        return f"{match[1]}[{match[2]}]({address}/{kind}/{ref}/{match[3]})"
-
-    return re.sub(r"(!?)\[([^]]*)\]\((?!https?://|#)([^)]+)\)", absolute, readme)
+    """README with absolute links; pictures, which are HTML there, are linked as files, not as pages."""
+    blobs = re.sub(r"\]\((?!https?://|#)", f"]({address}/blob/{ref}/", readme)
+    return re.sub(r'(src|srcset)="(?!https?://)', rf'\1="{address}/raw/{ref}/', blobs)
 
 
 def version_problem(tag: str, package: str, changelog: str) -> str | None:

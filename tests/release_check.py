@@ -52,7 +52,7 @@ def missing_from(sdist: Path) -> list[str]:
     with tarfile.open(sdist) as archive:
         files = [PurePosixPath(*PurePosixPath(name).parts[1:]) for name in archive.getnames()]
     held = {str(path) for file in files for path in (file, *file.parents)}
-    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / "README.md").read_text())
+    links = re.findall(r'(?:\]\(|src="|srcset=")(?!https?://|#)([^)#"]+)', (ROOT / "README.md").read_text())
     return sorted({link for link in links if link.rstrip("/") not in held})
 
 

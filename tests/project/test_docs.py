@@ -105,7 +105,8 @@ def test_files_of_the_pictures() -> None:
     """Each is shown and small; those of docs/draw.py are as it drew them, from the committed results."""
     drawn = json.loads((DOCS / "images" / "drawn.json").read_text())
     files = {f"docs/images/{path.name}": path.read_bytes() for path in (DOCS / "images").glob("*.png")}
-    assert {path for page in PAGES for path in pictures_of(page)} == files.keys() >= drawn.keys()
+    readme = set(re.findall(r'(?:src|srcset)="([^"]+)"', (ROOT / "README.md").read_text()))
+    assert readme | {path for page in PAGES for path in pictures_of(page)} == files.keys() >= drawn.keys()
     assert {path: len(picture) for path, picture in files.items() if len(picture) > 200_000} == {}
     for path, entry in drawn.items():
         assert hashlib.sha256(files[path]).hexdigest() == entry["sha256"], path

@@ -11,6 +11,7 @@ import torch
 
 import flexproxy
 from tests.accuracy import skip_unless_flex_compiles
+from tests.release_address import LINK
 from tests.tiny_model import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +72,7 @@ def test_code_for_transformers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)]+)\)", README)
+    links = re.findall(LINK, README)
     local = [link for link in links if not link.startswith("https://")]
     assert len(local) >= 3
     assert [link for link in local if not (ROOT / link).exists()] == []

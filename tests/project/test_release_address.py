@@ -7,18 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.release_address import version_problem, with_address
+from tests.release_address import LINK, version_problem, with_address
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "https://github.com/someone/flexproxy"
 
 
 def test_links_of_the_readme_become_absolute() -> None:
-    text = "![a](docs/a.png) [b](docs/b.md#c) [d](https://e.org) [f](#g)"
-    raw, blob = f"{ADDRESS}/raw/v1.0/docs/a.png", f"{ADDRESS}/blob/v1.0/docs/b.md#c"
-    assert with_address(text, ADDRESS, "v1.0") == f"![a]({raw}) [b]({blob}) [d](https://e.org) [f](#g)"
-    links = re.findall(r"\]\(([^)]+)\)", with_address((ROOT / "README.md").read_text(), ADDRESS, "main"))
-    assert links
+    text = '<source srcset="docs/d.png"><img src="docs/a.png"> [b](docs/b.md#c) [d](https://e.org) [f](#g)'
+    raw, blob = f"{ADDRESS}/raw/v1.0/docs", f"{ADDRESS}/blob/v1.0/docs/b.md#c"
+    made = f'<source srcset="{raw}/d.png"><img src="{raw}/a.png"> [b]({blob}) [d](https://e.org) [f](#g)'
+    assert with_address(text, ADDRESS, "v1.0") == made
+    links = re.findall(LINK, with_address((ROOT / "README.md").read_text(), ADDRESS, "main"))
+    assert sum("/raw/" in link for link in links) == 2
     assert all(link.startswith(("https://", "#")) for link in links)
 
 
