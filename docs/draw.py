@@ -150,7 +150,7 @@ def overview() -> Figure:
 def draw_quality() -> None:
     data = json.loads((harness.RESULTS / f"{QUALITY}.json").read_text())
     data["rows"] = [row for row in data["rows"] if row["method"] in QUALITY_OURS or "flexproxy" not in row["method"]]
-    report.draw(data, IMAGES / "quality.png", QUALITY_PANELS, dpi=100)
+    report.draw(data, IMAGES / "quality.png", QUALITY_PANELS, dpi=90)
 
 
 def main() -> None:
