@@ -98,14 +98,12 @@ def _require(holds: bool, message: str) -> None:
 def measure_step(requests: Requests, density: float, layout: str) -> Row:
     """One layer's share of a step, heads as Llama-3.1-8B.
 
-    ``added``: what the step takes beyond build and attention, as a share of these. ``index_ms``: the gather by an
-    index expression, for comparison.
+    ``added``: what the step takes beyond build and attention, as a share of these.
     """
     step = make_step(requests, (32, 8), 128, layout)
     config = ProxyConfig(density=density, min_budget=2048)
     sparse, out = step.sparse(config), torch.empty_like(step.q)
     inputs = [step.alone(request) for request in sparse]
-    pages = [step.paged.table[request.row, : -(-request.num_keys // PAGE)] for request in sparse]
 
     def build() -> None:
         for q, k, _ in inputs:
@@ -119,10 +117,6 @@ def measure_step(requests: Requests, density: float, layout: str) -> Row:
         for request in sparse:
             step.paged.of(request)
 
-    def index() -> None:
-        for own in pages:
-            step.paged.pages[own]
-
     def whole() -> None:
         attend_requests(step.q, step.paged, sparse, out, config=config, when="always")
 
@@ -130,7 +124,6 @@ def measure_step(requests: Requests, density: float, layout: str) -> Row:
         "build": build,
         "call": call,
         "gather": gather,
-        "index": index,
         "step": whole,
     }
     row: Row = {f"{name}_ms": time_ms(run)["median_ms"] for name, run in runs.items()}

@@ -55,7 +55,7 @@ class Packed(NamedTuple):
 class Paged(NamedTuple):
     """Pages of keys and values side by side, ``[pages, page_size, Hkv, D + D]``, any strides.
 
-    Each request's are gathered in one copy, which is fastest where the heads of a token follow one another.
+    Each request's are gathered apart: NOTE [Strides that are inferred] in flexproxy/sparse/kernel.py.
 
     table: int ``[requests, columns]``; page i of a request holds its tokens from ``i * page_size`` on. Columns behind
         its last page are not read.
@@ -66,9 +66,8 @@ class Paged(NamedTuple):
 
     def of(self, request: Request) -> tuple[Tensor, Tensor]:
         own = self.table[request.row, : -(-request.num_keys // self.pages.shape[1])]
-        tokens = self.pages.index_select(0, own).flatten(0, 1)[: request.num_keys]
-        k, v = tokens.transpose(0, 1)[None].chunk(2, dim=-1)
-        return k, v
+        k, v = (x.index_select(0, own).flatten(0, 1)[: request.num_keys] for x in self.pages.chunk(2, -1))
+        return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
 
 def attend_requests(

@@ -123,6 +123,46 @@ def test_chunks_of_any_prompt_compile_few_kernels(monkeypatch: pytest.MonkeyPatc
     assert counts[1] == counts[2] <= 3
 
 
+LAYOUTS: dict[str, Any] = {
+    "heads first": lambda x: x.transpose(1, 2).contiguous(),
+    "tokens first": lambda x: x.transpose(1, 2),
+    "beside others": lambda x: torch.cat([x, x], -1).transpose(1, 2)[..., x.shape[3] :],
+    "of a fused projection": lambda x: torch.cat([x, x], 2)[:, :, x.shape[2] :].transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_of_keys_are_those_of_their_sizes(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a kernel is made for any length, no stride is a number of its own: NOTE [Strides that are inferred]."""
+    alone: list[Any] = []
+
+    def symbols(numbers: Any) -> set[Any]:
+        return {name for x in numbers if isinstance(x, torch.SymInt) for name in x.node.expr.free_symbols}
+
+    def look(graph: Any, _: Any) -> Any:
+        (keys,) = (x for x in graph.graph.nodes if x.op == "placeholder" and x.target == "L_k_")
+        example = keys.meta["example_value"]
+        alone.append(symbols(example.stride()) - symbols(example.shape))
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=look))
+    kernel._compiled_causal.cache_clear()
+    for length in (64, 128, 192):
+        q, k, _ = qkv(length)
+        k = LAYOUTS[layout](k.transpose(1, 2).contiguous())
+        lists = block_lists(*[torch.ones(1, 1, length // BLOCK, length // BLOCK, dtype=torch.bool).tril()] * 2)
+        kernel.run_causal(q, k, k, torch.zeros(1, dtype=torch.int32), lists, BLOCK, 0.25, {})
+    kernel._compiled_causal.cache_clear()
+    assert len(alone) > 1
+    assert not any(alone)
+
+
+def test_what_is_expanded_is_not_copied() -> None:
+    x = torch.zeros(1, 1, 64, 16).expand(1, 4, 64, 16)
+    assert kernel.with_inferred_strides(x) is x
+
+
 @pytest.mark.slow
 def test_twelve_lengths_with_the_kernel_of_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
     skip_unless_flex_compiles("cpu")

@@ -260,7 +260,7 @@ class SparseLayer:
         heads = self.heads_on(query.device)
         for num_queries, num_keys in rehearsals(max_queries, max_keys):
             if heads.pays(plan, num_queries, num_keys):
-                keys = _Zeros(query.new_zeros(num_keys, self.num_kv_heads, 2 * self.head_size))
+                keys = _Zeros(query.new_zeros(2, num_keys, self.num_kv_heads, self.head_size))
                 requests = (Request(0, 0, num_queries, num_keys),)
                 self._attend(query, keys, requests, torch.empty_like(query), plan.share)
 
@@ -271,8 +271,8 @@ class _Zeros(NamedTuple):
     tokens: Tensor
 
     def of(self, request: Request) -> tuple[Tensor, Tensor]:
-        k, v = self.tokens.transpose(0, 1)[None].chunk(2, dim=-1)
-        return k, v
+        k, v = self.tokens.transpose(1, 2)
+        return k[None], v[None]
 
 
 def _settings_of(vllm_config: Any) -> Settings:
