@@ -2,12 +2,12 @@
 
     python -m benchmarks.bench_build --lengths 8192,131072 --num-proxies 1,4,8
 
-bf16, B 1, Hq 32, Hkv 8, D 128, random inputs, causal, blocks of 128, a density of 0.1; stride 4, as in the paper,
-``ProxyConfig.outliers``, and every head its own proxy with one threshold for all rows (``sharing="rows"``). First the
-gate: ranks and counts are those of the specification; if not, nothing is timed.
+bf16, B 1, Hq 32, Hkv 8, D 128, random inputs, causal, blocks of 128, a density of 0.1; stride 4, as in the paper, and
+every head its own proxy with one threshold for all rows (``sharing="rows"``). First the gate: ranks and counts are
+those of the specification; if not, nothing is timed.
 
-Columns of a row, one for each length, number of proxy heads, choice of queries and way of sharing:
-- length (tokens), num_proxies, query_choice, query_stride, sharing, density (target), min_budget (tokens)
+Columns of a row, one for each length, number of proxy heads and way of sharing:
+- length (tokens), num_proxies, query_stride, sharing, density (target), min_budget (tokens)
 - median_ms, p10_ms, p90_ms, repeats: of one call, by CUDA events
 - cpu_ms: of one call on the CPU, until it returns; the median, with nothing queued before
 - stage_pool_ms ... stage_other_ms, kernels: device time by the names of kernels, and launches, from a profile
@@ -58,21 +58,17 @@ LENGTHS = "8192,16384,32768,65536,131072,262144,524288,1048576"
 class Case(NamedTuple):
     length: int
     num_proxies: int
-    outlier_of: int | None = None  # queries, as in ProxyConfig.outliers
     rows_of: int | None = None  # the query stride where rows share
 
     def __str__(self) -> str:
-        outliers = "" if self.outlier_of is None else f", outliers of {self.outlier_of}"
         rows = "" if self.rows_of is None else f", stride {self.rows_of}:4, rows"
-        return f"{self.length} tokens, P {self.num_proxies}{outliers}{rows}"
+        return f"{self.length} tokens, P {self.num_proxies}{rows}"
 
     def config(self, density: float) -> ProxyConfig:
         config = config_for(density, self.length, self.num_proxies)
         if self.rows_of is not None:
             return replace(config, query_stride=self.rows_of, sharing="rows")
-        if self.outlier_of is None:
-            return config
-        return replace(config, stride=1, query_stride=self.outlier_of, query_choice="outlier")
+        return config
 
 
 def cpu_ms(run: Callable[[], Any], repeats: int = 5) -> float:
@@ -95,7 +91,7 @@ def dense_time(length: int, budget_ms: float) -> Row:
 
 def measure(case: Case, density: float, dense_up_to: int, budget_ms: float) -> list[Row]:
     config = case.config(density)
-    row: Row = {"length": case.length, "num_proxies": case.num_proxies, "query_choice": config.query_choice}
+    row: Row = {"length": case.length, "num_proxies": case.num_proxies}
     row |= {"query_stride": config.strides[0], "sharing": config.sharing}
     row |= {"density": density, "min_budget": config.min_budget}
 
@@ -119,7 +115,6 @@ def bench(
     *,
     lengths: Lengths = LENGTHS,
     num_proxies: Annotated[Any, listed(integers, "Proxy heads.")] = "1,4,8",
-    outliers: Annotated[Any, listed(integers, "Query strides of ProxyConfig.outliers.")] = "8,16",
     rows: Annotated[Any, listed(integers, "Query strides of heads by themselves whose rows share.")] = "16",
     density: Density = 0.1,
     dense_up_to: Annotated[int, typer.Option(min=1, help="Longest prompt for dense attention.")] = 2**18,
@@ -129,18 +124,16 @@ def bench(
 ) -> None:
     settings = settings_of(locals())
     require_gpu()
-    for config in (ProxyConfig(), ProxyConfig(num_proxies=4), ProxyConfig.outliers(), ROWS):
+    for config in (ProxyConfig(), ProxyConfig(num_proxies=4), ROWS):
         gate.check_selection(config)
-    kinds = [(p, None, None) for p in num_proxies]
-    kinds += [(2, stride, None) for stride in outliers]
-    kinds += [(NUM_Q_HEADS, None, stride) for stride in rows]
+    kinds = [*((p, None) for p in num_proxies), *((NUM_Q_HEADS, stride) for stride in rows)]
     cases = [Case(length, *kind) for length in lengths for kind in kinds]
     path = result_path("build", out, quick)
     run_cases(cases, lambda case: measure(case, density, dense_up_to, budget_ms), path, settings)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command(bench, argv, lengths="8192,32768", num_proxies="1", outliers="8", rows="16", budget_ms=50.0)
+    command(bench, argv, lengths="8192,32768", num_proxies="1", rows="16", budget_ms=50.0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from benchmarks.harness import RESULTS, Row
 
 # What tells the rows of a result apart, and the numbers that are compared.
 KEYS = [
-    "length", "num_proxies", "query_choice", "query_stride", "contender", "part",
+    "length", "num_proxies", "query_stride", "contender", "part",
     "kernel", "target_density", "min_budget", "choice", "mask", "caches",
     "sequences", "target", "tokens", "what", "stride", "requests",
     "sharing", "share", "chunk",

@@ -115,9 +115,8 @@ def stages(rows: Sequence[Row], length: int) -> dict[str, Row]:
 
 
 def _proxies(row: Row) -> str:
-    outliers = f", outliers of {row['query_stride']}" if row["query_choice"] == "outlier" else ""
     rows = f", stride {row['query_stride']}, rows share" if row.get("sharing") == "rows" else ""
-    return f"P = {row['num_proxies']}{outliers}{rows}"
+    return f"P = {row['num_proxies']}{rows}"
 
 
 def builds(rows: Sequence[Row]) -> Series:

@@ -43,7 +43,7 @@ class ProxyConfig:
             many pairs: what matters may be a few tokens among the keys, which many queries look for.
         query_choice: which query of every ``query_stride`` is sampled: the "first", as in the paper, or the "outlier",
             the one whose proxy query is farthest from the mean of the 128 around it. A query that looks for something
-            far away is unlike its neighbours, so far fewer samples find it; see ``outliers``.
+            far away is unlike its neighbours, so far fewer samples find it.
         block_size: tokens per block, for queries and for keys. A power of two from 16 to 1024. On a GPU, blocks smaller
             than 128 need kernel options with tiles that divide them; ``flexproxy.attention`` sets these itself.
         min_budget: tokens that every row keeps at least (where the mask admits so many).
@@ -146,22 +146,6 @@ class ProxyConfig:
             dense_last_blocks=0,
         )
         return replace(settings, **changes)
-
-    @classmethod
-    def outliers(cls, **changes: Any) -> ProxyConfig:
-        """The scores of every key with the outlier of every 8 queries. [ours]
-
-        ``query_stride=16`` scores half as many pairs, and loses where several things are looked for in 16 tokens. What
-        both take is in docs/performance.md.
-
-        Args:
-            changes: fields to set otherwise, by name.
-
-        Raises:
-            TypeError, ValueError: as ``ProxyConfig``.
-        """
-        settings: dict[str, Any] = {"stride": 1, "query_stride": 8, "query_choice": "outlier"}
-        return cls(**(settings | changes))
 
     def proxies(self, num_kv_heads: int) -> int:
         """P, for ``num_kv_heads`` = Hkv."""

@@ -23,6 +23,7 @@ import flexproxy
 from flexproxy import ProxyConfig, masks
 from flexproxy.ops import implementations
 from flexproxy.ops.kernels import block_logits, launch, lists, tiles
+from tests.settings import outliers
 
 POINTERS = {
     torch.bool: "*i1",
@@ -80,15 +81,15 @@ def calls(dtype: torch.dtype, head_dim: int) -> None:
     documents = and_masks(masks.causal, masks.document(ids))
     window = or_masks(masks.sliding_window(50), masks.prefix_lm(torch.ones(2, dtype=torch.int32)))
     for mask_mod in (None, documents, or_masks(documents, masks.sliding_window(9)), window, lambda b, h, q, kv: q > kv):
-        for config in (ProxyConfig(min_budget=0), ProxyConfig.outliers(min_budget=0)):
+        for config in (ProxyConfig(min_budget=0), outliers(min_budget=0)):
             flexproxy.build(q, k, mask_mod=mask_mod, config=config)
     for config in (
         ProxyConfig(min_budget=0, block_size=16, groups=[0, 1, 0, 1]),
         ProxyConfig(min_budget=0, block_size=512, stride=1, density=0.5),
         ProxyConfig(min_budget=0, block_size=64, stride=64, query_stride=4, sink_blocks=1),
         ProxyConfig(min_budget=0, num_proxies=4, query_stride=16, density=0.5, sharing="rows"),
-        ProxyConfig.outliers(min_budget=0),
-        ProxyConfig.outliers(min_budget=0, block_size=16, query_stride=2),
+        outliers(min_budget=0),
+        outliers(min_budget=0, block_size=16, query_stride=2),
     ):
         flexproxy.build(q, k, config=config, scale=-1.0)
     lists.block_lists(torch.zeros(1, 1, 3, 4, dtype=torch.bool), torch.zeros(1, 1, 3, 4, dtype=torch.bool))

@@ -18,6 +18,7 @@ from flexproxy import ProxyConfig, masks
 from flexproxy.masks.structure import MaskMod
 from flexproxy.plan import plan_estimate
 from flexproxy.sparse.replay import Replay
+from tests.settings import outliers
 
 
 class Shape(NamedTuple):
@@ -53,12 +54,12 @@ def cases(device: str) -> dict[str, tuple[Shape, MaskMod | None, ProxyConfig]]:
         "outliers of documents": (
             Shape(2, 4, 2, 300, 333, 64),
             masks.shift(and_masks(masks.causal, masks.document(torch.arange(333, device=device) // 150)), 33),
-            ProxyConfig.outliers(min_budget=64, block_size=64, density=0.4),
+            outliers(min_budget=64, block_size=64, density=0.4),
         ),
         "outliers of a mask by pairs": (
             Shape(1, 4, 2, 260, 260, 256),
             every_third,
-            ProxyConfig.outliers(min_budget=128, query_stride=16, stride=2),
+            outliers(min_budget=128, query_stride=16, stride=2),
         ),
         "rows share": (
             Shape(2, 4, 2, 300, 333, 64),

@@ -18,6 +18,7 @@ from flexproxy import ProxyConfig, masks
 from flexproxy.masks.structure import MaskMod
 from flexproxy.ops.compat import seq_lengths_of
 from flexproxy.sparse import kernel as sparse_kernel
+from tests.settings import outliers
 
 # What is passed wrongly on purpose must get past the type checker.
 api: Any = flexproxy
@@ -863,7 +864,7 @@ NUM_BLOCKS, BLOCK = 9, 16
 LENGTH = (NUM_BLOCKS - 1) * BLOCK + 5  # a ragged last block
 POISONED = 1
 NOT_FINITE_CONFIGS = {
-    "outliers": ProxyConfig.outliers(gamma=0.6, block_size=BLOCK, min_budget=0, query_stride=4),
+    "outliers": outliers(gamma=0.6, block_size=BLOCK, min_budget=0, query_stride=4),
     "gamma": ProxyConfig(gamma=0.6, block_size=BLOCK, min_budget=0),
     "density": ProxyConfig(density=0.5, block_size=BLOCK, min_budget=BLOCK, num_proxies=2),
     "bounds": ProxyConfig(

@@ -34,10 +34,6 @@ Prompt: TypeAlias = Annotated[
 PROMPT_LENGTH = (
     "Tokens of the text; by default all, at most 8192 on a CPU and 131072 on a GPU, and what the model is made for."
 )
-Outliers: TypeAlias = Annotated[
-    bool,
-    typer.Option("--outliers", help="Score every key with the outlier of every 8 queries: ProxyConfig.outliers()."),
-]
 Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 

@@ -19,6 +19,7 @@ from benchmarks import bench_attention, bench_build, bench_memory, contenders, g
 from benchmarks.baselines import METHODS, to_block_mask
 from benchmarks.harness import Row
 from flexproxy import ProxyConfig
+from tests.settings import outliers
 
 MODULES = {"attention": bench_attention, "build": bench_build, "memory": bench_memory}
 ENVIRONMENT = {"gpu": "a GPU"}
@@ -248,7 +249,7 @@ def gate_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("gate_on_cpu")
 def test_the_gate_lets_right_results_pass() -> None:
     gate.check_attention(every=True)
-    for config in (ProxyConfig(), ProxyConfig(num_proxies=4), ProxyConfig.outliers()):
+    for config in (ProxyConfig(), ProxyConfig(num_proxies=4), outliers()):
         gate.check_selection(config)
 
 
@@ -369,15 +370,15 @@ def test_a_case_that_breaks_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.M
 def test_bench_build_has_stages_and_the_share_of_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_build, "cudnn", lambda q, k, v: q)
     monkeypatch.setattr(bench_build, "NUM_Q_HEADS", 8)
-    kinds_of = ["--num-proxies", "1,3", "--outliers", "8", "--rows", "16"]
+    kinds_of = ["--num-proxies", "1,3", "--rows", "16"]
     arguments = ["--lengths", "512,1000", *kinds_of, "--dense-up-to", "512"]
     rows = result_of(bench_build, tmp_path / "build.json", *arguments)
-    kinds = [(1, "first", 4), (3, "first", 4), (2, "outlier", 8), (8, "first", 16)]
+    kinds = [(1, 4), (3, 4), (8, 16)]
     wanted = [(length, *kind) for length in (512, 1000) for kind in kinds]
-    assert [(r["length"], r["num_proxies"], r["query_choice"], r["query_stride"]) for r in rows] == wanted
-    good, impossible, outliers, shared, long, *_ = rows
-    assert outliers["error"] is shared["error"] is None
-    assert [row["sharing"] for row in rows[:4]] == ["heads"] * 3 + ["rows"]
+    assert [(r["length"], r["num_proxies"], r["query_stride"]) for r in rows] == wanted
+    good, impossible, shared, long, *_ = rows
+    assert shared["error"] is None
+    assert [row["sharing"] for row in rows[:3]] == ["heads", "heads", "rows"]
     assert good["error"] is good["stage_error"] is good["dense_error"] is None
     assert (good["median_ms"], good["cpu_ms"], good["dense_ms"], good["share_of_dense"]) == (1.0, 0.5, 1.0, 1.0)
     assert {f"stage_{stage}_ms" for stage in (*stages.STAGES, "other")} < set(good)

@@ -100,12 +100,6 @@ def test_json_is_all_of_stdout(command: list[str], tmp_path: Path, capsys: pytes
     assert "reaching the quality" in err
 
 
-def test_outliers_are_a_setting(command: list[str], tmp_path: Path) -> None:
-    assert cli.main([*command, "--outliers"]) == 0
-    for config in ProxyConfig.load_layers(tmp_path / "out" / "calibration.json").values():
-        assert (config.query_choice, config.strides) == ("outlier", (8, 1))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

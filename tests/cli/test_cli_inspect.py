@@ -187,15 +187,6 @@ def test_where_all_is_dense_the_record_is_kept(
     assert (folder / "record.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_outliers_are_a_setting(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = inspect._settings({"outliers": True, "gamma": 0.9, "stride": 2}, None)
-    assert found == ProxyConfig.outliers(gamma=0.9, stride=2)
-    assert cli.main([*small, "--outliers", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["layers"]
-    assert cli.main([*small, "--outliers", "--config", str(tmp_path / "settings.json")]) == 2
-    assert "--outliers besides" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("command", ["inspect", "calibrate"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0

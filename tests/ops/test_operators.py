@@ -15,6 +15,7 @@ import flexproxy
 from flexproxy import ProxyConfig, masks
 from flexproxy.ops import implementations, operators
 from flexproxy.ops.operators import Size, operator
+from tests.settings import outliers
 
 
 class Pair(NamedTuple):
@@ -130,7 +131,7 @@ def test_every_operator_takes_keywords(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: dict[str, Any] = {
         "default": (masks.causal, ProxyConfig(gamma=0.8, **settings)),
         "documents": (masks.and_masks(masks.causal, masks.document(torch.arange(70) // 40)), ProxyConfig(**settings)),
-        "outliers": (masks.causal, ProxyConfig.outliers(density=0.5, **settings)),
+        "outliers": (masks.causal, outliers(density=0.5, **settings)),
         "rows": (masks.causal, ProxyConfig(sharing="rows", **settings)),
     }
 

@@ -20,6 +20,7 @@ from flexproxy import ProxyConfig, checks, masks, pipeline
 from flexproxy.masks.structure import MaskMod, structure_of
 from flexproxy.plan import new_plan
 from tests.accuracy import cpu_kernel_exists
+from tests.settings import outliers
 
 planning: Any = importlib.import_module("flexproxy.sparse.plan")
 options: Any = importlib.import_module("flexproxy.sparse.kernel_options")
@@ -322,7 +323,7 @@ def test_memory_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(torch.OutOfMemoryError, match=r"34\.1 GiB"):
         check_memory(q, k, ProxyConfig.paper(), True)
     with pytest.raises(torch.OutOfMemoryError, match=r"35\.0 GiB"):  # two proxies, every query and key
-        check_memory(q, k, ProxyConfig.outliers(num_proxies=2), True)
+        check_memory(q, k, outliers(num_proxies=2), True)
 
 
 def test_small_masks_ask_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,14 @@ from flexproxy.plan import plan_estimate
 from flexproxy.sparse import replay
 from flexproxy.sparse.kernel import NotCompiledError, run_causal
 from flexproxy.stages.lists import block_lists
+from tests.settings import outliers
 
 CONFIGS = {
     "defaults": ProxyConfig(min_budget=256),
     "density": ProxyConfig(density=0.3, min_budget=128),
     "two dense rows": ProxyConfig(gamma=0.7, min_budget=128, dense_last_blocks=2, num_proxies=1),
     "paper": ProxyConfig.paper(gamma=0.8, min_budget=128),
-    "outliers": ProxyConfig.outliers(gamma=0.8, min_budget=128, num_proxies=1),
+    "outliers": outliers(gamma=0.8, min_budget=128, num_proxies=1),
     "rows of a density": ProxyConfig(density=0.3, min_budget=128, sharing="rows"),
     "rows": ProxyConfig(gamma=0.8, min_budget=128, sharing="rows", query_stride=16),
     "blocks of 64": ProxyConfig(gamma=0.8, min_budget=128, block_size=64),

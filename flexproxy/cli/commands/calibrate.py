@@ -15,7 +15,6 @@ from flexproxy.cli.common import (
     AsJson,
     Device,
     Force,
-    Outliers,
     Where,
     check_output,
     check_picture,
@@ -63,7 +62,6 @@ def calibrate(
     stride: Annotated[
         int | None, typer.Option(min=1, help="Every how many tokens one is sampled for the scores; by default 4.")
     ] = None,
-    outliers: Outliers = False,
     output: Annotated[Path, typer.Option(help="Where to write the settings, for configure(model, PATH).")] = Path(
         "calibration.json"
     ),
@@ -83,7 +81,7 @@ def calibrate(
     try:
         Target.of(density, quality)
         sampling: dict[str, Any] = {} if stride is None else {"stride": stride}
-        config = (ProxyConfig.outliers if outliers else ProxyConfig)(min_budget=min_budget, **sampling)
+        config = ProxyConfig(min_budget=min_budget, **sampling)
     except ValueError as error:
         raise InputError(error) from error
 

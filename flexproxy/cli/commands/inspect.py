@@ -19,7 +19,6 @@ from flexproxy.cli.common import (
     Device,
     Force,
     Model,
-    Outliers,
     Prompt,
     Where,
     check_output,
@@ -48,7 +47,6 @@ def inspect(
     density: Annotated[float | None, typer.Option(help="Mean density to reach, instead of --gamma.")] = None,
     num_proxies: Annotated[int | None, typer.Option(help="Proxy heads.")] = None,
     stride: Annotated[int | None, typer.Option(help="Every how many tokens one is sampled.")] = None,
-    outliers: Outliers = False,
     min_budget: Annotated[int | None, typer.Option(help="Tokens that every row keeps at least.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="Settings of the layers, as save_configuration writes them, instead of options.")
@@ -77,7 +75,7 @@ def inspect(
         check_output("--output", output, force)
     paths = [] if pictures is None else check_outputs("--pictures", pictures, ("record.png", "blocks.png"), force)
     options = {"gamma": gamma, "density": density, "num_proxies": num_proxies}
-    options |= {"stride": stride, "min_budget": min_budget, "outliers": outliers or None}
+    options |= {"stride": stride, "min_budget": min_budget}
     settings = _settings({name: value for name, value in options.items() if value is not None}, config)
     record, taken = _run(model, text, length, settings, layer, mass, device)
     shown = _most_varied(record) if layer is None else layer
@@ -106,8 +104,7 @@ def _settings(options: dict[str, Any], file: Path | None) -> ProxyConfig | Path:
         raise InputError(f"gamma, density: expected one of the two, got {got}; leave one of them out")
     if file is None:
         try:
-            make = ProxyConfig.outliers if options.pop("outliers", False) else ProxyConfig
-            return make(**options)
+            return ProxyConfig(**options)
         except ValueError as error:
             raise InputError(error) from error
     if options:
