@@ -25,7 +25,7 @@ import typer
 from benchmarks.harness import Out, Quick, command, fractions, integers, listed, result_path, versions
 from benchmarks.quality import report
 from benchmarks.quality.evaluate import Cell, ResultFile, run
-from benchmarks.quality.methods import BASELINES, EXPERIMENTS, default_proxies, fits, methods_of, ours
+from benchmarks.quality.methods import BASELINES, EXPERIMENTS, default_proxies, fits, methods_of
 from benchmarks.quality.models import DEFAULT_MODEL, NEEDLE, attention_shape, fingerprint, name_of, tasks_for
 from benchmarks.quality.real_models import MODELS, long_context, positions_of, resolve
 from benchmarks.quality.texts import Text
@@ -54,7 +54,7 @@ def config_of(proxies: int, text: str, min_budget: int) -> ProxyConfig:
     """flexproxy's defaults with the proxies and an item of ``--strides``."""
     query, _, key = text.rpartition(":")
     stride = query.removeprefix("outlier")
-    return ours(
+    return ProxyConfig(
         num_proxies=proxies,
         stride=int(key),
         query_stride=int(stride) if stride else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -224,13 +224,6 @@ def default_proxies(num_kv_heads: int) -> int:
     return max(p for p in range(1, 9) if num_kv_heads % p == 0)
 
 
-def ours(**settings: Any) -> ProxyConfig:
-    """flexproxy's defaults, the forced blocks among them."""
-    forced = {"sink_blocks": 1, "local_blocks": 2, "dense_last_blocks": 1}
-    known = {field.name for field in fields(ProxyConfig)}
-    return ProxyConfig(**({name: value for name, value in forced.items() if name in known} | settings))
-
-
 def name_of_config(config: ProxyConfig) -> str:
     """``flexproxy P 3, stride 4``: the proxies, and the strides of queries and keys, where they differ both.
 
@@ -238,13 +231,12 @@ def name_of_config(config: ProxyConfig) -> str:
     """
     stride = ":".join(map(str, dict.fromkeys(config.strides)))
     kind = "stride" if config.query_choice == "first" else config.query_choice
-    names = {"sink_blocks": "sink", "local_blocks": "local", "dense_last_blocks": "last"}
-    usual = ours()
-    changed = {short: getattr(config, name) for name, short in names.items() if hasattr(config, name)}
-    usually = {short: getattr(usual, name) for name, short in names.items() if hasattr(usual, name)}
-    forced = "" if changed == usually else ", ".join(["", *(f"{name} {n}" for name, n in changed.items())])
+    names, usual = {"sink_blocks": "sink", "local_blocks": "local", "dense_last_blocks": "last"}, ProxyConfig()
+    forced = {short: getattr(config, name) for name, short in names.items()}
+    is_usual = all(getattr(usual, name) == getattr(config, name) for name in names)
+    shown = "" if is_usual else ", ".join(["", *(f"{name} {n}" for name, n in forced.items())])
     sharing = "" if config.sharing == usual.sharing else f", {config.sharing}"
-    return f"flexproxy P {config.num_proxies}, {kind} {stride}{sharing}{forced}"
+    return f"flexproxy P {config.num_proxies}, {kind} {stride}{sharing}{shown}"
 
 
 def fits(config: ProxyConfig, num_heads: int, num_kv_heads: int) -> str | None:

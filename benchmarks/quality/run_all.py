@@ -31,7 +31,6 @@ from benchmarks.quality.methods import (
     default_proxies,
     of_config,
     of_layers,
-    ours,
     shared,
 )
 from benchmarks.quality.models import DEFAULT_MODEL
@@ -68,6 +67,7 @@ class Plan:
             "long": self.long,
             "trials": self.trials,
             "rows": self.rows,
+            "low": self.low,
             "curve": self.curve,
             "matched": self.matched,
             "needles": self.needles,
@@ -105,16 +105,24 @@ class Plan:
         """Other choices, and flexproxy's own variants, where more than the forced blocks is kept."""
         yield from self._over([LENGTH], USUAL, [self._ours(0.18)[0]])
         for target in (0.25, 0.18):
+            pooled: list[Row] = [
+                {"stride": 1, "query_stride": 8, "query_choice": "outlier"},
+                {"stride": 2, "query_stride": 8},
+                {"query_stride": 8},
+                {"query_stride": 16},
+                {"stride": 8},
+            ]
+            single: list[Row] = [
+                {},
+                {"query_stride": 16},
+                {"query_stride": 32, "sharing": "rows"},
+                {"query_stride": 16, "stride": 8, "sharing": "rows"},
+            ]
+            kinds = (self.proxies, pooled), (self.session.heads, single)
             variants = [
-                ours(num_proxies=self.proxies, stride=1, query_stride=8, query_choice="outlier", **self._at(target)),
-                ours(num_proxies=self.proxies, stride=2, query_stride=8, **self._at(target)),
-                ours(num_proxies=self.proxies, stride=4, query_stride=8, **self._at(target)),
-                ours(num_proxies=self.proxies, stride=4, query_stride=16, **self._at(target)),
-                ours(num_proxies=self.proxies, stride=8, **self._at(target)),
-                ours(num_proxies=self.session.heads, **self._at(target)),
-                ours(num_proxies=self.session.heads, stride=4, query_stride=16, **self._at(target)),
-                ours(num_proxies=self.session.heads, query_stride=32, stride=4, sharing="rows", **self._at(target)),
-                ours(num_proxies=self.session.heads, query_stride=16, stride=8, sharing="rows", **self._at(target)),
+                ProxyConfig(num_proxies=number, **(self._at(target) | changes))
+                for number, changed in kinds
+                for changes in changed
             ]
             methods = [*map(of_config, variants), self._by_rows(target)]
             methods += [trial.at(target, MIN_BUDGET) for trial in EXPERIMENTS.values()]
@@ -124,11 +132,19 @@ class Plan:
         """One budget for rows and heads, beside the defaults, at other densities, lengths and tasks."""
         for target in (0.12, 0.08, 0.35):
             yield from self._over([LENGTH], USUAL, [self._ours(target)[0], self._by_rows(target)])
-        for target in (0.05, 0.1):
-            yield from self._over([32768], ("prose",), [self._ours(target)[0], self._by_rows(target)])
+        for length, target in ((32768, 0.05), (32768, 0.1), (16384, 0.15)):
+            yield from self._over([length], USUAL, [DENSE, self._ours(target)[0], self._by_rows(target)])
         for target in (0.25, 0.12):
             tasks = "multikey", "multivalue", "multiquery"
             yield from self._over([LENGTH], tasks, [self._ours(target)[0], self._by_rows(target)])
+
+    def low(self) -> Iterator[Cell]:
+        """Fewer forced blocks, where the default keeps hardly more than these."""
+        for target in (0.12, 0.08):
+            few: Row = {"num_proxies": self.proxies, "density": target, "min_budget": 128, "local_blocks": 1}
+            fewer = [of_config(ProxyConfig(**few)), of_config(ProxyConfig(**few, sink_blocks=0))]
+            methods = [self._ours(target)[0], *fewer, *self._peers(SPARSE_PEERS, target)]
+            yield from self._over([LENGTH], USUAL, methods)
 
     def curve(self) -> Iterator[Cell]:
         """More densities, for the plot."""
@@ -141,7 +157,7 @@ class Plan:
         for name, task in product(FULL_PEERS, USUAL):
             density = self._density(name, task)
             if density is not None:
-                config = ours(num_proxies=self.proxies, **self._at(min(density, 1.0)))
+                config = ProxyConfig(num_proxies=self.proxies, **self._at(min(density, 1.0)))
                 yield from self._over([LENGTH], (task,), [of_config(config, setting=f"density of {name}")])
 
     def needles(self) -> Iterator[Cell]:
@@ -179,7 +195,7 @@ class Plan:
 
     def shared(self) -> Iterator[Cell]:
         """One selection for two and for four layers."""
-        config = ours(num_proxies=self.proxies, **self._at(0.25))
+        config = ProxyConfig(num_proxies=self.proxies, **self._at(0.25))
         yield from self._over([LENGTH], USUAL, [of_config(config), *(shared(config, number) for number in (2, 4))])
 
     # What stages are made of
@@ -194,17 +210,17 @@ class Plan:
 
     def _ours(self, target: float) -> list[Method]:
         """The defaults, one proxy, and the paper's method."""
-        own = of_config(ours(num_proxies=self.proxies, **self._at(target)))
-        one = of_config(ours(num_proxies=1, **self._at(target)))
+        own = of_config(ProxyConfig(num_proxies=self.proxies, **self._at(target)))
+        one = of_config(ProxyConfig(num_proxies=1, **self._at(target)))
         paper = of_config(ProxyConfig.paper(**self._at(target)), "flexproxy, as the paper")
         return [own, one, paper] if self.proxies > 1 else [own, paper]
 
     def _by_rows(self, target: float) -> Method:
-        heads = {"num_proxies": self.session.heads, "query_stride": 16, "sharing": "rows"}
-        return of_config(ours(stride=4, **heads, **self._at(target)))
+        by_rows: Row = {"num_proxies": self.session.heads, "query_stride": 16, "sharing": "rows"}
+        return of_config(ProxyConfig(**by_rows, **self._at(target)))
 
     def _default(self) -> Method:
-        return of_config(ours(num_proxies=self.proxies), setting="defaults")
+        return of_config(ProxyConfig(num_proxies=self.proxies), setting="defaults")
 
     def _peers(self, chosen: Sequence[str], target: float) -> list[Method]:
         return [BASELINES[name].at(target, MIN_BUDGET) for name in chosen]
@@ -221,7 +237,7 @@ class Plan:
             torch.tensor([tokenizer.encode(corpus(domain, "calibration").content.decode()[: 16 * LENGTH])])
             for domain in DOMAINS
         ]
-        config = ours(min_budget=MIN_BUDGET)
+        config = ProxyConfig(min_budget=MIN_BUDGET)
         found = calibrate(self.session.model, texts, density=target, config=config, length=LENGTH, sequences=4)
         return dict(found.layers)
 

@@ -39,7 +39,6 @@ from benchmarks.quality.methods import (
     name_of_config,
     of_config,
     of_layers,
-    ours,
     shared,
 )
 from benchmarks.quality.models import NEEDLE, attention_shape, fingerprint, name_of, tasks_for
@@ -110,7 +109,7 @@ ONLY = Place(0, 0, 1)
 
 
 def test_methods_of() -> None:
-    configs = [ours(num_proxies=p, min_budget=128) for p in (1, 2)]
+    configs = [ProxyConfig(num_proxies=p, min_budget=128) for p in (1, 2)]
     found = methods_of(configs, ["oracle", "FlashPrefill V2"], [0.25], [0.9], 128)
     assert list(map(str, found)) == [
         "dense",
@@ -129,9 +128,9 @@ def test_methods_of() -> None:
         ("flexproxy P 1, stride 4 + delta", False),
     ]
     assert again[1].select is again[2].select
-    other = ours(num_proxies=2, query_stride=8, query_choice="outlier", stride=1, sink_blocks=0)
+    other = ProxyConfig(num_proxies=2, query_stride=8, query_choice="outlier", stride=1, sink_blocks=0)
     assert name_of_config(other).startswith("flexproxy P 2, outlier 8:1, sink 0, local 2")
-    shared = ours(num_proxies=9, query_stride=16, sharing="rows")
+    shared = ProxyConfig(num_proxies=9, query_stride=16, sharing="rows")
     assert name_of_config(shared) == "flexproxy P 9, stride 16:4, rows"
 
 
@@ -149,7 +148,9 @@ def test_any_number_of_heads_has_its_proxies(heads: int, kv_heads: int, proxies:
 def test_every_method_comes_to_the_density() -> None:
     q, k, _ = layer_inputs()
     causal = torch.ones(16, 16, dtype=torch.bool).tril()
-    for method in methods_of([ours(num_proxies=2, min_budget=128)], [*BASELINES, *EXPERIMENTS], [0.6], [], 128)[1:]:
+    for method in methods_of([ProxyConfig(num_proxies=2, min_budget=128)], [*BASELINES, *EXPERIMENTS], [0.6], [], 128)[
+        1:
+    ]:
         assert method.select is not None
         place = Place(9, 9, 10)
         block_map = method.select(q, k, place)
@@ -195,7 +196,10 @@ def test_defaults_of_the_authors() -> None:
 
 def test_settings_of_every_layer() -> None:
     q, k, _ = layer_inputs()
-    configs = {0: ours(density=0.3, min_budget=0), 1: ours(density=0.8, min_budget=0, groups=(0, 1, 0, 1))}
+    configs = {
+        0: ProxyConfig(density=0.3, min_budget=0),
+        1: ProxyConfig(density=0.8, min_budget=0, groups=(0, 1, 0, 1)),
+    }
     method = of_layers("calibrated", "density 0.5", configs)
     assert method.select is not None
     for layer, config in configs.items():
@@ -206,7 +210,7 @@ def test_settings_of_every_layer() -> None:
 
 def test_layers_that_share() -> None:
     """The first of every two that attend to everything selects."""
-    config = ours(num_proxies=2, density=0.6, min_budget=0)
+    config = ProxyConfig(num_proxies=2, density=0.6, min_budget=0)
     method, own = shared(config, 2), of_config(config)
     assert str(method) == f"{own.name}, shared by 2 layers, density 0.6"
     assert method.select is not None
@@ -222,8 +226,7 @@ def test_layers_that_share() -> None:
 def test_the_first_trial_is_flexproxy() -> None:
     """So what the others differ in is what their names say."""
     q, k, _ = layer_inputs()
-    forced = {"dense_last_blocks": 0} if hasattr(ProxyConfig(), "dense_last_blocks") else {}
-    own = of_config(ours(num_proxies=2, density=0.4, min_budget=128, **forced)).select
+    own = of_config(ProxyConfig(num_proxies=2, density=0.4, min_budget=128, dense_last_blocks=0)).select
     trial = EXPERIMENTS["trial: kv 4:4 max, no dense row"].at(0.4, 128).select
     assert own is not None
     assert trial is not None
@@ -397,9 +400,9 @@ CELLS += [("text", method) for _, method in CELLS]
 
 def test_strides_of_queries_and_of_keys() -> None:
     assert command.strides("8:2,4") == ["8:2", "4"]
-    assert command.config_of(2, "8:2", 128) == ours(num_proxies=2, query_stride=8, stride=2, min_budget=128)
+    assert command.config_of(2, "8:2", 128) == ProxyConfig(num_proxies=2, query_stride=8, stride=2, min_budget=128)
     assert command.config_of(1, "4", 0).strides == (4, 4)
-    assert command.config_of(2, "outlier8:1", 64) == ours(
+    assert command.config_of(2, "outlier8:1", 64) == ProxyConfig(
         num_proxies=2, min_budget=64, stride=1, query_stride=8, query_choice="outlier"
     )
     for text in ("8:", ":2", "0", "8:2:1", "x", "outlier4", "outlier:1", "8:outlier1"):
