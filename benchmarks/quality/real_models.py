@@ -107,7 +107,7 @@ def convert(parts: list[bytes], folder: Path) -> None:
 
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(
-            "--model: expected the package gguf, which transformers reads the weights with; pip install gguf"
+            "--model: expected the package gguf, which transformers reads the weights with; pip install gguf accelerate"
         )
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)

@@ -128,7 +128,7 @@ def test_a_budget_gives_the_tokens_of_transformers(folder: Path) -> None:
     assert result["tokens"][1] == [in_transformers(folder, BUDGET, SHARED, [256, 256, 160])]
     assert result["tokens"] != stock(folder)[:2]
     assert (
-        "flexproxy: layers 0-1 prefill sparsely where a prompt has 65 tokens or more: num_proxies=1, gamma=0.5" in said
+        "flexproxy: layers 0-1 prefill sparsely where a prompt has 144 tokens or more: num_proxies=1, gamma=0.5" in said
     )
 
 
