@@ -9,8 +9,8 @@ kernels.
 NOTE [Strides that are inferred]
 A GPU's kernel is compiled for any length, and its strides are products of sizes where dynamo can infer them so: of
 ``[B, H, S, D]``, and of ``[B, S, H, D]`` transposed. Any other stride, as of a part of a fused projection or of keys
-that lie beside their values, is a number that may be anything: then no load is vectorized, and attention takes up to
-twice as long (H100, torch 2.11). A copy of k and v takes less than a tenth of that.
+that lie beside their values, is a number of its own to the kernel, and attention takes up to twice as long (keys and
+values of an H100, torch 2.11). A copy takes less than a tenth of that.
 """
 
 from __future__ import annotations
@@ -93,15 +93,17 @@ def run_causal(
         NotCompiledError: compilation is switched off.
     """
     compiled = _compiled_causal(block_size, scale, q.shape[1] != k.shape[1], tuple(kernel_options.items()))
-    out: Tensor = _call(compiled, q, with_inferred_strides(k), with_inferred_strides(v), offset, *lists)
+    out: Tensor = _call(compiled, *map(with_inferred_strides, (q, k, v)), offset, *lists)
     return out
 
 
 def with_inferred_strides(x: Tensor) -> Tensor:
-    """Keys or values ``[B, Hkv, Skv, D]``, or a copy of them. See NOTE [Strides that are inferred]."""
+    """``[B, H, S, D]``, or a copy with heads or tokens first, as there. See NOTE [Strides that are inferred]."""
+    tokens_first = x.transpose(1, 2)
     # What is expanded stays: its copy would be larger than it is.
-    inferred = x.is_contiguous() or x.transpose(1, 2).is_contiguous()
-    return x if inferred or 0 in x.stride() else x.contiguous()
+    if x.is_contiguous() or tokens_first.is_contiguous() or 0 in x.stride():
+        return x
+    return tokens_first.contiguous().transpose(1, 2) if x.stride(1) < x.stride(2) else x.contiguous()
 
 
 @functools.lru_cache(MAX_COMPILED)
@@ -182,7 +184,7 @@ def run_compiled(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Any:
     """Compiled ``flex_attention``. Raises NotCompiledError where compilation is switched off."""
     lengths = (q.shape, k.shape, v.shape, q.dtype) if q.device.type == "cpu" else ()
     if not lengths:
-        k, v = with_inferred_strides(k), with_inferred_strides(v)
+        q, k, v = map(with_inferred_strides, (q, k, v))
     return _call(compiled_flex_attention(q.device.type, *lengths), q, k, v, **arguments)
 
 
