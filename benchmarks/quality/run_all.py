@@ -176,15 +176,15 @@ class Plan:
             yield from self._over([LENGTH], USUAL, [plain, *corrected(plain)])
 
     def calibrated(self) -> Iterator[Cell]:
-        """Groups and densities of each layer, from other texts."""
-        for target in (0.25, 0.12):  # at this length min_budget and the forced blocks keep less
-            name = "flexproxy, calibrated"
-            cells = list(self._over([LENGTH], USUAL, [Method(name, f"density {target:g}")]))
+        """A density of each layer, from other texts, beside the same density in all layers."""
+        for target in (0.25, 0.13):  # 0.12 is what the forced blocks keep at this length
+            name, setting = "flexproxy, calibrated by layer", f"density {target:g}"
+            yield from self._over([LENGTH], USUAL, [self._ours(target)[0]])
+            cells = list(self._over([LENGTH], USUAL, [Method(name, setting)]))
             if all(self.results.has(cell.identity) for cell in cells):
                 yield from cells
                 continue
-            configs = self._calibrate(target)
-            yield from self._over([LENGTH], USUAL, [of_layers(name, f"density {target:g}", configs)])
+            yield from self._over([LENGTH], USUAL, [of_layers(name, setting, self._calibrate(target))])
 
     def short(self) -> Iterator[Cell]:
         """Shorter texts, and 16K tokens."""

@@ -19,12 +19,11 @@ class Calibration:
     Attributes:
         layers: the settings of each layer, for ``configure(model, calibration.layers)``.
         model: the shape of the model.
-        evidence: the targets and the measurements, as plain data. ``layers[str(index)]`` has the ``groupings`` that
-            were tried with the mass that they recover at every ``density`` tried and the peaks that heads keep at one
-            of them, ``peaks_at_density``, by which one was chosen; and under ``decided_on``, ``confirmed_on`` and
-            ``uniform`` what is kept: of the sequences that decided, of those that were kept aside, and of the latter
-            with the same settings in all layers at the same mean density. *Peaks* are the blocks on which attention is
-            concentrated, apart from those nearby.
+        evidence: the target and the measurements, as plain data. ``layers[str(index)]`` has the ``divergence`` that a
+            layer causes by itself at every ``density`` tried, and the density that was ``shared`` out to it;
+            ``mean`` what all layers together cause: on the sequences that decided, on those that were kept aside, and
+            on the latter with the same density in all layers (``uniform``). ``chosen`` is "uniform" where that was
+            better. *Divergence* is in bits per token, from the predictions of dense attention.
         versions: of what it was made with.
     """
 
@@ -32,13 +31,6 @@ class Calibration:
     model: dict[str, Any]
     evidence: dict[str, Any] = field(repr=False)
     versions: dict[str, str] = field(repr=False)
-
-    @property
-    def num_proxies(self) -> dict[int, int]:
-        """How many proxies each layer has, by its index."""
-        return {
-            index: config.proxies(self.model.get("num_key_value_heads") or 1) for index, config in self.layers.items()
-        }
 
     def to_json(self) -> dict[str, Any]:
         """The content of the file, as plain data."""

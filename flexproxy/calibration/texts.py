@@ -14,8 +14,8 @@ from flexproxy.calibration.choose import CalibrationError
 def split(texts: Sequence[Any], length: int | None, longest: int, number: int, unit: int) -> tuple[Tensor, Tensor]:
     """Sequences to decide on and others to confirm with: int64 ``[n, S]`` each, without a token in common.
 
-    The texts are cut into sequences. Those in the first half decide, those in the second half confirm; with two texts
-    of one length, that is one text each.
+    The texts are cut into sequences. Of each text the first half decides and the second half confirms; texts of one
+    sequence take turns.
 
     Args:
         texts: token ids of each text, ``[S]`` or ``[1, S]``, or ints.
@@ -32,14 +32,18 @@ def split(texts: Sequence[Any], length: int | None, longest: int, number: int, u
     if length is None:
         longest_pair = max([size // 2 for size in sizes[:1]] + sizes[1:2], default=0)
         length = min(longest_pair, longest) // unit * unit
-    pieces = [text[start : start + length] for text in ids for start in range(0, len(text) - length + 1, length or 1)]
-    if length < unit or len(pieces) < 2:
+    decide: list[Tensor] = []
+    confirm: list[Tensor] = []
+    for text in ids:
+        pieces = [text[start : start + length] for start in range(0, len(text) - length + 1, length or 1)]
+        half = (len(pieces) + (len(decide) <= len(confirm))) // 2
+        decide, confirm = decide + pieces[:half], confirm + pieces[half:]
+    if length < unit or not (decide and confirm):
         raise CalibrationError(
             f"texts: expected two sequences of {max(length, unit)} tokens at least, one to decide on and one to "
             f"confirm by, got texts of {sizes[:5]} tokens; use longer texts or a lower length"
         )
-    half = len(pieces) // 2
-    return _spread(pieces[:half], number // 2), _spread(pieces[half:], number // 2)
+    return _spread(decide, number // 2), _spread(confirm, number // 2)
 
 
 def _as_ids(text: Any) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from flexproxy.plot.figures import DARK, MIDDLE, add_title, plain_style
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def calibration(calibration: Calibration, *, title: str | None = None) -> Figure:
-    """Proxies, density and recovered mass of every layer, beside the same settings in all layers at the same density.
+    """What every layer loses by itself at each density tried, and the density that it gets.
 
     Args:
         calibration: what ``flexproxy.calibrate`` returned.
@@ -24,15 +23,14 @@ def calibration(calibration: Calibration, *, title: str | None = None) -> Figure
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    number = len(calibration.layers)
-    width = min(max(11.0, 0.2 * number), 16.0)
+    evidence, number = calibration.evidence, len(calibration.layers)
     with plain_style():
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(width, 5.8), layout="constrained")
-        axes = figure.subplots(3, 1, sharex=True, height_ratios=[1, 2, 2])
-        _draw(axes, calibration, 65 * width / number)
-        add_title(figure, title or _title(calibration.evidence))
+        figure = Figure(figsize=(min(max(11.0, 0.2 * number), 16.0), 5.0), layout="constrained")
+        axes = figure.subplots(2, 1, sharex=True)
+        _draw(axes, calibration)
+        add_title(figure, title or _title(evidence))
     return figure
 
 
@@ -41,45 +39,25 @@ def _title(evidence: dict[str, Any]) -> str:
     ours, uniform = evidence["mean"]["confirmed_on"], evidence["mean"]["uniform"]
     return (
         f"Calibrated for a {name} of {value:g}; measured on texts kept aside, of {evidence['length']} tokens\n"
-        f"{ours['recovered']:.3f} of the attention mass at density {ours['density']:.3f}; the same setting everywhere: "
-        f"{uniform['recovered']:.3f} at {uniform['density']:.3f}"
+        f"{ours['divergence']:.4f} bits per token from dense at density {ours['density']:.3f}; the same density in all "
+        f"layers: {uniform['divergence']:.4f}"
     )
 
 
-def _draw(axes: Any, calibration: Calibration, points: float) -> None:
-    """points: the width that a layer has, of which there are 72 in an inch; its two markers must not touch."""
-    evidence = calibration.evidence
-    marker = min(6.0, 0.3 * points)
-    indices = list(calibration.layers)
-    chosen = list(calibration.num_proxies.values())
-    places = range(len(indices))
-    axes[0].bar(places, chosen, color=DARK, width=0.6)
-    axes[0].set_ylabel("proxies")
-    axes[0].set_ylim(0, max(chosen) * 1.15)
-    axes[0].set_xlim(-0.7, len(indices) - 0.3)
-    axes[0].yaxis.get_major_locator().set_params(integer=True)
-    for axis, name, label in ((axes[1], "density", "kept / admissible"), (axes[2], "recovered", "recovered mass")):
-        for source, colour, words, shift in (
-            ("uniform", MIDDLE, "same in all layers", -0.2),
-            ("confirmed_on", DARK, "calibrated", 0.2),
-        ):
-            by_head = [evidence["layers"][str(index)][source][name] for index in indices]
-            means = [fmean(heads) for heads in by_head]
-            spread = [
-                [mean - min(heads) for mean, heads in zip(means, by_head, strict=True)],
-                [max(heads) - mean for mean, heads in zip(means, by_head, strict=True)],
-            ]
-            at = [place + shift for place in places]
-            axis.errorbar(
-                at, means, yerr=spread, fmt="o", color=colour, ms=marker, capsize=marker / 3, lw=1, label=words
-            )
-        axis.set_ylabel(label)
-        axis.grid(axis="y", color="#dddddd")
+def _draw(axes: Any, calibration: Calibration) -> None:
+    layers = calibration.evidence["layers"]
+    places = range(len(layers))
+    columns = list(zip(*(zip(x["density"], x["divergence"], strict=True) for x in layers.values()), strict=True))
+    tried = columns[:-1]  # the last is dense
+    for nth, column in enumerate(tried):
+        mean = sum(density for density, _ in column) / len(column)
+        shade = 0.25 + 0.75 * (len(tried) - nth) / len(tried)
+        axes[0].bar(places, [lost for _, lost in column], color=DARK, alpha=shade, width=0.8, label=f"{mean:.2f}")
+    axes[0].set_ylabel("bits per token\nfrom dense, alone")
+    axes[0].legend(title="density", ncols=len(tried), frameon=False, fontsize=8, title_fontsize=8)
+    axes[1].bar(places, [x["shared"] for x in layers.values()], color=MIDDLE, width=0.8)
+    axes[1].set_ylabel("density shared out")
     axes[1].set_ylim(0.0, 1.02)
-    axes[1].legend(
-        title="mean over heads; the bar is from the lowest to the highest head", title_fontsize=8, fontsize=8,
-        ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False,
-    )  # fmt: skip
-    step = math.ceil(len(indices) / 40)
-    axes[2].set_xticks(list(places)[::step], [str(index) for index in indices][::step])
-    axes[2].set_xlabel("layer")
+    step = math.ceil(len(layers) / 40)
+    axes[1].set_xticks(list(places)[::step], list(layers)[::step])
+    axes[1].set_xlabel("layer")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import threading
 import typing
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pytest
@@ -21,26 +22,31 @@ import transformers
 
 import flexproxy
 from benchmarks import bench_calibrate
-from flexproxy import ProxyConfig, stats
-from flexproxy.calibration import Calibration, CalibrationError, calibrate, choose
-from flexproxy.calibration.collect import Layer, read
+from flexproxy import ProxyConfig
+from flexproxy import calibration as calibrating
+from flexproxy.calibration import Calibration, CalibrationError, calibrate
+from flexproxy.calibration.reader import Reader, reading
 from flexproxy.cli import inputs
 from flexproxy.cli.needle import plant
 from flexproxy.integrations.transformers import configuration, configure, save_configuration
-from tests.transformers_models import interpreted, make_model, make_tokens, make_vision_language_model, use
+from flexproxy.integrations.transformers.settings import sharing_of, when_of
+from tests.transformers_models import (
+    configure_sparse,
+    interpreted,
+    logits,
+    make_model,
+    make_tokens,
+    make_vision_language_model,
+    use,
+)
 
 BLOCK, LENGTH = 16, 256
 CONFIG = ProxyConfig.paper(block_size=BLOCK, min_budget=BLOCK, stride=2)
 TEXTS = [make_tokens(1, LENGTH, seed) for seed in (1, 2)]
 
 
-@pytest.fixture(autouse=True)
-def few_levels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "NUM_LEVELS", 10)
-
-
 def calibrated(model: Any, **options: Any) -> Calibration:
-    default: dict[str, Any] = {"config": CONFIG, "rows": 64} | ({} if "quality" in options else {"density": 0.4})
+    default: dict[str, Any] = {"config": CONFIG, "positions": 64} | ({} if "quality" in options else {"density": 0.4})
     return calibrate(model, TEXTS, **(default | options))
 
 
@@ -51,82 +57,76 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def result(model: Any) -> Calibration:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choose, "NUM_LEVELS", 10)
-        return calibrated(model)
+    return calibrated(model)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2", "gpt_oss", "qwen3_moe"])
-def test_layers_are_looked_at_with_the_attention_that_they_have(family: str) -> None:
-    """q, k and the mask are those of the sparse layers that transformers runs; each layer once, in order."""
+def test_what_is_lost_is_what_the_model_loses(family: str) -> None:
+    """One layer sparse as ``configure`` makes it, the others dense: divergence and density, measured otherwise."""
     if not hasattr(transformers, {"gpt_oss": "GptOssForCausalLM"}.get(family, "LlamaForCausalLM")):
         pytest.skip("this transformers has no such model")
     model = make_model(family)
-    seen: dict[int, Layer] = {}
-    with interpreted("cpu"):
-        read(model, TEXTS[0], BLOCK, lambda index, layer: seen.update({index: layer}))
-        assert list(seen) == list(configuration(model))
-        use(model, "flexproxy")
-        every = ProxyConfig(gamma=1.0, max_budget=2**20, min_budget=BLOCK, block_size=BLOCK)
-        configure(model, every)
-        with flexproxy.record(model, selections=True) as record, torch.no_grad():
-            model(input_ids=TEXTS[0], use_cache=False)
-    for index, selection in record.selections.items():
-        q, k, block_mask, scale = seen[index]
-        ours = flexproxy.select(q, k, block_mask=block_mask, config=every, scale=scale)
-        assert torch.equal(ours.block_map(), selection.block_map())
-        assert torch.equal(ours.rank, selection.rank)
-    assert record.selections
+    config = dataclasses.replace(CONFIG, density=0.5)
+    with interpreted("cpu"), reading(model):
+        reader = Reader(model, TEXTS[0], LENGTH)
+        found = reader.lost({1: config})
+    assert reader.layers == list(configuration(model))
+    use(model, "eager")
+    dense = logits(model, TEXTS[0])[0, :-1].double().log_softmax(-1)
+    use(model, "flexproxy")
+    configure(model, ProxyConfig(gamma=1.0))
+    configure_sparse(model, {1: config})
+    with interpreted("cpu"), flexproxy.record(model, selections=True) as record:
+        sparse = logits(model, TEXTS[0])[0, :-1].double().log_softmax(-1)
+    assert found.density == {1: pytest.approx(float(record.selections[1].density().mean()))}
+    want = torch.nn.functional.kl_div(sparse, dense, log_target=True, reduction="batchmean") / math.log(2)
+    assert found.divergence == pytest.approx(float(want), rel=1e-3)
+    assert found.agreement == pytest.approx(float((sparse.argmax(-1) == dense.argmax(-1)).double().mean()), abs=0.01)
 
 
 def test_a_model_is_left_as_it_was(result: Calibration) -> None:
     """And neither its attention nor its settings matter; a second calibration finds the same."""
     model, other = make_model("llama"), make_model("llama")
     use(model, "eager")
-    configure(model, {1: ProxyConfig(gamma=0.7)})
+    configure(model, {0: ProxyConfig(gamma=0.7), 1: ProxyConfig()}, when="always", share={1: 0})
     before = configuration(model)
     attention = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
     registered = attention["flexproxy"]
+
+    def check() -> None:
+        assert model.config._attn_implementation == "eager"
+        assert configuration(model) == before
+        module = model.model.layers[1].self_attn
+        assert (when_of(module), sharing_of(module)) == ("always", (0, True))
+        assert attention["flexproxy"] is registered
+
     again = calibrated(model)
     assert (again.layers, again.model, again.versions) == (result.layers, result.model, result.versions)
     assert dict(again.evidence, seconds=0) == dict(result.evidence, seconds=0)
-    assert model.config._attn_implementation == "eager"
-    assert configuration(model) == before
-    assert attention["flexproxy"] is registered
+    check()
     with pytest.raises(KeyboardInterrupt):
         flexproxy.calibrate(model, TEXTS, density=0.4, config=CONFIG, progress=_interrupt)
-    assert model.config._attn_implementation == "eager"
-    assert configuration(model) == before
-    assert attention["flexproxy"] is registered
+    check()
     use(other, "flexproxy")
     other(input_ids=TEXTS[0])
 
 
 def test_another_model_in_another_thread_is_not_touched() -> None:
-    """It attends as it did, while a calibration is in the middle of a layer."""
+    """It attends as it did, while a calibration is in the middle of its passes."""
     model, other = make_model("llama"), make_model("llama")
     use(other, "flexproxy")
     configure(other, ProxyConfig(block_size=BLOCK, min_budget=BLOCK, gamma=0.5))
-    with interpreted("cpu"), torch.no_grad():
-        want = other(input_ids=TEXTS[0]).logits
-    seen: list[int] = []
+    want = logits(other, TEXTS[0])
     found: list[Any] = []
 
-    def run() -> None:
-        with torch.no_grad():
-            found.append(other(input_ids=TEXTS[0]).logits)
-
-    def look(index: int, layer: Layer) -> None:
-        seen.append(index)
-        thread = threading.Thread(target=run)
+    def look(*_: Any) -> None:
+        thread = threading.Thread(target=lambda: found.append(logits(other, TEXTS[0])))
         thread.start()
         thread.join()
 
-    with interpreted("cpu"):
-        read(model, TEXTS[1], BLOCK, look)
-    assert seen == [0, 1]
-    assert len(found) == 2
-    assert all(torch.equal(logits, want) for logits in found)
+    calibrated(model, progress=look)
+    assert len(found) == 4
+    assert all(torch.equal(one, want) for one in found)
 
 
 def _interrupt(stage: str, done: int, total: int) -> None:
@@ -141,8 +141,8 @@ def test_a_vision_language_model_keeps_its_attentions() -> None:
     vision = next(config for config in configs if "siglip" in config.model_type)
     vision._attn_implementation = "eager"
     before = [config._attn_implementation for config in configs]
-    with interpreted("cpu"):
-        read(model, TEXTS[0].clamp(min=7), BLOCK, lambda index, layer: None)
+    with interpreted("cpu"), reading(model):
+        Reader(model, TEXTS[0].clamp(min=7), 64)
     assert [config._attn_implementation for config in configs] == before
     assert {"eager", "sdpa"} <= set(before)
 
@@ -152,9 +152,22 @@ def test_the_density_is_reached_on_texts_kept_aside(result: Calibration) -> None
     mean = result.evidence["mean"]
     for kind in ("decided_on", "confirmed_on", "uniform"):
         assert mean[kind]["density"] == pytest.approx(0.4, abs=0.03)
-    assert mean["decided_on"]["recovered"] >= mean["uniform"]["recovered"] - 0.02
-    for layer in result.evidence["layers"].values():
-        assert {len(grouping["groups"]) for grouping in layer["groupings"]} == {1, 2, 3, 4}
+    shares = [config.density or 1.0 for config in result.layers.values()]
+    assert sum(shares) / 2 == pytest.approx(0.4, abs=0.01)
+    assert result.evidence["chosen"] == "shared"
+    assert mean["confirmed_on"]["divergence"] < mean["uniform"]["divergence"]
+    lost = {layer: one["divergence"][0] for layer, one in result.evidence["layers"].items()}
+    assert (lost["0"] > lost["1"]) == (shares[0] > shares[1])
+
+
+def test_shares_that_do_not_help_on_texts_kept_aside_are_not_chosen(
+    model: Any, result: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = [result.layers[layer].density for layer in (1, 0)]  # the wrong way round
+    monkeypatch.setattr(calibrating, "share_density", lambda *_: shares)
+    found = calibrated(model)
+    assert found.evidence["chosen"] == "uniform"
+    assert found.layers == dict.fromkeys((0, 1), dataclasses.replace(CONFIG, density=0.4))
 
 
 @pytest.mark.gpu
@@ -162,53 +175,31 @@ def test_the_density_is_reached_on_texts_kept_aside(result: Calibration) -> None
 def test_a_gpu_reaches_the_same(model: Any, result: Calibration) -> None:
     found = calibrated(copy.deepcopy(model).cuda())
     assert found.model == result.model
-    for kind in ("decided_on", "confirmed_on"):
-        for name in ("density", "recovered"):
+    for kind in ("decided_on", "confirmed_on", "uniform"):
+        for name in ("density", "divergence"):
             assert found.evidence["mean"][kind][name] == pytest.approx(result.evidence["mean"][kind][name], abs=0.03)
     half = copy.deepcopy(model).to("cuda", torch.bfloat16)
-    assert calibrated(half, quality=0.8).evidence["mean"]["confirmed_on"]["recovered_worst_layer"] >= 0.8
+    assert calibrated(half, quality=0.8).evidence["mean"]["confirmed_on"]["agreement"] >= 0.8
 
 
-def test_the_quality_is_reached_on_texts_kept_aside(model: Any) -> None:
-    """And with a lower gamma it is not: by statistics of the prefill itself, not by what calibration says."""
-    found = calibrated(model, quality=0.9)
-    levels = choose.Target.of(None, 0.9).levels()
-    reached: dict[int, tuple[float, float]] = {}
-
-    def look(index: int, layer: Layer) -> None:
-        config = found.layers[index]
-        assert config.density is None
-        lower = max([level for level in levels if level < config.gamma], default=config.gamma)
-        reached[index] = recovered(layer, config), recovered(layer, ProxyConfig(**changed(config, gamma=lower)))
-
-    def recovered(layer: Layer, config: ProxyConfig) -> float:
-        selection = flexproxy.select(layer.q, layer.k, block_mask=layer.block_mask, config=config, scale=layer.scale)
-        return float(stats.recovered_mass(layer.q, layer.k, selection, rows=torch.arange(LENGTH)).mean())
-
-    read(model, TEXTS[1], BLOCK, look)
-    for index, (at, below) in reached.items():
-        assert at >= 0.9 - 0.02  # 64 of the rows were looked at
-        kept = found.evidence["layers"][str(index)]
-        assert fmean(kept["confirmed_on"]["recovered"]) >= 0.9
-        assert fmean(kept["decided_on"]["recovered"]) >= 0.9
-        assert below < at
+def test_the_quality_is_reached_by_no_more_density_than_needed(model: Any) -> None:
+    found = calibrated(model, quality=0.8)
+    mean = found.evidence["mean"]
+    assert min(mean[kind]["agreement"] for kind in ("decided_on", "confirmed_on")) >= 0.8
+    lower = calibrated(model, density=0.8 * mean["confirmed_on"]["density"]).evidence["mean"]
+    assert min(lower[kind]["agreement"] for kind in ("decided_on", "confirmed_on")) < 0.8
 
 
-def changed(config: ProxyConfig, **fields: Any) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__} | fields
-
-
-def test_the_needle_model_recovers_more_than_with_the_same_settings_everywhere() -> None:
-    """On texts kept aside, at no more density: the mean over its layers, and the worst of them."""
+def test_the_needle_model_is_closer_to_dense_than_with_one_density() -> None:
+    """On texts kept aside, at no more density."""
     model = inputs.load_model(Path("examples/needle"), torch.device("cpu"))
     sources = [inputs.read_text(Path(str(module.__file__)), 1024).long() for module in (typing, subprocess)]
     texts = [plant(text, 16, torch.Generator().manual_seed(seed)).tokens for seed, text in enumerate(sources)]
     config = ProxyConfig.paper(block_size=64, min_budget=64)
-    found = flexproxy.calibrate(model, texts, density=0.3, config=config, max_proxies=2, rows=256)
+    found = flexproxy.calibrate(model, texts, density=0.3, config=config)
     ours, uniform = found.evidence["mean"]["confirmed_on"], found.evidence["mean"]["uniform"]
     assert ours["density"] <= uniform["density"] + 0.005
-    assert ours["recovered"] > uniform["recovered"]
-    assert ours["recovered_worst_layer"] > uniform["recovered_worst_layer"]
+    assert ours["divergence"] < uniform["divergence"]
 
 
 # --------------------------------------------------------------------------------------------------------- the file
@@ -274,11 +265,10 @@ def _no_space(*_: Any) -> None:
 def test_the_picture_shows_what_was_found(result: Calibration) -> None:
     pytest.importorskip("matplotlib")
     axes: Any = flexproxy.plot.calibration(result).axes
-    assert [round(bar.get_height()) for bar in axes[0].patches] == list(result.num_proxies.values())
-    for axis, name in zip(axes[1:], ("density", "recovered"), strict=True):
-        for line, kind in zip((axis.containers[0][0], axis.containers[1][0]), ("uniform", "confirmed_on"), strict=True):
-            want = [fmean(layer[kind][name]) for layer in result.evidence["layers"].values()]
-            assert line.get_ydata().tolist() == pytest.approx(want)
+    layers = result.evidence["layers"].values()
+    for nth, bars in enumerate(axes[0].containers):
+        assert [bar.get_height() for bar in bars] == [layer["divergence"][nth] for layer in layers]
+    assert [bar.get_height() for bar in axes[1].patches] == [config.density for config in result.layers.values()]
 
 
 # ------------------------------------------------------------------------------------------------------- mistakes
@@ -292,8 +282,8 @@ def test_the_picture_shows_what_was_found(result: Calibration) -> None:
         ({"length": 200}, r"length: expected more than the 2048 tokens of min_budget, .* got sequences of 200; use"),
         ({"length": 1000, "config": CONFIG}, r"texts: expected two sequences of 1000 tokens at least"),
         ({"sequences": 1}, "sequences: expected an integer of at least 2, got 1; leave it out"),
-        ({"max_proxies": 0}, "max_proxies: expected an integer of at least 1, got 0"),
-        ({"rows": True}, "rows: expected an integer of at least 1, got True"),
+        ({"positions": 0}, "positions: expected an integer of at least 1, got 0"),
+        ({"positions": True}, "positions: expected an integer of at least 1, got True"),
     ],
 )
 def test_mistakes_are_named(model: Any, options: dict[str, Any], message: str) -> None:
@@ -306,6 +296,11 @@ def test_a_model_without_the_interface() -> None:
     linear: Any = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match="model: expected a model of transformers, got Linear"):
         flexproxy.calibrate(linear, TEXTS, density=0.4)
+
+
+def test_a_model_without_a_head() -> None:
+    with pytest.raises(CalibrationError, match="model: expected one that predicts the next token, got LlamaModel; loa"):
+        calibrated(make_model("llama").model)
 
 
 def test_a_model_in_training() -> None:

@@ -152,7 +152,7 @@ def any_model(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathF
     """Commands that take any decoder, whose folder MODEL stands for."""
     output = tmp_path_factory.mktemp("calibration") / "calibration.json"
     text = ["--text", str(inputs.default_text()), "--length", "512", "--device", "cpu"]
-    settings = ["--density", "1.0", "--min-budget", "64", "--max-proxies", "1", "--output", str(output)]
+    settings = ["--density", "1.0", "--min-budget", "64", "--output", str(output)]
     return {
         "compare": ["compare", "MODEL", "--length", "512", "--device", "cpu"],
         "inspect": ["inspect", "MODEL", *commands["inspect"][2:]],

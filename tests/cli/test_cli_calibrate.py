@@ -19,17 +19,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from flexproxy import ProxyConfig, calibration, cli
-from flexproxy.calibration import Calibration, choose
+from flexproxy.calibration import Calibration
 from tests.conftest import COMMAND
 from tests.tiny_model import LAYERS, save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = Path(argparse.__file__).read_bytes()
-
-
-@pytest.fixture(autouse=True)
-def few_levels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "NUM_LEVELS", 8)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +41,6 @@ def command(model_folder: Path, tmp_path: Path) -> list[str]:
         "--text": text,
         "--density": 0.8,
         "--min-budget": 128,
-        "--max-proxies": 2,
         "--output": tmp_path / "out" / "calibration.json",
         "--device": "cpu",
     }
@@ -62,14 +56,14 @@ def known(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _evidence() -> dict[str, Any]:
-    kept = {"density": [0.5], "recovered": [0.9]}
-    mean = {"density": 0.5, "recovered": 0.9}
+    mean = {"density": 0.5, "divergence": 0.1, "agreement": 0.9}
     return {
         "target": {"density": 0.5},
         "length": 1,
         "sequences": {"decided_on": 1, "confirmed_on": 1},
+        "chosen": "uniform",
         "mean": {"confirmed_on": mean, "uniform": mean},
-        "layers": {"0": {"confirmed_on": kept, "uniform": kept}},
+        "layers": {"0": {"density": [0.5, 1.0], "divergence": [0.1, 0.0], "shared": 0.5}},
     }
 
 
@@ -82,10 +76,13 @@ def test_files_and_table(command: list[str], tmp_path: Path, capsys: pytest.Capt
     assert picture.read_bytes().startswith(b"\x89PNG")
     settings = ProxyConfig.load_layers(path)
     assert sorted(settings) == list(range(LAYERS))
-    for config in settings.values():
-        assert f" {config.density:g} " in out
+    means = Calibration.load(path).evidence["mean"]
+    for name, key in (("shared out", "confirmed_on"), ("same in all layers", "uniform")):
+        row = next(line for line in out.splitlines() if name in line)
+        assert f"{means[key]['divergence']:.4f}" in row
+    assert "Densities by layer: " in out or "Sharing does not help: " in out
     assert str(path) in out.replace("\n", "")
-    for stage in ("measuring heads", "measuring again", "confirming"):
+    for stage in ("measuring layers", "confirming"):
         assert stage in err
 
 
@@ -96,7 +93,7 @@ def test_json_is_all_of_stdout(command: list[str], tmp_path: Path, capsys: pytes
     data = json.loads(out)
     assert data == json.loads((tmp_path / "out" / "calibration.json").read_text())
     assert data["evidence"]["target"] == {"quality": 0.8}
-    assert data["evidence"]["mean"]["confirmed_on"]["recovered_worst_layer"] >= 0.8
+    assert data["evidence"]["mean"]["confirmed_on"]["agreement"] >= 0.8
     assert "reaching the quality" in err
 
 
@@ -112,7 +109,6 @@ def test_json_is_all_of_stdout(command: list[str], tmp_path: Path, capsys: pytes
         ("--stride 3", "stride: expected a divisor of block_size"),
         ("--length 2000", "texts: expected two sequences of 2000 tokens at least"),
         ("--sequences 1", "--sequences"),
-        ("--max-proxies 0", "--max-proxies"),
         ("--text nowhere.txt", "cannot read the text nowhere.txt: No such file or directory"),
         ("--text .", "cannot read the text .: Is a directory"),
         ("--output .", "is not a regular file; name a file"),
@@ -132,7 +128,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
     out, err = capsys.readouterr()
     assert out == ""
-    lines = [line for line in err.splitlines() if not line.endswith(" s  measuring heads")]
+    lines = [line for line in err.splitlines() if not line.endswith(" s  measuring layers")]
     assert len(lines) == 1
     assert lines[0].startswith("flexproxy: ")
     assert message in lines[0]
@@ -200,7 +196,7 @@ def test_interrupting_leaves_nothing(command: list[str], tmp_path: Path) -> None
         [sys.executable, "-c", COMMAND, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
-    assert "measuring heads" in process.stderr.readline()
+    assert "measuring layers" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
@@ -211,5 +207,5 @@ def test_interrupting_leaves_nothing(command: list[str], tmp_path: Path) -> None
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["calibrate", "--help"]) == 0
     out = capsys.readouterr().out
-    for option in ("--text", "--density", "--quality", "--length", "--max-proxies", "--output", "--picture", "--force"):
+    for option in ("--text", "--density", "--quality", "--length", "--sequences", "--output", "--picture", "--force"):
         assert option in out

@@ -30,7 +30,7 @@ PARAMETERS = {
     "kernel_options": "q, k",
     "and_block_masks": "a, b",
     "calibrate": "model, texts, *, density=None, quality=None, config=None, length=None, sequences=4, "
-    "max_proxies=8, tolerance=0.03, rows=512, progress=None",
+    "positions=512, progress=None",
     "masks.causal": "b, h, q_idx, kv_idx",
     "masks.full": "b, h, q_idx, kv_idx",
     "masks.sliding_window": "window",

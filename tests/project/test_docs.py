@@ -299,7 +299,7 @@ def messages() -> Iterator[tuple[str, str]]:
                 parts = message.values if isinstance(message, ast.JoinedStr) else [message]
                 text = "".join(str(part.value) if isinstance(part, ast.Constant) else "\u2026" for part in parts)
                 if "expected \u2026, got" not in text:  # there the code fills in what is expected: a range of integers
-                    yield f"{path.name}:{node.lineno}", text
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}", text
 
 
 def test_every_error_is_in_the_tables() -> None:

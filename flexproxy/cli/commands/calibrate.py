@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,7 +45,7 @@ def calibrate(
     ] = None,
     quality: Annotated[
         float | None,
-        typer.Option(help="Target: share of attention mass that every layer recovers, in (0, 1]. This or --density."),
+        typer.Option(help="Target: share of next tokens that stay those of dense attention, in (0, 1]. Or --density."),
     ] = None,
     length: Annotated[
         int | None,
@@ -57,7 +56,6 @@ def calibrate(
     sequences: Annotated[
         int, typer.Option(min=2, help="Sequences to use at most; half of them decide, the others confirm.")
     ] = 4,
-    max_proxies: Annotated[int, typer.Option(min=1, help="Proxy heads of a layer at most.")] = 8,
     min_budget: Annotated[int, typer.Option(min=0, help="Tokens that every row keeps at least.")] = 2048,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Every how many tokens one is sampled for the scores; by default 4.")
@@ -72,14 +70,14 @@ def calibrate(
 ) -> None:
     require("transformers", "safetensors")
     from flexproxy import ProxyConfig
-    from flexproxy.calibration import Target
     from flexproxy.calibration import calibrate as run
+    from flexproxy.calibration import check_target
     from flexproxy.cli import inputs
 
     check_output("--output", output, force)
     check_picture("--picture", picture, force)
     try:
-        Target.of(density, quality)
+        check_target(density, quality)
         sampling: dict[str, Any] = {} if stride is None else {"stride": stride}
         config = ProxyConfig(min_budget=min_budget, **sampling)
     except ValueError as error:
@@ -99,7 +97,6 @@ def calibrate(
             config=config,
             length=length,
             sequences=sequences,
-            max_proxies=max_proxies,
             progress=progress,
         )
     if as_json:
@@ -128,28 +125,14 @@ def _show(found: Calibration) -> None:
     used = evidence["sequences"]["confirmed_on"]
     number = "1 sequence" if used == 1 else f"{used} sequences"
     table = Table(title=f"Measured on {number} of {evidence['length']} tokens, kept aside")
-    (target,) = evidence["target"]
-    setting = "gamma" if target == "quality" else "density"
-    for heading in ("layer", "proxies", f"set {setting}", "kept", "mass recovered", "worst head", "same in all layers"):
+    for heading in ("", "density", "bits per token from dense", "next token as dense"):
         table.add_column(heading, justify="right")
-    for index, config in found.layers.items():
-        layer = evidence["layers"][str(index)]
-        kept, uniform = layer["confirmed_on"], layer["uniform"]
-        table.add_row(
-            str(index),
-            str(found.num_proxies[index]),
-            f"{getattr(config, setting):g}",
-            f"{fmean(kept['density']):.3f}",
-            f"{fmean(kept['recovered']):.3f}",
-            f"{min(kept['recovered']):.3f}",
-            f"{fmean(uniform['recovered']):.3f}",
-        )
-    ours, uniform = evidence["mean"]["confirmed_on"], evidence["mean"]["uniform"]
-    table.add_section()
-    means = f"{ours['density']:.3f}", f"{ours['recovered']:.3f}", "", f"{uniform['recovered']:.3f}"
-    table.add_row("mean", "", "", *means)
-    table.caption = f"Same in all layers: one setting for all of them, which keeps {uniform['density']:.3f}"
+    for name, key in (("shared out", "confirmed_on"), ("same in all layers", "uniform")):
+        mean = evidence["mean"][key]
+        table.add_row(name, f"{mean['density']:.3f}", f"{mean['divergence']:.4f}", f"{mean['agreement']:.3f}")
     console.print(table)
-    grouped = [str(index) for index, config in found.layers.items() if config.groups is not None]
-    if grouped:
-        console.print(f"Heads that do not lie side by side share proxies in layers {', '.join(grouped)}.")
+    densities = [config.density or 1.0 for config in found.layers.values()]
+    if evidence["chosen"] == "uniform":
+        console.print(f"Sharing does not help: every layer gets a density of {densities[0]:g}.")
+    else:
+        console.print("Densities by layer: " + " ".join(f"{density:.2f}" for density in densities))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -131,6 +132,21 @@ def save_configuration(model: PreTrainedModel, path: str | os.PathLike[str]) -> 
     text = json.dumps(data, indent=1) + "\n"
     with replacing(path) as unfinished:
         unfinished.write_text(text)
+
+
+@contextmanager
+def settings_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Whatever is set inside of a ``with`` statement, the model has its own settings afterwards."""
+    names = _ATTRIBUTE, _WHEN, _SHARING
+    modules = all_modules(attention_layers(model))
+    before = [{name: vars(module)[name] for name in names if name in vars(module)} for module in modules]
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(own)
 
 
 def shape_of(model: PreTrainedModel) -> dict[str, Any]:
