@@ -77,7 +77,6 @@ bench:
 	$(PYTHON) -m benchmarks.bench_tiles $(ARGS)
 	$(PYTHON) -m benchmarks.bench_cold $(ARGS)
 	$(PYTHON) -m benchmarks.bench_prefill $(ARGS)
-	$(PYTHON) -m benchmarks.bench_calibrate $(ARGS)
 
 plots:
 	$(PYTHON) -m benchmarks.plots

@@ -21,7 +21,6 @@ pytest.importorskip("transformers")
 import transformers
 
 import flexproxy
-from benchmarks import bench_calibrate
 from flexproxy import ProxyConfig
 from flexproxy import calibration as calibrating
 from flexproxy.calibration import Calibration, CalibrationError, calibrate
@@ -308,17 +307,3 @@ def test_a_model_in_training() -> None:
         CalibrationError, match="model: expected one in eval mode, got one that is in training; call mod"
     ):
         calibrated(make_model("llama").train())
-
-
-def test_the_benchmark_measures_a_calibration(model: Any, result: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def run(model: Any, texts: Any, **options: Any) -> Calibration:
-        asked.append(([len(text) for text in texts], options))
-        return result
-
-    monkeypatch.setattr(flexproxy, "calibrate", run)
-    row = bench_calibrate.measure(model, bench_calibrate.Case(LENGTH, 2, {"quality": 0.8}))
-    assert asked == [([LENGTH] * 2, {"sequences": 2, "quality": 0.8})]
-    mean = result.evidence["mean"]
-    assert (row["decided"], row["confirmed"]) == tuple(mean[kind]["density"] for kind in ("decided_on", "confirmed_on"))
