@@ -51,7 +51,7 @@ def _draw(axes: Any, calibration: Calibration) -> None:
     tried = columns[:-1]  # the last is dense
     for nth, column in enumerate(tried):
         mean = sum(density for density, _ in column) / len(column)
-        shade = 0.25 + 0.75 * (len(tried) - nth) / len(tried)
+        shade = (nth + 1) / len(tried)  # the lower bars stand in front
         axes[0].bar(places, [lost for _, lost in column], color=DARK, alpha=shade, width=0.8, label=f"{mean:.2f}")
     axes[0].set_ylabel("bits per token\nfrom dense, alone")
     axes[0].legend(title="density", ncols=len(tried), frameon=False, fontsize=8, title_fontsize=8)
