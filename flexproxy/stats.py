@@ -135,27 +135,6 @@ def block_mass(
     return masses / reduce(number, "(i x) -> i 1", "sum", x=q_size).clamp(min=1)
 
 
-@torch.no_grad()
-def row_masses(q: Tensor, k: Tensor, selection: Selection, rows: Tensor, scale: float | None = None) -> Tensor:
-    """Dense attention's probability in every block of keys, for some queries: fp32 ``[B, Hq, m, Nk]``.
-
-    Args:
-        q, k, scale: as in ``recovered_mass``.
-        selection: gives the blocks, and says what is admissible; which blocks it keeps does not matter.
-        rows: indices of the queries, int64 ``[m]``, ascending. One without an admissible key has no mass.
-    """
-    _check(q, k, selection, None)
-    dense, _ = _pairs(q, k, selection, None)
-    size = block_size_of(selection)[1]
-    masses = [
-        reduce(
-            pad_to_multiple(probability.nan_to_num_(0.0), -1, size, 0.0), "b h row (j y) -> b h row j", "sum", y=size
-        )
-        for _, _, probability in _probabilities(q, k, dense, rows, check_scale(scale, q.shape[3]))
-    ]
-    return torch.cat(masses, 2)
-
-
 def block_size_of(mask: Selection | BlockMask) -> tuple[int, int]:
     """Tokens per block, of queries and of keys."""
     if isinstance(mask, Selection):

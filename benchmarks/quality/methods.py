@@ -50,10 +50,6 @@ class Method:
     select: Select | None = None
     correct: Correct | None = None
 
-    @property
-    def is_flexproxy(self) -> bool:
-        return self.name.startswith("flexproxy")
-
     def __str__(self) -> str:
         return f"{self.name}, {self.setting}" if self.setting else self.name
 
