@@ -9,6 +9,7 @@ Forward passes only, no gradients. Needs transformers.
 from __future__ import annotations
 
 import bisect
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -111,9 +112,8 @@ def calibrate(
         if density is None:
             report("reaching the quality", 0, 1)
             lowest = fmean(curve[0].density for curve in curves.values())
-            means = [lowest ** (1 - step / 32) for step in range(32)]
-            found = bisect.bisect_left(means, True, key=reaches)
-            density = round([*means, 1.0][found], 4)
+            means = [*(math.ceil(1e4 * lowest ** (1 - step / 32)) / 1e4 for step in range(32)), 1.0]  # none is lower
+            density = means[bisect.bisect_left(means, True, hi=32, key=reaches)]
         report("confirming", 0, 1)
         chosen = shared(density)
         uniform = dict.fromkeys(chosen, replace(config, density=density))

@@ -189,6 +189,13 @@ def test_the_quality_is_reached_by_no_more_density_than_needed(model: Any) -> No
     assert min(lower[kind]["agreement"] for kind in ("decided_on", "confirmed_on")) < 0.8
 
 
+def test_a_quality_that_the_sparsest_reach(model: Any) -> None:
+    found = calibrated(model, quality=0.01)
+    sparsest = [layer["density"][0] for layer in found.evidence["layers"].values()]
+    densities = [config.density or 1.0 for config in found.layers.values()]
+    assert sum(densities) == pytest.approx(sum(sparsest), abs=1e-3)
+
+
 def test_the_needle_model_is_closer_to_dense_than_with_one_density() -> None:
     """On texts kept aside, at no more density."""
     model = inputs.load_model(Path("examples/needle"), torch.device("cpu"))
