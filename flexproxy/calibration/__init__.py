@@ -52,8 +52,8 @@ def calibrate(
 
     Each layer is made sparse alone, at a few densities, while all others stay dense, and the model's predictions are
     compared with those of dense attention. Density is then shared out between the layers so that what they lose is
-    least in sum. If on sequences that were kept aside this is no better than the same density in all layers, that is
-    chosen. The model is left as it was.
+    least in sum. If on sequences that were kept aside this is no better than the same density in all layers, and that
+    reaches the quality too, that is chosen. The model is left as it was.
 
     It takes some three forward passes for each layer, four with ``quality``.
 
@@ -106,20 +106,20 @@ def calibrate(
             shares = share_density(list(curves.values()), mean)
             return {layer: replace(config, density=share) for layer, share in zip(curves, shares, strict=True)}
 
-        def reaches(mean: float) -> bool:
-            return all(one.lost(shared(mean)).agreement >= (quality or 0.0) for one in (reader, kept_aside))
+        def reaches(settings: dict[int, ProxyConfig]) -> bool:
+            return quality is None or all(one.lost(settings).agreement >= quality for one in (reader, kept_aside))
 
         if density is None:
             report("reaching the quality", 0, 1)
             lowest = fmean(curve[0].density for curve in curves.values())
             means = [*(math.ceil(1e4 * lowest ** (1 - step / 32)) / 1e4 for step in range(32)), 1.0]  # none is lower
-            density = means[bisect.bisect_left(means, True, hi=32, key=reaches)]
+            density = means[bisect.bisect_left(means, True, hi=32, key=lambda mean: reaches(shared(mean)))]
         report("confirming", 0, 1)
         chosen = shared(density)
         uniform = dict.fromkeys(chosen, replace(config, density=density))
         confirmed, plain = kept_aside.lost(chosen), kept_aside.lost(uniform)
         decided = reader.lost(chosen)
-    helps = confirmed.divergence < plain.divergence
+        helps = confirmed.divergence < plain.divergence or not reaches(uniform)
     evidence = {
         "target": {"density": density} if quality is None else {"quality": quality},
         "length": decide.shape[1],

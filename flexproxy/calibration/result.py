@@ -23,7 +23,7 @@ class Calibration:
             layer causes by itself at every ``density`` tried, and the density that was ``shared`` out to it;
             ``mean`` what all layers together cause: on the sequences that decided, on those that were kept aside, and
             on the latter with the same density in all layers (``uniform``). ``chosen`` is "uniform" where that was
-            better. *Divergence* is in bits per token, from the predictions of dense attention.
+            no worse. *Divergence* is in bits per token, from the predictions of dense attention.
         versions: of what it was made with.
     """
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def calibration(calibration: Calibration, *, title: str | None = None) -> Figure:
-    """What every layer loses by itself at each density tried, and the density that it gets.
+    """What every layer loses by itself at each density tried, and the density that is shared out to it.
 
     Args:
         calibration: what ``flexproxy.calibrate`` returned.

@@ -169,6 +169,21 @@ def test_shares_that_do_not_help_on_texts_kept_aside_are_not_chosen(
     assert found.layers == dict.fromkeys((0, 1), dataclasses.replace(CONFIG, density=0.4))
 
 
+def test_one_density_that_does_not_reach_the_quality_is_not_chosen(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = Reader.lost
+
+    def worse_if_shared(self: Reader, settings: dict[int, ProxyConfig]) -> Any:
+        found = lost(self, settings)
+        if len(settings) == 1:
+            return found
+        uniform = len(set(settings.values())) == 1
+        return found._replace(divergence=0.1 if uniform else 0.2, agreement=0.7 if uniform else 0.9)
+
+    monkeypatch.setattr(Reader, "lost", worse_if_shared)
+    assert calibrated(model, quality=0.8).evidence["chosen"] == "shared"
+    assert calibrated(model, quality=0.6).evidence["chosen"] == "uniform"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_reaches_the_same(model: Any, result: Calibration) -> None:
