@@ -55,7 +55,8 @@ class Packed(NamedTuple):
 class Paged(NamedTuple):
     """Pages of keys and values side by side, ``[pages, page_size, Hkv, D + D]``, any strides.
 
-    Each request's are gathered apart: NOTE [Strides that are inferred] in flexproxy/sparse/kernel.py.
+    The keys of a request are gathered apart from its values: NOTE [Strides that are inferred] in
+    flexproxy/sparse/kernel.py.
 
     table: int ``[requests, columns]``; page i of a request holds its tokens from ``i * page_size`` on. Columns behind
         its last page are not read.

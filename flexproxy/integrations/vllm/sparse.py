@@ -244,9 +244,9 @@ class SparseLayer:
         return attend_requests(query, keys, requests, output, config=config, scale=self.scale, when=when)
 
     def _rehearse(self, plan: Plan, query: Tensor) -> None:
-        """In vLLM's profiling run: take the memory of the longest prefill, and compile its kernels.
+        """In vLLM's profiling run: take the memory of the longest prefill, and compile the kernels of all lengths.
 
-        So the cache is planned with room for it, and the first long request does not stall. Once for each plan, by the
+        So the cache is planned with room for it, and the first long request waits less. Once for each plan, by the
         first layer that has it.
         """
         if self._has_run or plan.share is None or not query.is_cuda:
