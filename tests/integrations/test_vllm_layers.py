@@ -68,6 +68,8 @@ def test_rehearsals_compile_for_any_length() -> None:
         widths = {1 << (-(-k // 128) - 1).bit_length() for _, k in alike}
         assert widths == {8, 16, 32, 64, 128, 256, 512, 1024, most}
         assert {q == k for q, k in alike} == {True, False}
+        for same in (True, False):  # two numbers of query blocks where it is sparse, or kernels are for one alone
+            assert len({-(-q // 128) for q, k in alike if k > 8192 and (q == k) == same}) == 2
 
 
 def test_layer_index() -> None:

@@ -90,15 +90,16 @@ def rehearsals(max_queries: int, max_keys: int) -> list[tuple[int, int]]:
     """Numbers of queries and keys to try, in whole blocks and not, the longest last.
 
     Kernels that hold a row of blocks are compiled for each power of two of its blocks; flex_attention for the first
-    lengths, for any at the second, and perhaps once more where there are as many queries as keys.
+    lengths, for any at the second, of queries and of keys, and perhaps once more where there are as many of both.
     """
+    most = min(max_queries, max_keys)
+    fewer = most * 3 // 4  # as in the last step of a prompt
     powers = (2**n for n in range(10, max_keys.bit_length()))
     lengths = [length for length in powers if length < max_keys] + [max_keys]
     pairs = []
-    for keys in lengths:
-        queries = min(max_queries, keys)
+    for queries, keys in [(fewer, fewer), (fewer, max_keys), *((min(most, keys), keys) for keys in lengths)]:
         pairs += [(queries // 128 * 128, keys // 128 * 128), (min(queries - 1, keys - 3), keys - 3)]
-    pairs.append((min(max_queries, max_keys), max_keys))
+    pairs.append((most, max_keys))
     return [(q, k) for q, k in pairs if 1 < q <= k]
 
 
