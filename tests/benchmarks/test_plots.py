@@ -44,9 +44,7 @@ def synthetic(folder: Path) -> None:
             ms = (0.2 + 0.6 * (length / 131072) ** 2) * (1 + n)
             stage = {f"stage_{name}_ms": ms * (i + 1) / 50 for i, name in enumerate((*stages.STAGES, "other"))}
             dense = {"dense_ms": 250 * (length / 131072) ** 2 if length < 262144 else None}
-            build_rows.append(
-                row(length, "", "", ms, num_proxies=proxies, query_choice="first", stage_error=None, **dense, **stage)
-            )
+            build_rows.append(row(length, "", "", ms, num_proxies=proxies, stage_error=None, **dense, **stage))
             mib = {"kept_mib": 2.5 * 128 * (length / 131072) ** 2, "extra_mib": 40 * length / 131072 * (1 + n)}
             for part in ("build", "sparse") if proxies == 1 else ("build",):
                 found = {"length": length, "num_proxies": proxies, "part": part, "error": None, **mib}
