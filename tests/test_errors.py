@@ -418,7 +418,7 @@ FIELDS = {
     "groups of another length": Bad(
         lambda x: api.build(x.q, x.k, config=config(groups=[0, 1, 0])),
         ValueError,
-        "groups: expected the proxy index of each of the 4 query heads, got 3 of them; calibrate for this model, or "
+        "groups: expected the proxy index of each of the 4 query heads, got 3 of them; name one for each, or "
         "use num_proxies",
     ),
     "scale NaN": Bad(

@@ -28,7 +28,7 @@ else:
 _INTERRUPTED = 130
 _ABOUT = "ProxyAttn block-sparse prefill for PyTorch FlexAttention."
 _COMMANDS = {
-    "calibrate": "Choose proxies and budgets for every layer of a model, from a few texts.",
+    "calibrate": "Choose the density of every layer of a model, from a few texts.",
     "compare": "Prefill a text with a model, dense and with a few settings: density, agreement, loss and time of each.",
     "demo": "Prefill a real text with a small trained model, dense and with flexproxy, and compare.",
     "info": "Show versions, devices, and what flexproxy picks on each: the estimate and the kernel options, and why.",

@@ -39,7 +39,7 @@ def share_of_rank(config: ProxyConfig, rank: int, ranks: int, num_q_heads: int, 
     if len(config.groups) != num_q_heads:
         raise ValueError(
             f"groups: expected the proxy index of each of the {num_q_heads} query heads, got {len(config.groups)} of "
-            "them; calibrate for this model, or use num_proxies"
+            "them; name one for each, or use num_proxies"
         )
     size = num_q_heads // ranks
     own = config.groups[rank * size : (rank + 1) * size]

@@ -44,7 +44,7 @@ def head_groups(
     elif len(groups) != num_q_heads:
         raise ValueError(
             f"groups: expected the proxy index of each of the {num_q_heads} query heads, got {len(groups)} of them; "
-            "calibrate for this model, or use num_proxies"
+            "name one for each, or use num_proxies"
         )
     heads_per_kv = num_q_heads // num_kv_heads
     q_heads: list[list[int]] = [[] for _ in range(max(groups) + 1)]
