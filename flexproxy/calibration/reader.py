@@ -78,7 +78,7 @@ class Reader:
         seen, found = self._read(settings)
         density = {layer: float(kept) for layer, kept in seen if layer in settings}
         pairs = list(zip(self._dense, found, strict=True))  # sequence by sequence, for they are large
-        divergence = [float((dense.exp() * (dense - own)).sum(-1).double().mean()) for dense, own in pairs]
+        divergence = [divergence_of(dense, own) for dense, own in pairs]
         agreement = [float((dense.argmax(-1) == own.argmax(-1)).double().mean()) for dense, own in pairs]
         return Lost(density, fmean(divergence) / math.log(2), fmean(agreement))
 
@@ -100,6 +100,12 @@ class Reader:
         with observe(self._model, see):
             logits = self._model(input_ids=self._tokens, use_cache=False, logits_to_keep=self._places).logits
         return seen, logits.float().log_softmax(-1)
+
+
+def divergence_of(dense: Tensor, own: Tensor) -> float:
+    """In nats, the mean over positions, of log-probabilities ``[n, vocabulary]``; -inf is of tokens ruled out."""
+    each = dense.exp() * (dense - own)
+    return float(each.masked_fill(dense.isneginf(), 0.0).sum(-1).double().mean())
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import flexproxy
 from flexproxy import ProxyConfig
 from flexproxy.calibration import CalibrationError, check_target, choose, texts
 from flexproxy.calibration.choose import Point
+from flexproxy.calibration.reader import divergence_of
 from flexproxy.calibration.result import Calibration
 
 
@@ -36,6 +37,14 @@ def test_shares_lose_the_least() -> None:
         CalibrationError, match=r"density: expected at least 0\.0500, which min_budget and .* got 0\.04"
     ):
         choose.share_density(curves, 0.04)
+
+
+def test_tokens_that_a_model_rules_out_lose_nothing() -> None:
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    logits[..., 2] = -torch.inf
+    dense, own = logits.log_softmax(-1)
+    wanted = torch.nn.functional.kl_div(own[:, [0, 1, 3, 4]], dense[:, [0, 1, 3, 4]], log_target=True, reduction="sum")
+    assert divergence_of(dense, own) == pytest.approx(float(wanted) / 3, rel=1e-5)
 
 
 def test_a_dent_in_a_curve_is_climbed_over() -> None:

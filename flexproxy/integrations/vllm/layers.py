@@ -98,9 +98,8 @@ def rehearsals(max_queries: int, max_keys: int) -> list[tuple[int, int]]:
     lengths = [length for length in powers if length < max_keys] + [max_keys]
     pairs = []
     for queries, keys in [(fewer, fewer), (fewer, max_keys), *((min(most, keys), keys) for keys in lengths)]:
-        pairs += [(queries // 128 * 128, keys // 128 * 128), (min(queries - 1, keys - 3), keys - 3)]
-    pairs.append((most, max_keys))
-    return [(q, k) for q, k in pairs if 1 < q <= k]
+        pairs += [(min(queries - 1, keys - 3), keys - 3), (queries // 128 * 128, keys // 128 * 128)]
+    return [(q, k) for q, k in dict.fromkeys([*pairs, (most, max_keys)]) if 1 < q <= k]
 
 
 def layer_index(name: str) -> int:
