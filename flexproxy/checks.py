@@ -188,7 +188,7 @@ def _pooled_bytes(q: Tensor, k: Tensor, config: ProxyConfig) -> int:
     """The proxy heads, which are there before it."""
     q_stride, k_stride = config.strides
     tokens = q.shape[2] // (1 if config.chooses_queries else q_stride) + k.shape[2] // k_stride
-    return q.shape[0] * config.proxies(k.shape[1]) * tokens * q.shape[3] * q.element_size()
+    return q.shape[0] * config.proxies(q.shape[1], k.shape[1]) * tokens * q.shape[3] * q.element_size()
 
 
 def _check_tensor(name: str, x: Any, shape: str) -> None:

@@ -28,19 +28,20 @@ class ProxyConfig:
     Attributes:
         num_proxies: number P of proxy heads. Divides Hkv, or is a multiple of Hkv that divides Hq. Heads are grouped
             contiguously, aligned with the KV groups of GQA. None: one for each key/value head, but at most 8: the
-            largest divisor of Hkv up to 8. Under tensor parallelism, that of the whole model.
+            largest divisor of Hkv up to 8; with ``sharing="rows"``, one for each query head. Under tensor parallelism,
+            that of the whole model.
         groups: proxy index of every query head, length Hq, every index from 0 to P - 1 used. Replaces ``num_proxies``.
         gamma: attention mass that each head's budget must reach, in (0, 1]. 1.0 keeps every block.
         density: target mean density (kept blocks / admissible blocks) in (0, 1]. Replaces ``gamma``: the one gamma that
             brings the heads of a sequence nearest to the target is found, so all of them reach the same coverage.
         sharing: what a count is for. "heads", as in the paper: each head has one, for all of its rows. "rows": a
             sequence keeps as many blocks in all, but its rows and heads share them by one threshold on the scores, so
-            each row has a count of its own. It is for heads with scores of their own, ``num_proxies`` = Hq, which with
-            ``query_stride=16`` take the time of Hq / 4 proxies; with pooled scores "heads" loses less. The documents
-            packed in a batch row share as one sequence.
+            each row has a count of its own. It is for heads with scores of their own; with pooled scores "heads" loses
+            less. The documents packed in a batch row share as one sequence.
         stride: tokens from one sampled key (and query) to the next in the scores. Divides ``block_size``.
         query_stride: the same for the queries, where it is another. Half of the queries and twice the keys are as
-            many pairs: what matters may be a few tokens among the keys, which many queries look for.
+            many pairs: what matters may be a few tokens among the keys, which many queries look for. None: ``stride``,
+            and with ``sharing="rows"`` four times that, so that heads take the time of Hq / 4 proxies.
         query_choice: which query of every ``query_stride`` is sampled: the "first", as in the paper, or the "outlier",
             the one whose proxy query is farthest from the mean of the 128 around it. A query that looks for something
             far away is unlike its neighbours, so far fewer samples find it.
@@ -147,18 +148,19 @@ class ProxyConfig:
         )
         return replace(settings, **changes)
 
-    def proxies(self, num_kv_heads: int) -> int:
-        """P, for ``num_kv_heads`` = Hkv."""
+    def proxies(self, num_q_heads: int, num_kv_heads: int) -> int:
+        """P, for ``num_q_heads`` = Hq and ``num_kv_heads`` = Hkv."""
         if self.groups is not None:
             return max(self.groups) + 1
         if self.num_proxies is not None:
             return self.num_proxies
-        return default_proxies(num_kv_heads)
+        return num_q_heads if self.sharing == "rows" else default_proxies(num_kv_heads)
 
     @property
     def strides(self) -> tuple[int, int]:
         """Tokens from one sampled query to the next, and from one sampled key to the next."""
-        return self.stride if self.query_stride is None else self.query_stride, self.stride
+        usual = min(4 * self.stride, self.block_size) if self.sharing == "rows" else self.stride
+        return self.query_stride or usual, self.stride
 
     @property
     def chooses_queries(self) -> bool:

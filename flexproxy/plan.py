@@ -187,7 +187,7 @@ def new_plan(q: Tensor, k: Tensor, config: ProxyConfig, scale: float, gradients:
     Raises:
         ValueError: the proxies do not fit the heads.
     """
-    groups, key_groups = head_groups(config.num_proxies, config.groups, q.shape[1], k.shape[1])
+    groups, key_groups = head_groups(config, q.shape[1], k.shape[1])
     sizes = q.shape[0], q.shape[1], q.shape[2], k.shape[2], config.block_size
     strides = (None if config.chooses_queries else config.strides[0]), config.strides[1]
     forced = config.sink_blocks, config.local_blocks

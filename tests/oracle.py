@@ -81,7 +81,7 @@ class Case:
 
     def groups(self) -> reference.Groups:
         if self.config.groups is None:
-            return reference.groups_of(self.config.proxies(self.k.shape[1]), self.q.shape[1])
+            return reference.groups_of(self.config.proxies(self.q.shape[1], self.k.shape[1]), self.q.shape[1])
         number = max(self.config.groups) + 1
         return [[h for h, p in enumerate(self.config.groups) if p == proxy] for proxy in range(number)]
 
@@ -237,7 +237,7 @@ class Expected:
 def pooled(case: Case) -> tuple[Tensor, Tensor]:
     """Proxy queries (all of them, where some are chosen) and proxy keys, as the implementation in use makes them."""
     config = case.config
-    groups, k_groups = head_groups(config.num_proxies, config.groups, case.q.shape[1], case.k.shape[1])
+    groups, k_groups = head_groups(config, case.q.shape[1], case.k.shape[1])
     q_stride, k_stride = config.strides
     q_stride = 1 if config.chooses_queries else q_stride
     return pool_heads(case.q, groups, q_stride), pool_heads(case.k, k_groups, k_stride)

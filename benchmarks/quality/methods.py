@@ -238,7 +238,7 @@ def name_of_config(config: ProxyConfig) -> str:
 def fits(config: ProxyConfig, num_heads: int, num_kv_heads: int) -> str | None:
     """None, or why a config does not fit a model's heads."""
     try:
-        head_groups(config.num_proxies, config.groups, num_heads, num_kv_heads)
+        head_groups(config, num_heads, num_kv_heads)
     except ValueError as error:
         return str(error)
     return None

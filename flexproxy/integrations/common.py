@@ -27,6 +27,8 @@ def share_of_rank(config: ProxyConfig, rank: int, ranks: int, num_q_heads: int, 
     if config.keeps_all:
         return replace(config, num_proxies=1, groups=None)
     if config.groups is None:
+        if config.num_proxies is None and config.sharing == "rows":
+            return config
         if config.num_proxies is None:
             total = default_proxies(num_kv_heads)
             return replace(config, num_proxies=total // ranks if total % ranks == 0 else None)

@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from flexproxy.config import NEIGHBOURS, default_proxies
+from flexproxy.config import NEIGHBOURS, ProxyConfig
 from flexproxy.ops.cache import kept
 from flexproxy.ops.operators import operator
 from flexproxy.ops.tensors import is_contiguous, pad_to_multiple
@@ -17,9 +17,7 @@ Groups = tuple[tuple[int, ...], ...]
 CHUNK_ELEMENTS = 2**22  # of proxy queries in one piece, in double precision 32 MiB
 
 
-def head_groups(
-    num_proxies: int | None, groups: Sequence[int] | None, num_q_heads: int, num_kv_heads: int
-) -> tuple[Groups, Groups]:
+def head_groups(config: ProxyConfig, num_q_heads: int, num_kv_heads: int) -> tuple[Groups, Groups]:
     """The query heads, and the key heads, of every proxy.
 
     A key head belongs to a group if a query head of the group uses it, and counts once.
@@ -27,8 +25,9 @@ def head_groups(
     Raises:
         ValueError: the proxies do not fit the heads.
     """
+    groups = config.groups
     if groups is None:
-        num_proxies = default_proxies(num_kv_heads) if num_proxies is None else num_proxies
+        num_proxies = config.proxies(num_q_heads, num_kv_heads)
         fits = num_kv_heads % num_proxies == 0 or (num_proxies % num_kv_heads == 0 and num_q_heads % num_proxies == 0)
         if not fits:
             possible = [

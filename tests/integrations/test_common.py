@@ -49,3 +49,9 @@ def test_the_default_number_of_proxies_fits_any_number_of_ranks() -> None:
     assert share_of_rank(config, 1, 8, 32, 8).num_proxies == 1
     assert share_of_rank(config, 0, 3, 36, 12).num_proxies == 2
     assert share_of_rank(config, 0, 4, 36, 12).num_proxies is None
+
+
+def test_heads_that_share_over_rows_fit_any_number_of_ranks() -> None:
+    config = ProxyConfig(sharing="rows")
+    assert share_of_rank(config, 1, 3, 9, 3) is config
+    assert config.proxies(3, 1) == 3  # of the rank's own heads

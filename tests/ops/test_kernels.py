@@ -313,7 +313,7 @@ def test_the_ends_of_block_size_and_stride(block_size: int, stride: str, device:
     step = 1 if stride == "one" else block_size
     config = ProxyConfig(num_proxies=1, block_size=block_size, stride=step, min_budget=0, gamma=0.6)
     case = Case(q, k, k, config, "default", None, [num_keys - num_queries])
-    groups, k_groups = head_groups(1, None, 2, 2)
+    groups, k_groups = head_groups(ProxyConfig(num_proxies=1), 2, 2)
     expected = expect(case, pool_heads(q, groups, step), pool_heads(k, k_groups, step))
     selection = flexproxy.select(q, k, config=config)
     check_rank(selection.rank.cpu(), expected)

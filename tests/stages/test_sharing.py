@@ -128,3 +128,12 @@ def test_as_many_blocks_as_one_count_for_each_head(device: str) -> None:
 def test_a_density_needs_no_masses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "block_masses", None)
     flexproxy.select(*inputs("cpu", 1), config=replace(ROWS, density=0.4))
+
+
+def test_defaults_are_for_heads_by_themselves() -> None:
+    config = ProxyConfig(sharing="rows")
+    assert (config.proxies(32, 8), config.strides) == (32, (16, 4))
+    assert ProxyConfig(sharing="rows", block_size=16, stride=8).strides == (16, 8)
+    own = ProxyConfig(sharing="rows", num_proxies=4, query_stride=4)
+    assert (own.proxies(32, 8), own.strides) == (4, (4, 4))
+    assert (ProxyConfig().proxies(32, 8), ProxyConfig().strides) == (8, (4, 4))

@@ -287,7 +287,7 @@ def _check_heads(module: nn.Module, config: ProxyConfig) -> None:
     shape: Any = getattr(module, "config", None)
     q_heads, kv_heads = (getattr(shape, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(q_heads, int):
-        head_groups(config.num_proxies, config.groups, q_heads, kv_heads if isinstance(kv_heads, int) else q_heads)
+        head_groups(config, q_heads, kv_heads if isinstance(kv_heads, int) else q_heads)
 
 
 def _share(module: nn.Module, config: ProxyConfig, num_heads: int) -> ProxyConfig:

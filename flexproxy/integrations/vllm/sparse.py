@@ -183,7 +183,7 @@ class SparseLayer:
         ranks = get_tensor_model_parallel_world_size()
         kv_heads = self._vllm_config.model_config.get_total_num_kv_heads()
         share = share_of_rank(config, get_tensor_model_parallel_rank(), ranks, self.num_heads * ranks, kv_heads)
-        head_groups(share.num_proxies, share.groups, self.num_heads, self.num_kv_heads)
+        head_groups(share, self.num_heads, self.num_kv_heads)
         return share
 
     def _why_dense(self, layer: Any) -> str | None:
