@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from flexproxy.config import ProxyConfig, default_proxies
+from flexproxy.config import ProxyConfig
 
 
 def share_of_rank(config: ProxyConfig, rank: int, ranks: int, num_q_heads: int, num_kv_heads: int) -> ProxyConfig:
@@ -27,17 +27,15 @@ def share_of_rank(config: ProxyConfig, rank: int, ranks: int, num_q_heads: int, 
     if config.keeps_all:
         return replace(config, num_proxies=1, groups=None)
     if config.groups is None:
-        if config.num_proxies is None and config.sharing == "rows":
-            return config
-        if config.num_proxies is None:
-            total = default_proxies(num_kv_heads)
-            return replace(config, num_proxies=total // ranks if total % ranks == 0 else None)
-        if config.num_proxies % ranks:
+        total = config.proxies(num_q_heads, num_kv_heads)
+        if total % ranks == 0:
+            return replace(config, num_proxies=total // ranks)
+        if config.num_proxies is not None:
             raise ValueError(
                 f"num_proxies: expected a multiple of the {ranks} tensor-parallel ranks, whose heads are ranked apart, "
                 f"got {config.num_proxies}; use ProxyConfig(num_proxies={ranks})"
             )
-        return replace(config, num_proxies=config.num_proxies // ranks)
+        return config
     if len(config.groups) != num_q_heads:
         raise ValueError(
             f"groups: expected the proxy index of each of the {num_q_heads} query heads, got {len(config.groups)} of "
