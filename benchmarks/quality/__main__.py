@@ -25,7 +25,7 @@ import typer
 from benchmarks.harness import Out, Quick, command, fractions, integers, listed, result_path, versions
 from benchmarks.quality import report
 from benchmarks.quality.evaluate import Cell, ResultFile, run
-from benchmarks.quality.methods import BASELINES, EXPERIMENTS, default_proxies, fits, methods_of
+from benchmarks.quality.methods import BASELINES, EXPERIMENTS, fits, methods_of
 from benchmarks.quality.models import DEFAULT_MODEL, NEEDLE, attention_shape, fingerprint, name_of, tasks_for
 from benchmarks.quality.real_models import MODELS, long_context, positions_of, resolve
 from benchmarks.quality.texts import Text
@@ -70,7 +70,9 @@ def configs_for(proxies: list[str], texts: list[str], min_budget: int, heads: in
     Raises:
         ValueError: none fits, or one is no number.
     """
-    numbers = list(dict.fromkeys(default_proxies(kv_heads) if name == "kv" else int(name) for name in proxies))
+    numbers = list(
+        dict.fromkeys(ProxyConfig().proxies(heads, kv_heads) if name == "kv" else int(name) for name in proxies)
+    )
     configs = [config_of(number, text, min_budget) for number, text in product(numbers, texts)]
     problems = {config.num_proxies: fits(config, heads, kv_heads) for config in configs}
     fitting = [config for config in configs if problems[config.num_proxies] is None]

@@ -215,11 +215,6 @@ def shared(config: ProxyConfig, number: int) -> Method:
     return Method(f"{plain.name}, shared by {number} layers", plain.setting, select)
 
 
-def default_proxies(num_kv_heads: int) -> int:
-    """One proxy for each key/value head, but at most 8: the largest divisor up to 8."""
-    return max(p for p in range(1, 9) if num_kv_heads % p == 0)
-
-
 def name_of_config(config: ProxyConfig) -> str:
     """``flexproxy P 3, stride 4``: the proxies, and the strides of queries and keys, where they differ both.
 

@@ -28,7 +28,6 @@ from benchmarks.quality.methods import (
     Method,
     Place,
     corrected,
-    default_proxies,
     of_config,
     of_layers,
     shared,
@@ -60,7 +59,7 @@ class Plan:
 
     def __init__(self, session: Session, results: ResultFile) -> None:
         self.session, self.results = session, results
-        self.proxies = default_proxies(session.kv_heads)
+        self.proxies = ProxyConfig().proxies(session.heads, session.kv_heads)
         self.stages: dict[str, Callable[[], Iterator[Cell]]] = {
             "equal": self.equal,
             "defaults": self.defaults,

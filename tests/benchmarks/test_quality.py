@@ -32,7 +32,6 @@ from benchmarks.quality.methods import (
     EXPERIMENTS,
     Method,
     Place,
-    default_proxies,
     delta_correction,
     fits,
     methods_of,
@@ -46,6 +45,7 @@ from benchmarks.quality.samples import Sample, Task, bits_per_token, exact_answe
 from benchmarks.quality.trials import changing_counts, counts, sampled
 from flexproxy import ProxyConfig, reference
 from flexproxy.cli.inputs import load_decoder, reads_bytes
+from flexproxy.config import default_proxies
 from tests.accuracy import skip_unless_flex_compiles
 from tests.benchmarks.test_quality_tasks import PROSE, make_tokenizer
 from tests.tiny_model import HEADS, LAYERS, save_tiny_model
