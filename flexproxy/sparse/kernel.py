@@ -10,7 +10,7 @@ NOTE [Strides that are inferred]
 A GPU's kernel is compiled for any length, and its strides are products of sizes where dynamo can infer them so: of
 ``[B, H, S, D]``, and of ``[B, S, H, D]`` transposed. Any other stride, as of a part of a fused projection or of keys
 that lie beside their values, is a number of its own to the kernel, and attention takes up to twice as long (keys and
-values of an H100, torch 2.11). A copy takes less than a tenth of that.
+values of an H100, torch 2.11). A copy takes less than a tenth of what it saves.
 """
 
 from __future__ import annotations
@@ -182,8 +182,10 @@ def _try_flash(device: torch.device) -> float:
 
 def run_compiled(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Any:
     """Compiled ``flex_attention``. Raises NotCompiledError where compilation is switched off."""
-    lengths = (q.shape, k.shape, v.shape, q.dtype) if q.device.type == "cpu" else ()
-    if not lengths:
+    lengths: tuple[Any, ...] = ()
+    if q.device.type == "cpu":
+        lengths = q.shape, k.shape, v.shape, q.dtype
+    else:
         q, k, v = map(with_inferred_strides, (q, k, v))
     return _call(compiled_flex_attention(q.device.type, *lengths), q, k, v, **arguments)
 
