@@ -132,7 +132,7 @@ LAYOUTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides_are_those_of_the_sizes(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strides_of_keys_are_those_of_their_sizes(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a kernel is made for any length, no stride is a number of its own: NOTE [Strides that are inferred]."""
     alone: list[Any] = []
 
@@ -140,10 +140,9 @@ def test_strides_are_those_of_the_sizes(layout: str, monkeypatch: pytest.MonkeyP
         return {name for x in numbers if isinstance(x, torch.SymInt) for name in x.node.expr.free_symbols}
 
     def look(graph: Any, _: Any) -> Any:
-        for node in graph.graph.nodes:
-            if node.op == "placeholder" and node.target in ("L_q_", "L_k_"):
-                example = node.meta["example_value"]
-                alone.append(symbols(example.stride()) - symbols(example.shape))
+        (keys,) = (x for x in graph.graph.nodes if x.op == "placeholder" and x.target == "L_k_")
+        example = keys.meta["example_value"]
+        alone.append(symbols(example.stride()) - symbols(example.shape))
         return graph.forward
 
     torch._dynamo.reset()
@@ -154,7 +153,7 @@ def test_strides_are_those_of_the_sizes(layout: str, monkeypatch: pytest.MonkeyP
         lists = block_lists(*[torch.ones(1, 1, length // BLOCK, length // BLOCK, dtype=torch.bool).tril()] * 2)
         kernel.run_causal(q, k, k, torch.zeros(1, dtype=torch.int32), lists, BLOCK, 0.25, {})
     kernel._compiled_causal.cache_clear()
-    assert len(alone) > 2
+    assert len(alone) > 1
     assert not any(alone)
 
 

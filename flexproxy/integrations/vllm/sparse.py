@@ -262,7 +262,8 @@ class SparseLayer:
             if heads.pays(plan, num_queries, num_keys):
                 keys = _Zeros(query.new_zeros(2, num_keys, self.num_kv_heads, self.head_size))
                 requests = (Request(0, 0, num_queries, num_keys),)
-                self._attend(query, keys, requests, torch.empty_like(query), plan.share)
+                for _ in range(2):  # the second captures a graph, which holds memory: NOTE [Replays]
+                    self._attend(query, keys, requests, torch.empty_like(query), plan.share)
 
 
 class _Zeros(NamedTuple):
