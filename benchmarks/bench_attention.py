@@ -10,8 +10,8 @@ Columns of a row, one for each thing that was timed:
 - contender "SDPA cuDNN", "SDPA FlashAttention-2", "flex dense"; part "dense"
 - contender "flexproxy"; part "build" (to the BlockMask), "sparse" (attention with it), "total"
   (``flexproxy.attention``, which is both; where it would stay dense, it is made to be sparse)
-- contender "flexproxy, short"; part "total": ``flexproxy.attention`` of short prompts with the default configuration,
-  which should be dense (target_density None), and once with min_budget 512 at a density of 0.2
+- part "call": single calls, of "SDPA", "SDPA cuDNN", "flexproxy" (made to be sparse) and "flexproxy, auto" (as it
+  decides); queued_ms, waited_ms, host_ms as in ``harness.call_ms``; why_dense, None where it is sparse
 - contender "XAttention", "FlexPrefill", "FlashPrefill", "Prism" (our readings, benchmarks/baselines); part "map"
   (their choice of blocks), "lists" (to the BlockMask, by flexproxy's code), "sparse" (on flexproxy's kernel)
 - kernel: "default" (flexproxy's choice), "triton" (its choice without flash-attn-4, where that is installed), of what
@@ -26,6 +26,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
+import torch.nn.functional as F
 import typer
 from torch import Tensor
 
@@ -49,6 +50,7 @@ from benchmarks.harness import (
     Quick,
     Row,
     attempt,
+    call_ms,
     command,
     fractions,
     integers,
@@ -60,13 +62,12 @@ from benchmarks.harness import (
     settings_of,
     time_ms,
 )
-from flexproxy import ProxyConfig
 
 LENGTHS = "4096,8192,16384,32768,65536,131072,262144,524288"
 DENSITIES = "0.02,0.05,0.1,0.2,0.4"
 EXTRA_CASES = [(262144, 0.03)]  # the density at which a peer reports its figure for this length
 MAX_PAIRS = 0.4 * 262144**2  # density x length^2: what is denser takes seconds a call and is left out
-SHORT = 8192  # tokens up to which the default configuration should stay dense
+CALLS = {2048: 0.15, 4096: 0.15, 8192: 0.15, 16384: 0.1, 32768: 0.1}  # densities of single calls, by length
 
 
 class Case(NamedTuple):
@@ -120,14 +121,23 @@ def sparse(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:
             yield timed(budget_ms, common | {"part": "total"} | kernel, both)
 
 
-def short(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:
-    configs: dict[float | None, ProxyConfig | None] = {None: None}
-    if case.length == SHORT:
-        configs[0.2] = ProxyConfig(density=0.2, min_budget=512)
-    for target, config in configs.items():
-        common: Row = {"length": case.length, "contender": "flexproxy, short", "part": "total", "kernel": "default"}
-        common |= {"target_density": target, "min_budget": config.min_budget if config else ProxyConfig().min_budget}
-        yield timed(budget_ms, common, functools.partial(flexproxy.attention, *tensors, config=config))
+def calls(case: Case, tensors: Tensors, _budget_ms: float) -> Iterator[Row]:
+    assert case.density is not None
+    q, k, _ = tensors
+    config = config_for(case.density, case.length)
+    attention = functools.partial(flexproxy.attention, *tensors, config=config)
+    contenders: dict[str, Callable[[], Any]] = {
+        "SDPA": lambda: F.scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True),
+        "SDPA cuDNN": lambda: cudnn(*tensors),
+        "flexproxy": functools.partial(attention, when="always"),
+        "flexproxy, auto": attention,
+    }
+    for name, run in contenders.items():
+        common: Row = {"length": case.length, "contender": name, "part": "call"}
+        if name.startswith("flexproxy"):
+            common |= {"target_density": case.density, "min_budget": config.min_budget}
+            common["why_dense"] = flexproxy.why_dense(q, k, config) if name.endswith("auto") else None
+        yield common | attempt(lambda: call_ms(run))  # noqa: B023
 
 
 def peer(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:
@@ -146,7 +156,7 @@ def peer(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:
     yield timed(budget_ms, common | {"part": "sparse"} | kernel, lambda: flex(*tensors, block_mask, options))
 
 
-KINDS = {"dense": dense, "sparse": sparse, "short prompt": short} | dict.fromkeys(METHODS, peer)
+KINDS = {"dense": dense, "sparse": sparse, "calls": calls} | dict.fromkeys(METHODS, peer)
 
 
 def measure(case: Case, budget_ms: float) -> list[Row]:
@@ -169,13 +179,11 @@ def cases_of(
     lengths: Sequence[int], densities: Sequence[float], dense_up_to: int, peers_at: Sequence[int], peer_density: float
 ) -> list[Case]:
     """What is timed, the short prompts first."""
-    cases = []
+    cases = [Case("calls", length, density) for length, density in CALLS.items() if length <= max(lengths)]
     for length in sorted(set(lengths) | set(peers_at)):
         if length in lengths:
             if length <= dense_up_to:
                 cases.append(Case("dense", length))
-            if length <= SHORT:
-                cases.append(Case("short prompt", length))
             at = sorted({*densities, *(x for extra, x in EXTRA_CASES if extra == length)})
             cases += [Case("sparse", length, x) for x in at if x * length**2 <= MAX_PAIRS]
         if length in peers_at:

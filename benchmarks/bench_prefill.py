@@ -23,7 +23,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from itertools import chain
 from typing import Annotated, Any, NamedTuple
 
@@ -189,11 +188,6 @@ def prefill_ms(run: Callable[[], Any], repeats: int, warmup: int) -> Row:
     return quantiles(times) | {"peak_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)}
 
 
-def settings_for(density: float, length: int) -> ProxyConfig:
-    """With one proxy for each key/value head, as by default."""
-    return replace(config_for(density, length), num_proxies=None)
-
-
 def compilations() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
@@ -226,7 +220,7 @@ class Bench:
             return sdpa_kernel(SDPA[case.contender]) if case.contender in SDPA else nullcontext()
         self.model.set_attn_implementation("flexproxy")
         share = {n: n - n % case.share for n in range(len(self.model.model.layers)) if n % case.share}
-        configure(self.model, settings_for(case.density, case.length), share=share)
+        configure(self.model, config_for(case.density, case.length), share=share)
         return nullcontext()
 
     @torch.no_grad()
@@ -293,7 +287,7 @@ class Bench:
         """One layer's attention as transformers calls it; the one call behind it; and its two parts, one by one."""
         assert case.density is not None
         with self._use(case):
-            module, config = self.model.model.layers[0].self_attn, settings_for(case.density, case.length)
+            module, config = self.model.model.layers[0].self_attn, config_for(case.density, case.length)
             q, k, v = layer_inputs(case.length)
             mask, scale = causal_mask(case.length), q.shape[-1] ** -0.5
             arguments: dict[str, Any] = {"block_mask": mask, "config": config, "scale": scale}

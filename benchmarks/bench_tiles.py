@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_tiles
 
-bf16, B 1, Hq 32, Hkv 8, D 128, causal, stride 4, P 1, random inputs, one GPU. Columns of a row:
+bf16, B 1, Hq 32, Hkv 8, D 128, causal, stride 4, P 8, random inputs, one GPU. Columns of a row:
 - part: "scores" or "masses" (their pass over all keys, with its second kernel), "sparse" (``flex_attention``)
 - choice: the tile (rows, keys, steps of a split, warps, stages, TMA, registers), or the kernel options, as text
 - chosen: whether flexproxy takes it

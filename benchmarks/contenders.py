@@ -93,5 +93,6 @@ def budget_for(density: float, length: int, block_size: int = BLOCK_SIZE) -> int
     return min(2048, max(1, blocks) * block_size)
 
 
-def config_for(density: float, length: int, num_proxies: int = 1) -> ProxyConfig:
+def config_for(density: float, length: int, num_proxies: int | None = None) -> ProxyConfig:
+    """The defaults but for the density, and a ``min_budget`` that allows it."""
     return ProxyConfig(density=density, num_proxies=num_proxies, min_budget=budget_for(density, length))

@@ -3,7 +3,7 @@
     python -m benchmarks.plots            # all of them
     python -m benchmarks.plots time peers
 
-time, speedup, share and peers come from attention.json, build and stages from build.json, memory from memory.json,
+time, speedup and peers come from attention.json, build and stages from build.json, memory from memory.json,
 prefill from prefill.json.
 """
 
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from benchmarks.baselines import METHODS
-from benchmarks.bench_attention import SHORT
 from benchmarks.contenders import SHAPE
 from benchmarks.harness import (
     RESULTS,
@@ -76,21 +75,6 @@ def speedups(rows: Sequence[Row], dense: str, least_length: int = 32768) -> Seri
         if ours and length >= least_length:
             series[tokens(length)] = [(r["density"], base["median_ms"] / r["median_ms"]) for r in ours]
     return series
-
-
-def shares(rows: Sequence[Row]) -> Series:
-    """Time of build divided by that of build + attention, by length; one line for each target density.
-
-    Of short prompts there is no share: ``attention`` stays dense, and was only made sparse to be timed.
-    """
-    series: Series = {}
-    sparse = pick(rows, contender="flexproxy", part="total", kernel="default")
-    for total in (row for row in sparse if row["length"] > SHORT):
-        same = {"length": total["length"], "target_density": total["target_density"]}
-        for build in pick(rows, contender="flexproxy", part="build", **same):
-            line = series.setdefault(f"density {total['target_density']:g}", [])
-            line.append((total["length"], build["median_ms"] / total["median_ms"]))
-    return dict(sorted(series.items()))
 
 
 def peers(rows: Sequence[Row], length: int, density: float) -> dict[str, Row]:
@@ -245,14 +229,6 @@ def plot_speedup(data: Row, options: Wanted) -> Figure:
     return figure
 
 
-def plot_share(data: Row, options: Wanted) -> Figure:
-    figure, (axes,) = axes_of("Share of build in build + attention", data["environment"])
-    percent = {label: [(x, 100 * y) for x, y in line] for label, line in shares(data["rows"]).items()}
-    draw_lines(axes, percent, "tokens", "build / (build + attention), %")
-    axes.set_ylim(bottom=0)
-    return figure
-
-
 def plot_peers(data: Row, options: Wanted) -> Figure:
     title = f"{tokens(options.length)} tokens, density {options.density:g}: ways to choose blocks, one sparse kernel"
     figure, (axes,) = axes_of(title, data["environment"])
@@ -303,7 +279,6 @@ def plot_prefill(data: Row, options: Wanted) -> Figure:
 PLOTS: dict[str, tuple[str, Callable[[Row, Wanted], Figure]]] = {
     "time": ("attention", plot_time),
     "speedup": ("attention", plot_speedup),
-    "share": ("attention", plot_share),
     "peers": ("attention", plot_peers),
     "build": ("build", plot_build),
     "stages": ("build", plot_stages),

@@ -84,6 +84,7 @@ def engine(case: dict[str, Any], report: Callable[[Row], None]) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     begin = time.perf_counter()
     from vllm import LLM, SamplingParams
+    from vllm import __version__ as vllm_version
 
     from flexproxy.integrations.vllm import register
 
@@ -105,6 +106,7 @@ def engine(case: dict[str, Any], report: Callable[[Row], None]) -> None:
     config = llm.llm_engine.vllm_config
     report(
         {
+            "vllm": vllm_version,
             "start_s": round(time.perf_counter() - begin, 1),
             "log": log.lines,
             "cache_pages": config.cache_config.num_gpu_blocks,

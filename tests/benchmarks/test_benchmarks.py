@@ -199,8 +199,8 @@ def test_quick_leaves_given_options_alone() -> None:
 def test_cases_cover_what_is_asked() -> None:
     cases = bench_attention.cases_of([4096, 262144, 524288], [0.1, 0.4], 262144, [131072], 0.1)
     assert [(c.kind, c.length, c.density) for c in cases] == [
+        *(("calls", length, density) for length, density in bench_attention.CALLS.items()),
         ("dense", 4096, None),
-        ("short prompt", 4096, None),
         ("sparse", 4096, 0.1),
         ("sparse", 4096, 0.4),
         ("XAttention", 131072, 0.1),
@@ -302,11 +302,12 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "check_selection", lambda config: None)
     replacements: dict[str, Any] = {"require_gpu": lambda: None, "inputs": small_inputs, "time_ms": fake_time}
     replacements |= {"flex": eager, "cpu_ms": lambda run: 0.5, "profile_stages": lambda run: fake_stages(run, 1.0)}
+    replacements["call_ms"] = lambda run: {"host_ms": 0.1 * (run() is not None)}
     replacements["peak_memory"] = lambda run: {"kept_mib": 1.0, "extra_mib": 0.5 * (run() is not None)}
     for module in MODULES.values():
         for name in set(replacements) & set(vars(module)):
             monkeypatch.setattr(module, name, replacements[name])
-    monkeypatch.setattr(bench_attention, "SHORT", 512)
+    monkeypatch.setattr(bench_attention, "CALLS", {512: 0.3})
     bench_build.dense_time.cache_clear()
 
 
@@ -334,22 +335,25 @@ def test_bench_attention_records_every_contender(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(bench_attention, "cudnn", missing)
     monkeypatch.setattr(bench_attention, "flash_attention_2", lambda q, k, v: q)
+    monkeypatch.setattr(flexproxy, "why_dense", lambda *_: "too short")
     arguments = ["--lengths", "512,1000", "--densities", "0.3", "--peers-at", "1000", "--peer-density", "0.5"]
     rows = result_of(bench_attention, tmp_path / "attention.json", *arguments)
     seen = [(r["length"], r["contender"], r["part"]) for r in rows]
     each = [("SDPA cuDNN", "dense"), ("SDPA FlashAttention-2", "dense"), ("flex dense", "dense")]
     ours = [("flexproxy", part) for part in ("build", "sparse", "total")]
     theirs = [(name, part) for name in METHODS for part in ("map", "lists", "sparse")]
-    short = [("flexproxy, short", "total")] * 2
-    assert seen == [(512, *x) for x in each + short + ours] + [(1000, *x) for x in each + ours + theirs]
+    calls = [(name, "call") for name in ("SDPA", "SDPA cuDNN", "flexproxy", "flexproxy, auto")]
+    assert seen == [(512, *x) for x in calls + each + ours] + [(1000, *x) for x in each + ours + theirs]
     for row in rows:
         if row["contender"] == "SDPA cuDNN":
             assert row["error"] == "RuntimeError: no such kernel"  # and the run went on
             assert "median_ms" not in row
         else:
             assert row["error"] is None
-            assert row["median_ms"] == 1.0
-    assert [r["target_density"] for r in rows if r["contender"] == "flexproxy, short"] == [None, 0.2]
+            assert row.get("median_ms", 1.0) == 1.0
+            assert row.get("host_ms", 0.1) == 0.1
+    why_dense = {r["contender"]: r["why_dense"] for r in rows if "why_dense" in r}
+    assert why_dense == {"flexproxy": None, "flexproxy, auto": "too short"}
     assert all(0.0 < r["density"] <= 1.0 for r in rows if "density" in r)
     assert all(0.0 <= r["threshold"] <= 1.0 for r in rows if r["contender"] in METHODS)
 

@@ -121,16 +121,6 @@ def test_plot_of_prefills_shows_the_rows(tmp_path: Path) -> None:
             assert lines[label] == [(r["length"], r[column] / unit) for r in found]
 
 
-def test_plot_of_shares_shows_the_rows(tmp_path: Path) -> None:
-    figure, rows = drawn(tmp_path, "share")
-    lines = lines_of(figure.axes[0])
-    assert sorted(lines) == [f"density {x}" for x in (0.02, 0.05, 0.1, 0.2, 0.4)]
-    builds = rows_where(rows, part="build", target_density=0.2)
-    totals = rows_where(rows, part="total", kernel="default", target_density=0.2)
-    pairs = [(b["length"], 100 * b["median_ms"] / t["median_ms"]) for b, t in zip(builds, totals, strict=True)]
-    assert lines["density 0.2"] == [pytest.approx(pair) for pair in pairs if pair[0] > 8192]  # shorter ones are dense
-
-
 def test_plot_of_peers_shows_the_rows(tmp_path: Path) -> None:
     figure, rows = drawn(tmp_path, "peers")
     axes = figure.axes[0]
@@ -191,11 +181,11 @@ def test_plots_say_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     unfinished = json.loads((tmp_path / "memory.json").read_text()) | {"complete": False}
     harness.write_json(tmp_path / "memory.json", unfinished)
     with pytest.raises(SystemExit) as exit_info:
-        plots.main(["share", "stages", "memory", "--results", str(tmp_path)])
+        plots.main(["speedup", "stages", "memory", "--results", str(tmp_path)])
     message = str(exit_info.value.code)
     assert "python -m benchmarks.bench_build" in message
     assert "not from a finished run" in message
-    assert [file.name for file in tmp_path.iterdir() if file.suffix == ".png"] == ["share.png"]
+    assert [file.name for file in tmp_path.iterdir() if file.suffix == ".png"] == ["speedup.png"]
     titles = []
     monkeypatch.setattr(plots, "save", lambda figure, path: titles.append((path, figure.get_suptitle())))
     plots.main(["memory", "--unfinished", "--results", str(tmp_path), "--out", "elsewhere"])
