@@ -73,6 +73,7 @@ test-gpu:
 bench:
 	$(PYTHON) -m benchmarks.bench_build $(ARGS)
 	$(PYTHON) -m benchmarks.bench_attention $(ARGS)
+	$(PYTHON) -m benchmarks.bench_calls $(ARGS)
 	$(PYTHON) -m benchmarks.bench_memory $(ARGS)
 	$(PYTHON) -m benchmarks.bench_tiles $(ARGS)
 	$(PYTHON) -m benchmarks.bench_cold $(ARGS)

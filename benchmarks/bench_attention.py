@@ -10,8 +10,6 @@ Columns of a row, one for each thing that was timed:
 - contender "SDPA cuDNN", "SDPA FlashAttention-2", "flex dense"; part "dense"
 - contender "flexproxy"; part "build" (to the BlockMask), "sparse" (attention with it), "total"
   (``flexproxy.attention``, which is both; where it would stay dense, it is made to be sparse)
-- part "call": single calls, of "SDPA", "SDPA cuDNN", "flexproxy" (made to be sparse) and "flexproxy, auto" (as it
-  decides); queued_ms, waited_ms, host_ms as in ``harness.call_ms``; why_dense, None where it is sparse
 - contender "XAttention", "FlexPrefill", "FlashPrefill", "Prism" (our readings, benchmarks/baselines); part "map"
   (their choice of blocks), "lists" (to the BlockMask, by flexproxy's code), "sparse" (on flexproxy's kernel)
 - kernel: "default" (flexproxy's choice), "triton" (its choice without flash-attn-4, where that is installed), of what
@@ -26,7 +24,6 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
-import torch.nn.functional as F
 import typer
 from torch import Tensor
 
@@ -50,7 +47,6 @@ from benchmarks.harness import (
     Quick,
     Row,
     attempt,
-    call_ms,
     command,
     fractions,
     integers,
@@ -67,7 +63,6 @@ LENGTHS = "4096,8192,16384,32768,65536,131072,262144,524288"
 DENSITIES = "0.02,0.05,0.1,0.2,0.4"
 EXTRA_CASES = [(262144, 0.03)]  # the density at which a peer reports its figure for this length
 MAX_PAIRS = 0.4 * 262144**2  # density x length^2: what is denser takes seconds a call and is left out
-CALLS = {2048: 0.15, 4096: 0.15, 8192: 0.15, 16384: 0.1, 32768: 0.1}  # densities of single calls, by length
 
 
 class Case(NamedTuple):
@@ -121,25 +116,6 @@ def sparse(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:
             yield timed(budget_ms, common | {"part": "total"} | kernel, both)
 
 
-def calls(case: Case, tensors: Tensors, _budget_ms: float) -> Iterator[Row]:
-    assert case.density is not None
-    q, k, _ = tensors
-    config = config_for(case.density, case.length)
-    attention = functools.partial(flexproxy.attention, *tensors, config=config)
-    contenders: dict[str, Callable[[], Any]] = {
-        "SDPA": lambda: F.scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True),
-        "SDPA cuDNN": lambda: cudnn(*tensors),
-        "flexproxy": functools.partial(attention, when="always"),
-        "flexproxy, auto": attention,
-    }
-    for name, run in contenders.items():
-        common: Row = {"length": case.length, "contender": name, "part": "call"}
-        if name.startswith("flexproxy"):
-            common |= {"target_density": case.density, "min_budget": config.min_budget}
-            common["why_dense"] = flexproxy.why_dense(q, k, config) if name.endswith("auto") else None
-        yield common | attempt(lambda: call_ms(run))  # noqa: B023
-
-
 def peer(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:
     assert case.density is not None
     q, k, _ = tensors
@@ -156,7 +132,7 @@ def peer(case: Case, tensors: Tensors, budget_ms: float) -> Iterator[Row]:
     yield timed(budget_ms, common | {"part": "sparse"} | kernel, lambda: flex(*tensors, block_mask, options))
 
 
-KINDS = {"dense": dense, "sparse": sparse, "calls": calls} | dict.fromkeys(METHODS, peer)
+KINDS = {"dense": dense, "sparse": sparse} | dict.fromkeys(METHODS, peer)
 
 
 def measure(case: Case, budget_ms: float) -> list[Row]:
@@ -178,8 +154,7 @@ def measure(case: Case, budget_ms: float) -> list[Row]:
 def cases_of(
     lengths: Sequence[int], densities: Sequence[float], dense_up_to: int, peers_at: Sequence[int], peer_density: float
 ) -> list[Case]:
-    """What is timed, the short prompts first."""
-    cases = [Case("calls", length, density) for length, density in CALLS.items() if length <= max(lengths)]
+    cases = []
     for length in sorted(set(lengths) | set(peers_at)):
         if length in lengths:
             if length <= dense_up_to:

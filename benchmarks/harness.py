@@ -13,7 +13,6 @@ import math
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -72,34 +71,6 @@ def time_ms(run: Callable[[], Any], budget_ms: float = 300.0, cold_l2: bool = Tr
     run()
     once = _event_times(run, 1, cache)[0]
     return quantiles(_event_times(run, repeats_within(budget_ms, once), cache))
-
-
-def call_ms(run: Callable[[], Any], repeats: int = 20) -> Row:
-    """What a call takes where it stands: medians, and of ``queued_ms`` the mean of calls in a row.
-
-    queued_ms: on the device, behind other work, as in a model whose host runs ahead. waited_ms: until the result is
-    there, nothing else on the device. host_ms: until the call returns, nothing else on the device.
-    """
-    for _ in range(3):  # the first compiles, the second captures
-        run()
-    returned, waited = [], []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        run()
-        returned.append(1e3 * (time.perf_counter() - begin))
-        torch.cuda.synchronize()
-        waited.append(1e3 * (time.perf_counter() - begin))
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(int(4e6 * repeats * statistics.median(returned)))  # cycles: twice as long as the host will take
-    first.record()
-    for _ in range(repeats):
-        run()
-    last.record()
-    torch.cuda.synchronize()
-    queued = first.elapsed_time(last) / repeats
-    times = {"queued_ms": queued, "waited_ms": statistics.median(waited), "host_ms": statistics.median(returned)}
-    return {name: round(value, 4) for name, value in times.items()}
 
 
 def _event_times(run: Callable[[], Any], repeats: int, cache: Tensor | None) -> list[float]:

@@ -129,7 +129,7 @@ class Plan:
 
     def rows(self) -> Iterator[Cell]:
         """One budget for rows and heads, beside the defaults, at other densities, lengths and tasks."""
-        for target in (0.12, 0.08, 0.35):
+        for target in (0.25, 0.18, 0.12, 0.08, 0.35):
             yield from self._over([LENGTH], USUAL, [self._ours(target)[0], self._by_rows(target)])
         for length, target in ((32768, 0.05), (32768, 0.1), (16384, 0.15)):
             yield from self._over([length], USUAL, [DENSE, self._ours(target)[0], self._by_rows(target)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,13 +16,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import flexproxy
-from benchmarks import bench_attention, bench_build, bench_memory, contenders, gate, harness, stages
+from benchmarks import bench_attention, bench_build, bench_calls, bench_memory, contenders, gate, harness, stages
 from benchmarks.baselines import METHODS, to_block_mask
 from benchmarks.harness import Row
 from flexproxy import ProxyConfig
 from tests.settings import outliers
 
-MODULES = {"attention": bench_attention, "build": bench_build, "memory": bench_memory}
+MODULES = {"attention": bench_attention, "build": bench_build, "calls": bench_calls, "memory": bench_memory}
 ENVIRONMENT = {"gpu": "a GPU"}
 
 
@@ -199,7 +200,6 @@ def test_quick_leaves_given_options_alone() -> None:
 def test_cases_cover_what_is_asked() -> None:
     cases = bench_attention.cases_of([4096, 262144, 524288], [0.1, 0.4], 262144, [131072], 0.1)
     assert [(c.kind, c.length, c.density) for c in cases] == [
-        *(("calls", length, density) for length, density in bench_attention.CALLS.items()),
         ("dense", 4096, None),
         ("sparse", 4096, 0.1),
         ("sparse", 4096, 0.4),
@@ -307,7 +307,6 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in MODULES.values():
         for name in set(replacements) & set(vars(module)):
             monkeypatch.setattr(module, name, replacements[name])
-    monkeypatch.setattr(bench_attention, "CALLS", {512: 0.3})
     bench_build.dense_time.cache_clear()
 
 
@@ -335,25 +334,20 @@ def test_bench_attention_records_every_contender(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(bench_attention, "cudnn", missing)
     monkeypatch.setattr(bench_attention, "flash_attention_2", lambda q, k, v: q)
-    monkeypatch.setattr(flexproxy, "why_dense", lambda *_: "too short")
     arguments = ["--lengths", "512,1000", "--densities", "0.3", "--peers-at", "1000", "--peer-density", "0.5"]
     rows = result_of(bench_attention, tmp_path / "attention.json", *arguments)
     seen = [(r["length"], r["contender"], r["part"]) for r in rows]
     each = [("SDPA cuDNN", "dense"), ("SDPA FlashAttention-2", "dense"), ("flex dense", "dense")]
     ours = [("flexproxy", part) for part in ("build", "sparse", "total")]
     theirs = [(name, part) for name in METHODS for part in ("map", "lists", "sparse")]
-    calls = [(name, "call") for name in ("SDPA", "SDPA cuDNN", "flexproxy", "flexproxy, auto")]
-    assert seen == [(512, *x) for x in calls + each + ours] + [(1000, *x) for x in each + ours + theirs]
+    assert seen == [(512, *x) for x in each + ours] + [(1000, *x) for x in each + ours + theirs]
     for row in rows:
         if row["contender"] == "SDPA cuDNN":
             assert row["error"] == "RuntimeError: no such kernel"  # and the run went on
             assert "median_ms" not in row
         else:
             assert row["error"] is None
-            assert row.get("median_ms", 1.0) == 1.0
-            assert row.get("host_ms", 0.1) == 0.1
-    why_dense = {r["contender"]: r["why_dense"] for r in rows if "why_dense" in r}
-    assert why_dense == {"flexproxy": None, "flexproxy, auto": "too short"}
+            assert row["median_ms"] == 1.0
     assert all(0.0 < r["density"] <= 1.0 for r in rows if "density" in r)
     assert all(0.0 <= r["threshold"] <= 1.0 for r in rows if r["contender"] in METHODS)
 
@@ -368,6 +362,19 @@ def test_a_case_that_breaks_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.M
     rows = result_of(bench_attention, tmp_path / "attention.json")
     theirs = [(r["part"], r["error"]) for r in rows if r["contender"] == "FlashPrefill"]
     assert theirs == [("map", None), ("lists", "RuntimeError: broken"), (None, "RuntimeError: broken")]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_bench_calls_says_why_a_call_is_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_calls, "cudnn", lambda q, k, v: q)
+    monkeypatch.setattr(bench_calls, "kernel_variants", lambda: {"default": nullcontext, "triton": nullcontext})
+    monkeypatch.setattr(flexproxy, "why_dense", lambda *_: "too short")
+    rows = result_of(bench_calls, tmp_path / "calls.json", "--lengths", "512")
+    ours = [(name, kernel) for kernel in ("default", "triton") for name in ("flexproxy", "flexproxy, auto")]
+    wanted = [("SDPA", None), ("SDPA cuDNN", None), *ours]
+    assert [(r["contender"], r["kernel"]) for r in rows] == wanted
+    assert all(r["error"] is None and r["host_ms"] == 0.1 for r in rows)
+    assert [r["why_dense"] for r in rows if "why_dense" in r] == [None, "too short"] * 2
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -1,0 +1,121 @@
+"""Single calls of attention: what the device takes for them, and what the host does, on one GPU.
+
+    python -m benchmarks.bench_calls
+
+bf16, B 1, Hq 32, Hkv 8, D 128, causal, random inputs, flexproxy's defaults at a density. First the gate: sparse output
+against dense attention in double precision; if it fails, nothing is timed. Columns of a row, one for each length,
+contender and kernel:
+- length (tokens), contender: "SDPA" (torch's choice), "SDPA cuDNN", "flexproxy" (made to be sparse), "flexproxy, auto"
+  (as it decides)
+- kernel, of flexproxy: "default", or "triton" (without flash-attn-4, where that is installed)
+- queued_ms: on the device, behind other work, as in a model whose host runs ahead; the mean of calls in a row
+- waited_ms: until the result is there, nothing else on the device; host_ms: until the call returns. Medians
+- target_density, min_budget (tokens), why_dense (None where it is sparse), of flexproxy; error (None if there is none)
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flexproxy
+from benchmarks import gate
+from benchmarks.contenders import config_for, cudnn, inputs, kernel_variants
+from benchmarks.harness import (
+    Lengths,
+    Out,
+    Quick,
+    Row,
+    attempt,
+    command,
+    release,
+    require_gpu,
+    result_path,
+    run_cases,
+    settings_of,
+)
+
+DENSITIES = {2048: 0.15, 4096: 0.15, 8192: 0.15}  # longer ones: 0.10
+CYCLES = 4e6  # of a millisecond, so that the device waits for twice as long as the host will take
+
+
+class Case(NamedTuple):
+    length: int
+    contender: str
+    kernel: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.length} tokens, {self.contender}" + (f", {self.kernel}" if self.kernel else "")
+
+
+def call_ms(run: Callable[[], Any], repeats: int = 20) -> Row:
+    for _ in range(3):  # the first compiles, the second captures
+        run()
+    returned, waited = [], []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        returned.append(1e3 * (time.perf_counter() - begin))
+        torch.cuda.synchronize()
+        waited.append(1e3 * (time.perf_counter() - begin))
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(CYCLES * repeats * statistics.median(returned)))
+    first.record()
+    for _ in range(repeats):
+        run()
+    last.record()
+    torch.cuda.synchronize()
+    queued = first.elapsed_time(last) / repeats
+    times = {"queued_ms": queued, "waited_ms": statistics.median(waited), "host_ms": statistics.median(returned)}
+    return {name: round(value, 4) for name, value in times.items()}
+
+
+def measure(case: Case) -> list[Row]:
+    q, k, v = tensors = inputs(case.length)
+    density = DENSITIES.get(case.length, 0.1)
+    config = config_for(density, case.length)
+    sparse = functools.partial(flexproxy.attention, q, k, v, config=config)
+    contenders: dict[str, Callable[[], Tensor | tuple[Tensor, Tensor]]] = {
+        "SDPA": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        "SDPA cuDNN": lambda: cudnn(*tensors),
+        "flexproxy": functools.partial(sparse, when="always"),
+        "flexproxy, auto": sparse,
+    }
+    row: Row = case._asdict()
+    variant: Callable[[], AbstractContextManager[Any]] = nullcontext
+    if case.kernel is not None:
+        row |= {"target_density": density, "min_budget": config.min_budget, "why_dense": None}
+        variant = kernel_variants()[case.kernel]
+    with variant():
+        if case.contender == "flexproxy, auto":
+            row["why_dense"] = flexproxy.why_dense(q, k, config)
+        row |= attempt(lambda: call_ms(contenders[case.contender]))
+    release()
+    return [row]
+
+
+def bench(*, lengths: Lengths = "2048,4096,8192,16384,32768", out: Out = None, quick: Quick = False) -> None:
+    settings = settings_of(locals())
+    require_gpu()
+    gate.check_attention(every=False)
+    kinds = [("SDPA", None), ("SDPA cuDNN", None)]
+    kinds += [(name, kernel) for kernel in kernel_variants() for name in ("flexproxy", "flexproxy, auto")]
+    cases = [Case(length, *kind) for length in lengths for kind in kinds]
+    run_cases(cases, measure, result_path("calls", out, quick), settings)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(bench, argv, lengths="8192")
+
+
+if __name__ == "__main__":
+    main()
