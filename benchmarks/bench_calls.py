@@ -107,9 +107,11 @@ def bench(*, lengths: Lengths = "2048,4096,8192,16384,32768", out: Out = None, q
     settings = settings_of(locals())
     require_gpu()
     gate.check_attention(every=False)
-    kinds = [("SDPA", None), ("SDPA cuDNN", None)]
-    kinds += [(name, kernel) for kernel in kernel_variants() for name in ("flexproxy", "flexproxy, auto")]
-    cases = [Case(length, *kind) for length in lengths for kind in kinds]
+    cases = []
+    for length in lengths:
+        cases += [Case(length, "SDPA"), Case(length, "SDPA cuDNN")]
+        for kernel in kernel_variants():
+            cases += [Case(length, "flexproxy", kernel), Case(length, "flexproxy, auto", kernel)]
     run_cases(cases, measure, result_path("calls", out, quick), settings)
 
 
