@@ -126,7 +126,7 @@ def document(document_ids: Tensor) -> MaskMod:
     per_sequence = ids.dim() == 2
 
     def document_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        place = _place(q_idx, last)
+        place = _place(q_idx, last[b if per_sequence else (q_idx < 0).to(torch.int32)])
         of_query, of_key = (ids[b, place], ids[b, kv_idx]) if per_sequence else (ids[place], ids[kv_idx])
         return (of_query == of_key) & (of_query >= 0)
 
@@ -150,7 +150,7 @@ def padding(attention_mask: Tensor) -> MaskMod:
     real, last = _padded(attention_mask != 0, False)
 
     def padding_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return real[b, _place(q_idx, last)] & real[b, kv_idx]
+        return real[b, _place(q_idx, last[b])] & real[b, kv_idx]
 
     table, labels = Table("attention_mask", real, True), real.to(torch.int32) - 1
     num_tokens = attention_mask.shape[-1]
@@ -327,20 +327,21 @@ def _of_labels(
 
 
 def _padded(table: Tensor, value: int | bool) -> tuple[Tensor, Tensor]:
-    """A copy of a table with padding at the end of the last dimension, and the place of its last entry, int32 ``[1]``.
+    """A copy of a table with padding at the end of the last dimension, and the place of its last entry.
 
-    Compiled kernels look up the padding of a ragged last tile; queries outside of the table look up the last entry.
+    Compiled kernels look up the padding of a ragged last tile; queries outside of the table look up the last entry. Its
+    place is a tensor, so that another length does not recompile a kernel: int32 ``[B]``, of a table ``[S]`` ``[2]``, two
+    alike, for the CuTe backend (torch 2.11) compiles no index that is always 0.
     """
     padding = MAX_BLOCK_SIZE - table.shape[-1] % MAX_BLOCK_SIZE
     padded = capturable(F.pad(table.detach(), (0, padding), value=value))
-    # A tensor, not an int, so that another length does not recompile a kernel.
-    return padded, capturable(torch.full((1,), padded.shape[-1] - 1, dtype=torch.int32, device=table.device))
+    number = 2 if table.dim() == 1 else table.shape[0]
+    return padded, capturable(torch.full((number,), padded.shape[-1] - 1, dtype=torch.int32, device=table.device))
 
 
 def _place(q_idx: Tensor, last: Tensor) -> Tensor:
-    """Where in a padded table the entry of a query is, see NOTE [Positions]; ``last`` from ``_padded``."""
-    end = last[q_idx * 0]  # an index of its own dimensions, as the CuTe backend needs it
-    return torch.where((q_idx < 0) | (q_idx > end), end, q_idx)
+    """Where in a padded table the entry of a query is, see NOTE [Positions]; ``last`` is the place of its last one."""
+    return torch.where((q_idx < 0) | (q_idx > last), last, q_idx)
 
 
 def _signed(x: Tensor) -> Tensor:

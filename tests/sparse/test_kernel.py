@@ -16,6 +16,7 @@ from torch import Tensor
 
 import flexproxy
 from flexproxy import ProxyConfig, masks
+from flexproxy.masks.structure import MaskMod
 from flexproxy.ops import compat
 from flexproxy.sparse import kernel
 from flexproxy.stages.lists import block_lists
@@ -253,3 +254,32 @@ def test_the_unit_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = (q.double() @ q.double().mT * 128**-0.5).masked_fill(~allowed, -torch.inf)
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-3, atol=1e-3)
     assert set(kernel._flash_factors) == {q.device}
+
+
+def looked_up(batch: int, length: int, device: str) -> dict[str, MaskMod]:
+    """Masks that look something up."""
+    real = torch.ones(batch, length, dtype=torch.bool, device=device)
+    real[-1, : length // 4] = False
+    ids = torch.arange(length, device=device) // 300
+    offset = torch.zeros(batch, dtype=torch.int32, device=device)
+    return {
+        "padding": masks.and_masks(masks.causal, masks.padding(real)),
+        "documents": masks.and_masks(masks.causal, masks.document(ids)),
+        "documents of each sequence": masks.and_masks(masks.causal, masks.document(ids.expand(batch, -1))),
+        "shifted padding": masks.shift(masks.and_masks(masks.causal, masks.padding(real)), offset),
+        "prefix": masks.prefix_lm(torch.full((batch,), 200, device=device)),
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", looked_up(1, 8, "cpu"))
+def test_flash_compiles_masks_that_look_something_up(name: str, batch: int) -> None:
+    if not compat.flash_backend_exists() or not compat.is_hopper(torch.device("cuda")):
+        pytest.skip("no FLASH")
+    q, k, v = (torch.randn(batch, heads, 1024, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+    mask_mod, config = looked_up(batch, 1024, "cuda")[name], ProxyConfig(density=0.4, min_budget=128)
+    out = flexproxy.attention(q, k, v, mask_mod=mask_mod, config=config, when="always", kernel_options=FLASH)
+    selection = flexproxy.select(q, k, mask_mod=mask_mod, config=config)
+    assert_accurate(out, q, k, v, allowed_pairs(selection, mask_mod, 1024, 1024, 128))
