@@ -330,8 +330,8 @@ def _padded(table: Tensor, value: int | bool) -> tuple[Tensor, Tensor]:
     """A copy of a table with padding at the end of the last dimension, and the place of its last entry.
 
     Compiled kernels look up the padding of a ragged last tile; queries outside of the table look up the last entry. Its
-    place is a tensor, so that another length does not recompile a kernel: int32 ``[B]``, of a table ``[S]`` ``[2]``, two
-    alike, for the CuTe backend (torch 2.11) compiles no index that is always 0.
+    place is a tensor, so that another length does not recompile a kernel: int32 ``[B]``, or ``[2]`` (alike) of a table
+    ``[S]``, for the CuTe backend (torch 2.11) compiles no index that is always 0.
     """
     padding = MAX_BLOCK_SIZE - table.shape[-1] % MAX_BLOCK_SIZE
     padded = capturable(F.pad(table.detach(), (0, padding), value=value))
