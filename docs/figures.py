@@ -71,7 +71,9 @@ def device(name: str) -> str:
 
 def measured(name: str) -> str:
     """What a file was measured on, and when: code changes within a version too."""
-    return f"flexproxy {flexproxy.__version__} of {results(name)['environment']['date']}, {device(name)}"
+    environment = results(name)["environment"]
+    flash = environment.get("flash-attn-4", "absent") != "absent"
+    return f"{device(name)}, {environment['date']}{', flash-attn-4' if flash else ''}"
 
 
 def table(lines: Sequence[Sequence[str]], wide: int = 1) -> str:
@@ -128,20 +130,21 @@ def speed() -> str:
             )
     return (
         f"{table(lines)}\n\n"
-        f"{measured('prefill')}, bf16, the shape of Llama-3.1-8B, density 0.10 (kept / causal blocks); dense is\n"
-        "cuDNN. Layer: blocks chosen and attention. Model: time to the first token, batch 1, transformers; at density "
-        f"0.31 and {tokens(LONG)} {_dense('prefill', LONG, CUDNN) / _model(LONG, 0.31):.1f} x."
+        f"flexproxy {flexproxy.__version__}, bf16, Llama-3.1-8B's shape, density 0.10 (kept / causal blocks); dense: "
+        f"cuDNN. Layer: blocks chosen,\nand attention ({measured('attention')}). Model: time to first token, batch 1, "
+        f"transformers ({measured('prefill')})."
     )
 
 
 def numbers() -> str:
     """Three numbers for the first page."""
     dense, ours = _dense("prefill", LONG, CUDNN), _model(LONG, 0.16)
-    layer, build = _dense("attention", LONG, CUDNN), find("build", length=LONG, num_proxies=1)["median_ms"]
+    layer, build = _dense("attention", LONG, CUDNN), find("build", length=LONG, num_proxies=8)["median_ms"]
     lost, kept = _lost(32768, "prose", "defaults")
     return (
         f"- **{dense / ours:.1f} times** as fast to the first token: the shape of Llama-3.1-8B, {tokens(LONG)} tokens, "
-        f"density 0.16,\n  {ours / 1000:.1f} s beside {dense / 1000:.1f} s with cuDNN ({measured('prefill')}).\n"
+        f"density 0.16,\n  {ours / 1000:.1f} s beside {dense / 1000:.1f} s with cuDNN "
+        f"(flexproxy {flexproxy.__version__}, {device('prefill')}).\n"
         f"- **{build:.1f} ms** to choose the blocks of a layer of {tokens(LONG)} tokens, where dense attention takes "
         f"{layer:.0f} ms.\n"
         f"- **{lost:+.1f} %** bits per byte on prose of 32K tokens at default settings (SmolLM2-135M, {kept:.2f} of\n"
@@ -162,20 +165,62 @@ def attention() -> str:
 
 
 def build() -> str:
-    lines = [["tokens", "1 proxy", "4 proxies", "8 proxies", "dense, cuDNN", "share, 1 proxy"]]
+    lines = [["tokens", "1 proxy", "4 proxies", "8 proxies", 'sharing="rows"', "dense, cuDNN", "share, 8 proxies"]]
     for length in lengths_of("build", num_proxies=1):
-        rows = [find("build", length=length, num_proxies=proxies) for proxies in (1, 4, 8)]
-        dense, share = rows[0]["dense_ms"], rows[0]["share_of_dense"]
+        rows = [find("build", length=length, num_proxies=proxies) for proxies in (1, 4, 8, 32)]
+        dense, share = rows[2]["dense_ms"], rows[2]["share_of_dense"]
         times = [milliseconds(row["median_ms"]) for row in rows]
-        cells = ["", ""] if dense is None else [milliseconds(dense), f"{100 * share:.2g} %"]
+        cells = ["", ""] if dense is None else [milliseconds(dense), f"{100 * share:.{0 if share > 0.1 else 1}f} %"]
         lines.append([tokens(length), *times, *cells])
     return table(lines)
 
 
 def stages() -> str:
-    row = find("build", length=LONG, num_proxies=1)
-    found = [(name, row[f"stage_{name}_ms"]) for name in (*STAGES, "other") if row.get(f"stage_{name}_ms")]
-    return table([["stage", "ms"], *([name, f"{value:.2f}"] for name, value in found)])
+    rows = [find("build", length=LONG, num_proxies=proxies) for proxies in (1, 8)]
+    found = {name: [row[f"stage_{name}_ms"] for row in rows] for name in (*STAGES, "other")}
+    lines = [[name, *(f"{x:.2f}" for x in values)] for name, values in found.items() if any(values)]
+    return table([["stage", "1 proxy", "8 proxies"], *lines])
+
+
+def calls() -> str:
+    """Single calls: the device's time, the wait for one, and the host's time."""
+    lines = [["tokens", "density", "cuDNN", "flexproxy", "without flash-attn-4"]]
+    for length in lengths_of("calls", contender=CUDNN):
+        dense = find("calls", length=length, contender=CUDNN)
+        ours = [find("calls", length=length, contender="flexproxy", kernel=kernel) for kernel in ("default", "triton")]
+        cells = [[f"{row[f'{what}_ms']:.2f}" for what in ("queued", "waited", "host")] for row in (dense, *ours)]
+        lines.append([tokens(length), f"{ours[0]['target_density']:.2f}", *map(" / ".join, cells)])
+    return f"{table(lines)}\n\n{measured('calls')}."
+
+
+def chunks() -> str:
+    """A prompt in chunks, and short prompts, to the first token."""
+    lines = [["chunks of", "dense", "flexproxy", "gain", "a chunk adds"]]
+    rows = [row for row in results("prefill_chunks")["rows"] if row["part"] == "chunks" and row["error"] is None]
+    for ours in sorted((row for row in rows if row["contender"] == "flexproxy"), key=lambda row: -row["chunk"]):
+        (dense, *_) = [row for row in rows if row["chunk"] == ours["chunk"] and row["density"] is None]
+        name, extra = tokens(ours["chunk"]), ours["extra_ms_per_chunk"]
+        times = [row["median_ms"] / 1000 for row in (dense, ours)]
+        gain = f"{times[0] / times[1]:.2f} x"
+        lines.append(
+            [
+                name if ours["chunk"] < ours["length"] else "the whole",
+                *(f"{x:.2f} s" for x in times),
+                gain,
+                "" if extra is None else f"{extra:.0f} ms",
+            ]
+        )
+    short = []
+    for length in lengths_of("prefill_chunks", contender="flexproxy", part="prefill"):
+        dense, ours = (
+            find("prefill_chunks", length=length, contender=name, part="prefill") for name in (CUDNN, "flexproxy")
+        )
+        short.append(f"{tokens(length)} {dense['median_ms'] / ours['median_ms']:.2f} x")
+    return (
+        f"{table(lines)}\n\n"
+        f"{tokens(LONG)} tokens, density 0.16, {measured('prefill_chunks')}. Shorter prompts whole, at 0.15: "
+        f"{', '.join(short)}."
+    )
 
 
 def model() -> str:
@@ -193,7 +238,7 @@ def model() -> str:
         if not flash:
             cells.insert(1, "")
         lines.append([tokens(length), *cells, f"{ours['peak_mib'] - dense['peak_mib']:+.0f}"])
-    return table(lines)
+    return f"{table(lines)}\n\n{measured('prefill')}."
 
 
 def served() -> str:
@@ -213,12 +258,12 @@ def served() -> str:
     pages = ours["cache_pages"] / stock["cache_pages"]
     return (
         f"{table(lines)}\n\n"
-        f"vLLM {ours['vllm']}, {measured('vllm')}: the shape of Llama-3.1-8B, random weights, density "
-        f"{settings['density']},\n{tokens(settings['tokens'])} tokens a step. Decoding 32 requests: "
-        f"{decode:.0f} tokens a second, {100 * (share - 1):+.1f} %; pages of the cache: {100 * (pages - 1):+.1f} %;\n"
-        f"start: {ours['start_s']:.0f} s instead of {stock['start_s']:.0f}. With every block kept, "
-        f"{equal['equal_tokens']} of {equal['of']} tokens are those of stock vLLM (four prompts\n"
-        "of 300 to 9001 tokens, bf16)."
+        f"vLLM {ours['vllm']}, flexproxy {flexproxy.__version__}, {measured('vllm')}: the shape of Llama-3.1-8B, "
+        f"random weights, density {settings['density']},\n{tokens(settings['tokens'])} tokens a step. Decoding "
+        f"32 requests: {decode:.0f} tokens a second, {100 * (share - 1):+.1f} %; pages of the cache:\n"
+        f"{100 * (pages - 1):+.1f} %; start: {ours['start_s']:.0f} s instead of {stock['start_s']:.0f}. With every "
+        f"block kept, {equal['equal_tokens']} of {equal['of']} tokens are those of stock\n"
+        "vLLM (four prompts of 300 to 9001 tokens, bf16)."
     )
 
 
@@ -243,6 +288,32 @@ def quality() -> str:
     text = report.columns_markdown(rows, columns, intervals=False)
     text = text.replace(OURS, "**flexproxy**").replace("flexproxy, as the paper", "ProxyAttn, as its paper")
     return text.replace(", 8K, 0.25", "").replace("| single |", "| needles, % |")
+
+
+def _tables(*columns: tuple[int, str, str]) -> str:
+    """Without what is a trial: the notebook beside the benchmarks has those."""
+    rows = [row for row in results(QUALITY)["rows"] if not re.search(r"^trial: | \+ | shared by ", row["method"])]
+    return report.columns_markdown(rows, columns)
+
+
+def quality_025() -> str:
+    return _tables(*((8192, task, "density 0.25") for task in ("prose", "code", "single")))
+
+
+def quality_012() -> str:
+    return _tables(*((8192, task, "density 0.12") for task in ("prose", "code", "single")))
+
+
+def quality_needles() -> str:
+    return _tables(*((8192, task, "density 0.25") for task in ("multikey", "multivalue", "multiquery")))
+
+
+def quality_32k() -> str:
+    return _tables(*((32768, "prose", f"density {density}") for density in ("0.05", "0.1")))
+
+
+def quality_as_set() -> str:
+    return report.lengths_markdown(results(QUALITY)["rows"], "prose")
 
 
 def density() -> str:
@@ -285,7 +356,10 @@ def choosing() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
-    for block in (speed, numbers, attention, build, stages, model, served, quality, density, choosing)
+    for block in (
+        *(speed, numbers, attention, build, stages, calls, model, chunks, served, choosing),
+        *(quality, density, quality_025, quality_012, quality_needles, quality_32k, quality_as_set),
+    )
 }
 
 

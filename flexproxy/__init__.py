@@ -15,7 +15,7 @@ from flexproxy.sparse.kernel_options import kernel_options
 from flexproxy.sparse.plan import why_dense
 from flexproxy.stages.lists import and_block_masks
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ProxyConfig",

@@ -162,7 +162,7 @@ def markdown(rows: Sequence[Row], length: int, task: str) -> str:
 
 
 def columns_markdown(rows: Sequence[Row], columns: Sequence[tuple[int, str, str]], intervals: bool = True) -> str:
-    """A line for each method that was measured at all columns: length, task and setting."""
+    """A line for each method that was measured at the first of the columns: length, task and setting."""
     found = panels(rows)
     names = [f"{task}, {tokens(length)}, {setting.removeprefix('density ')}" for length, task, setting in columns]
     dense = [dense_of(found[length, task]) for length, task, _ in columns]
@@ -176,9 +176,9 @@ def columns_markdown(rows: Sequence[Row], columns: Sequence[tuple[int, str, str]
         ["dense", *("" if x is None else _alone(x) for x in dense)],
     ]
     for method in measured[0]:
-        if all(method in column for column in measured):
-            pairs = zip(measured, dense, strict=True)
-            lines.append([method, *(_short(column[method], other, intervals) for column, other in pairs)])
+        pairs = zip(measured, dense, strict=True)
+        cells = (_short(column[method], other, intervals) if method in column else "" for column, other in pairs)
+        lines.append([method, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
