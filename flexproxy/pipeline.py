@@ -102,7 +102,7 @@ def read(q: Tensor, k: Tensor, mask: PreparedMask, plan: Plan) -> Read:
         if isinstance(mask.probes, Documents):
             masses = document_masses(q, k, mask.probed, mask.probes, config.block_size, plan.scale)
         else:
-            masses = block_masses(q, k, mask.probes, mask.probed, config.block_size, plan.scale)
+            masses = block_masses(q, k, mask.probes, mask.probed, mask.head_rows, config.block_size, plan.scale)
     return Read(q_proxy, k_proxy, masses)
 
 

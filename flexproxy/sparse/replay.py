@@ -148,7 +148,7 @@ class Replay:
         pools = [(*flat(of_proxies), stride) for of_proxies, stride in zip(groups, strides, strict=True)]
         mask = self._mask
         probes = mask.probes if plan.needs_masses else None
-        self._reader = kernels().Reader(pools, probes, mask.probed, config.block_size, plan.scale)
+        self._reader = kernels().Reader(pools, probes, mask.probed, mask.head_rows, config.block_size, plan.scale)
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._lists: Lists | None = None

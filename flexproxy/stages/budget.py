@@ -28,7 +28,9 @@ def last_valid_queries(valid: Tensor, number: int) -> Tensor:
 
 
 @operator(lambda a: ((*a.q.shape[:2], -(-a.k.shape[2] // a.block_size)), torch.float32))
-def block_masses(q: Tensor, k: Tensor, probes: Tensor, mask: SampledMask, block_size: int, scale: float) -> Tensor:
+def block_masses(
+    q: Tensor, k: Tensor, probes: Tensor, mask: SampledMask, summary: Tensor, block_size: int, scale: float
+) -> Tensor:
     """Probability mass of every key block, the mean over the probed queries: fp32 ``[B, Hq, Nk]``.
 
     The masses of a head sum to 1. NaN counts as no mass.
@@ -38,7 +40,9 @@ def block_masses(q: Tensor, k: Tensor, probes: Tensor, mask: SampledMask, block_
         k: all keys ``[B, Hkv, Skv, D]``.
         probes: int64 ``[b, h, m]``, which of the queries are probed; -1 is none.
         mask: by clauses at all queries and keys, or by bits at the probes and all keys.
-        block_size: tokens per key block.
+        summary: int32 ``[b, h, Nq, 7]`` of ``summarize_rows``, of the heads: kernels evaluate the mask outside of the
+            keys that it says all queries of a row see.
+        block_size: tokens per block.
         scale: factor of the scores.
     """
     batch, num_q_heads, _, head_dim = q.shape

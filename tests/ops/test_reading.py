@@ -33,7 +33,7 @@ def test_reads_are_those_of_the_operators(
         mask = read_mask(None, None, plan.frame, q.device)
         if reader is None:
             pools = [(*flat(x), 2) for x in (plan.frame.groups, plan.key_groups)]
-            reader = kernels().Reader(pools, mask.probes, mask.probed, 32, plan.scale)
+            reader = kernels().Reader(pools, mask.probes, mask.probed, mask.head_rows, 32, plan.scale)
         reader.read(q, k)
         for ours, theirs in zip(reader.results(), read(q, k, mask, plan), strict=True):
             assert theirs is not None

@@ -84,7 +84,7 @@ def _allowed(
 
 @triton.jit
 def _reach(
-    lo, hi, summary, summary_at, clause_row, row, row_ok, clause_stride, num_keys, key_step, q_cell, k_cell,
+    lo, hi, summary, summary_row, clause_row, row_ok, clause_stride, num_keys, key_step, k_cell,
     NUM_CLAUSES: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_LISTED: tl.constexpr, HAS_SUMMARY: tl.constexpr,
 ):  # fmt: skip
     """Keys that some row may see, and a run of keys that all rows see: begin, end, full_begin, full_end."""
@@ -93,7 +93,7 @@ def _reach(
     full_begin = num_keys
     full_end = num_keys
     if HAS_SUMMARY:
-        at = summary + summary_at + (row // q_cell) * COLUMNS
+        at = summary + summary_row * COLUMNS
         begin = tl.min(tl.where(row_ok, tl.load(at + FIRST, mask=row_ok, other=0) * k_cell, num_keys))
         end = tl.max(tl.load(at + END, mask=row_ok, other=0)) * k_cell
         full_begin = tl.max(tl.load(at + FULL_FIRST, mask=row_ok, other=0)) * k_cell
@@ -216,9 +216,10 @@ def _block_logits_kernel(
     clause_row = b * lo_stride_b + source * lo_stride_s
     bits_row = b * bits_stride_b + h * bits_stride_h + row.to(tl.int64) * bits_stride_s
     listed_row = b * listed_stride_b + h * listed_stride_h + (row // listed_cell).to(tl.int64) * listed_stride_r
+    row_block = source // (k_cell * key_step) if HAS_INDEX else (row // q_cell).to(tl.int64)
     begin, end, full_begin, full_end = _reach(
-        lo, hi, summary, b * summary_stride_b + h * summary_stride_h, clause_row, row, row_ok, lo_stride_c, num_keys,
-        key_step, q_cell, k_cell, NUM_CLAUSES, HAS_LABELS, HAS_LISTED, HAS_SUMMARY,
+        lo, hi, summary + b * summary_stride_b + h * summary_stride_h, row_block, clause_row, row_ok, lo_stride_c,
+        num_keys, key_step, k_cell, NUM_CLAUSES, HAS_LABELS, HAS_LISTED, HAS_SUMMARY,
     )  # fmt: skip
     first = tl.maximum(begin // BLOCK_N, split * steps)
     last = tl.maximum(tl.minimum(tl.cdiv(end, BLOCK_N), (split + 1) * steps), first)
@@ -227,8 +228,8 @@ def _block_logits_kernel(
 
     batch, kv_head = b.to(tl.int32), (h // group).to(tl.int32)
     keys_at = b * k_stride_b + (h // group) * k_stride_h
-    row_block = bh * tl.cdiv(rows_in_buffer, q_cell) + in_buffer // q_cell
-    values_at = values + row_block * num_columns * q_cell + in_buffer % q_cell
+    buffer_block = bh * tl.cdiv(rows_in_buffer, q_cell) + in_buffer // q_cell
+    values_at = values + buffer_block * num_columns * q_cell + in_buffer % q_cell
     label_at = b * k_label_stride_b
     largest = tl.full([BLOCK_M], -3e38, tl.float32)
     total = tl.zeros([BLOCK_M, 8], tl.float32)
@@ -313,7 +314,8 @@ def block_logits(
         rows: which of the rows.
         q_cell, k_cell: rows, and keys, per block. key_step: tokens from one key to the next.
         row_index: int64 ``[b, h, rows]``, the rows' places in q, -1 for none.
-        summary: int32 ``[b, h, blocks, 7]`` of ``summarize_rows``, for rows that lie in blocks of ``q_cell``.
+        summary: int32 ``[b, h, blocks, 7]`` of ``summarize_rows``: of blocks of ``q_cell`` rows, or with ``row_index`` of
+            the blocks of q, which have as many tokens as those of keys.
         sums: log-sum-exps of the blocks instead of their largest logits.
         out: the result of a call of the same shapes, to be written over.
     """

@@ -90,9 +90,11 @@ def _masses_kernel(
     tl.store(masses + bh * num_k_blocks + j, tl.where(mass == mass, mass, 0.0), mask=j < num_k_blocks)
 
 
-def block_masses(q: Tensor, k: Tensor, probes: Tensor, mask: SampledMask, block_size: int, scale: float) -> Tensor:
+def block_masses(
+    q: Tensor, k: Tensor, probes: Tensor, mask: SampledMask, summary: Tensor, block_size: int, scale: float
+) -> Tensor:
     """``flexproxy.stages.budget.block_masses``."""
-    logits = probe_logits(q, k, probes, mask, block_size, scale)
+    logits = probe_logits(q, k, probes, mask, summary, block_size, scale)
     return masses_of_logits(logits, probes, block_size, q)
 
 
@@ -101,6 +103,7 @@ def probe_logits(
     k: Tensor,
     probes: Tensor,
     mask: SampledMask,
+    summary: Tensor,
     block_size: int,
     scale: float,
     out: BlockLogits | None = None,
@@ -116,6 +119,7 @@ def probe_logits(
         q_cell=probes.shape[2],
         k_cell=block_size,
         row_index=probes,
+        summary=summary,
         sums=True,
         out=out,
     )

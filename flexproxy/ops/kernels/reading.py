@@ -22,7 +22,7 @@ class Reader:
 
     Args:
         pools: of q and of k: ``members``, ``sizes`` and ``stride`` of ``pool_groups``.
-        probes, mask, block_size, scale: as in ``block_masses``; probes None where no masses are needed.
+        probes, mask, summary, block_size, scale: as in ``block_masses``; probes None where no masses are needed.
     """
 
     def __init__(
@@ -30,10 +30,11 @@ class Reader:
         pools: Sequence[tuple[Sequence[int], Sequence[int], int]],
         probes: Tensor | None,
         mask: SampledMask,
+        summary: Tensor,
         block_size: int,
         scale: float,
     ) -> None:
-        self._pools, self._probes, self._mask = pools, probes, mask
+        self._pools, self._probes, self._mask, self._summary = pools, probes, mask, summary
         self._block_size, self._scale = block_size, scale
         self._proxies: list[Tensor] = []
         self._logits: BlockLogits | None = None
@@ -54,7 +55,9 @@ class Reader:
         first, second = (Pool(x, *self._pools[i], self._proxies[i]) for i, x in enumerate((q, k)))
         launches = [pool_pair(first, second)]
         if self._probes is not None:
-            self._logits = probe_logits(q, k, self._probes, self._mask, self._block_size, self._scale, self._logits)
+            self._logits = probe_logits(
+                q, k, self._probes, self._mask, self._summary, self._block_size, self._scale, self._logits
+            )
             launches.append(self._logits.launched)
         self._layout, self._launches = layout, [] if None in launches else [x for x in launches if x is not None]
 
