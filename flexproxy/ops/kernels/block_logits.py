@@ -314,7 +314,7 @@ def block_logits(
         rows: which of the rows.
         q_cell, k_cell: rows, and keys, per block. key_step: tokens from one key to the next.
         row_index: int64 ``[b, h, rows]``, the rows' places in q, -1 for none.
-        summary: int32 ``[b, h, blocks, 7]`` of ``summarize_rows``: of blocks of ``q_cell`` rows, or with ``row_index`` of
+        summary: int32 ``[b, h, blocks, 7]`` of ``summarize_rows``: of blocks of ``q_cell`` rows, with ``row_index`` of
             the blocks of q, which have as many tokens as those of keys.
         sums: log-sum-exps of the blocks instead of their largest logits.
         out: the result of a call of the same shapes, to be written over.
