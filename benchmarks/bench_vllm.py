@@ -6,8 +6,9 @@ contiguous keys.
 
 Where vLLM can be imported: engines of the shape of Llama-3.1-8B with random weights, each a process of its own, once
 with FlashAttention and once with flexproxy: time to first token of one prompt, eight prompts at once, tokens a second
-of decoding, the pages of the cache that memory has room for; and, with a small model, how many tokens of both are equal
-where flexproxy keeps every block. What vLLM logs is printed.
+of decoding, the pages of the cache that memory has room for; with a small model, how many tokens of both are equal
+where flexproxy keeps every block; and with SmolLM2, where its package is, the bits per byte of fixed prose, by vLLM's
+own log-probabilities. What vLLM logs is printed.
 
     python -m benchmarks.bench_vllm
 """
@@ -15,6 +16,7 @@ where flexproxy keeps every block. What vLLM logs is printed.
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,15 +42,20 @@ from benchmarks.harness import (
     run_cases,
     settings_of,
 )
+from benchmarks.quality import prompt_tasks
+from benchmarks.quality.corpus import corpus
+from benchmarks.quality.real_models import resolve
 from benchmarks.serving_step import LAYOUTS, PAGE, Requests, check_step, measure_step
 from benchmarks.vllm_engine import model_config, save_small_model
+from flexproxy.cli.inputs import load_tokenizer
 
 EVERY_BLOCK = {"gamma": 1.0, "num_proxies": 1, "when": "always"}
+REAL_TOKENS, REAL_TEXTS = 8064, 16  # within what SmolLM2 was trained on
 NOT_COMPILED = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 
 
 class Case(NamedTuple):
-    """part: ``step`` (the contender is then a layout), ``equality`` or ``engine``; tokens: of a step, at most."""
+    """part: ``step`` (the contender is then a layout) or one of ENGINES; tokens: of a step, at most."""
 
     part: str
     contender: str
@@ -64,15 +71,19 @@ class Options(NamedTuple):
     limit_s: float = 600
 
 
-def run_engine(folder: Path, settings: dict[str, Any] | None, work: dict[str, Any], limit_s: float = 600) -> Row:
+def run_engine(
+    folder: Path, settings: dict[str, Any] | None, work: dict[str, Any], limit_s: float = 600, model: str | None = None
+) -> Row:
     """What a process with an engine found; see ``vllm_engine.engine``. ``ended``: why it stopped early, if it did.
+
+    model: a folder; by default the one for the files of the process.
 
     Raises:
         RuntimeError: it found nothing.
     """
     name = "stock" if settings is None else "flexproxy"
     case, result = folder / f"{name}_case.json", folder / f"{name}_result.json"
-    case.write_text(json.dumps({"model": str(folder), "settings": settings, "work": work}))
+    case.write_text(json.dumps({"model": model or str(folder), "settings": settings, "work": work}))
     command = [sys.executable, "-m", "benchmarks.vllm_engine", str(case), str(result)]
     try:
         code = subprocess.run(command, check=False, timeout=limit_s).returncode
@@ -116,6 +127,29 @@ def measure_equality(folder: Path, case: Case, options: Options) -> Row:
     }
 
 
+def measure_real(folder: Path, case: Case, options: Options) -> Row:
+    """Bits per byte of prose under SmolLM2, a model that nobody here trained: the mean over the requests, and each."""
+    model = resolve("smollm2")
+    text = corpus("prose", "evaluation").content.decode(errors="replace")
+    make = prompt_tasks.tasks(prompt_tasks.PromptHaystack(text, load_tokenizer(model)))["text"].make
+    samples = [make(seed, length) for seed, (length, _) in enumerate(case.requests)]
+    engine = {
+        "max_model_len": case.tokens,
+        "max_num_batched_tokens": case.tokens,
+        "max_num_seqs": 8,
+        "enforce_eager": True,
+        "gpu_memory_utilization": 0.5,
+    }
+    settings = None if case.density is None else {"density": case.density, "min_budget": 256, "when": "always"}
+    work = {"texts": [sample.tokens.tolist() for sample in samples], "engine": engine}
+    found = run_engine(folder, settings, work, options.limit_s, model)
+    bits = [
+        round(each / sample.bytes_per_token, 5)
+        for each, sample in zip(found.pop("bits_per_token"), samples, strict=True)
+    ]
+    return found | {"bits_per_byte": round(statistics.fmean(bits), 5), "cases": bits}
+
+
 def measure_engine(folder: Path, case: Case, options: Options) -> Row:
     """Times with the shape of Llama-3.1-8B."""
     lengths = [queries for queries, _ in case.requests]
@@ -134,6 +168,9 @@ def measure_engine(folder: Path, case: Case, options: Options) -> Row:
     return run_engine(folder, settings, {"prompts": prompts, "decode": [32, 256], "engine": engine}, options.limit_s)
 
 
+ENGINES = {"equality": measure_equality, "engine": measure_engine, "real": measure_real}
+
+
 def measure(case: Case, options: Options) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         if case.part == "step":
@@ -141,8 +178,7 @@ def measure(case: Case, options: Options) -> list[Row]:
             density = case.density
             found = attempt(lambda: measure_step(case.requests, density, case.contender))
         else:
-            measured = measure_equality if case.part == "equality" else measure_engine
-            found = attempt(lambda: measured(Path(folder), case, options))
+            found = attempt(lambda: ENGINES[case.part](Path(folder), case, options))
     return [case._asdict() | found]
 
 
@@ -157,6 +193,8 @@ def cases_of(lengths: Sequence[int], tokens: int, density: float, engines: bool,
         cases.append(Case("equality", "flexproxy", ((5000, 5000), (300, 300), (2048, 2048), (9001, 9001)), 2048))
         cases.append(Case("engine", "FlashAttention", prompts, tokens))
         cases.append(Case("engine", "flexproxy", prompts, tokens, density))
+        texts = ((REAL_TOKENS, REAL_TOKENS),) * REAL_TEXTS
+        cases += [Case("real", name, texts, 8192, x) for name, x in (("FlashAttention", None), ("flexproxy", 0.25))]
     return cases
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -79,7 +81,8 @@ def engine(case: dict[str, Any], report: Callable[[Row], None]) -> None:
 
     work: ``engine``, arguments of ``LLM``; ``prompts`` by name, lists of lengths, each timed to its first token, the
     first time and the median of three more, or one; ``decode``, a number of requests of 64 tokens and how many they
-    generate; ``tokens``, prompts whose tokens are reported, with their log-probabilities.
+    generate; ``tokens``, prompts whose tokens are reported, with their log-probabilities; ``texts``, token ids whose
+    mean bits are reported.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     begin = time.perf_counter()
@@ -131,6 +134,14 @@ def engine(case: dict[str, Any], report: Callable[[Row], None]) -> None:
         tokens = [list(one.token_ids) for one in found]
         chosen = [[at[token].logprob for token, at in zip(one.token_ids, one.logprobs, strict=True)] for one in found]
         report({"tokens": tokens, "logprobs": chosen})
+    if "texts" in work:
+        sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in work["texts"]], sampling, use_tqdm=False)
+        nats = [
+            [-found[token].logprob for token, found in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
+            for ids, output in zip(work["texts"], outputs, strict=True)
+        ]
+        report({"bits_per_token": [round(statistics.fmean(each) / math.log(2), 5) for each in nats]})
     if "decode" in work:
         requests, number = work["decode"]
         generate([64] * requests, 8)

@@ -6,6 +6,8 @@ import json
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,8 @@ def test_cases() -> None:
         ("equality", "flexproxy", None),
         ("engine", "FlashAttention", None),
         ("engine", "flexproxy", 0.2),
+        ("real", "FlashAttention", None),
+        ("real", "flexproxy", 0.25),
     ]
 
 
@@ -48,3 +52,25 @@ def test_an_engine_that_is_stopped_leaves_what_it_found(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(subprocess, "run", stopped)
     assert bench_vllm.run_engine(tmp_path, None, {}, limit_s=2) == {"ended": "after 2 s", "start_s": 1.5}
+
+
+def test_bits_of_a_real_model_are_by_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = SimpleNamespace(
+        is_fast=True,
+        bos_token_id=None,
+        encode=lambda text, **_: [1] * len(text.split()),
+        decode=lambda ids: "word " * len(ids),  # five bytes each
+    )
+    asked: list[Any] = []
+
+    def engine(folder: Path, settings: Any, work: Any, limit_s: float, model: str) -> dict[str, Any]:
+        asked.append((settings, model))
+        return {"bits_per_token": [5.0 * (1 + n) for n in range(len(work["texts"]))], "start_s": 1.0}
+
+    monkeypatch.setattr(bench_vllm, "resolve", lambda name: f"models/{name}")
+    monkeypatch.setattr(bench_vllm, "load_tokenizer", lambda _: words)
+    monkeypatch.setattr(bench_vllm, "run_engine", engine)
+    case = bench_vllm.Case("real", "flexproxy", ((64, 64),) * 2, 8192, 0.25)
+    row = bench_vllm.measure_real(tmp_path, case, bench_vllm.Options())
+    assert row == {"start_s": 1.0, "bits_per_byte": 1.5, "cases": [1.0, 2.0]}
+    assert asked == [({"density": 0.25, "min_budget": 256, "when": "always"}, "models/smollm2")]
