@@ -128,11 +128,14 @@ def speed() -> str:
                     f"{model / whole:.1f} x",
                 ]
             )
+    stock, served = (find("vllm", part="engine", contender=name) for name in ("FlashAttention", "flexproxy"))
+    seconds = [f"{row[f'{LONG}_ms'] / 1000:.1f}" for row in (served, stock)]
     return (
         f"{table(lines)}\n\n"
         f"flexproxy {flexproxy.__version__}, bf16, Llama-3.1-8B's shape, density 0.10 (kept / causal blocks); dense: "
-        f"cuDNN. Layer: blocks chosen,\nand attention ({measured('attention')}). Model: time to first token, batch 1, "
-        f"transformers ({measured('prefill')})."
+        f"cuDNN. Layer: blocks chosen, and attention\n({measured('attention')}). Model: time to first token, batch 1, "
+        f"transformers ({measured('prefill')}). vLLM {served['vllm']}, {tokens(LONG)}, density "
+        f"{results('vllm')['settings']['density']}: {seconds[0]} s, stock {seconds[1]} s."
     )
 
 
