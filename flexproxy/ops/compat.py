@@ -112,9 +112,14 @@ def in_a_mode() -> bool:
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU; (0, 0) of what is none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def is_hopper(device: torch.device) -> bool:
     """Whether it is a GPU of the generation that kernels and options were measured on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return capability(device) == (9, 0)
 
 
 @contextlib.contextmanager

@@ -200,9 +200,13 @@ def _plan_kernel(
     )
 
 
-# Floating-point operations of dense attention that a GPU does while the host launches a replayed estimate: 0.4 ms of an
-# H100. Other estimates take the host about 0.9 ms. Inside a model the host runs ahead, and the GPU waits for neither.
-BUILD_FLOPS = 2.5e11
+# TFLOPS of dense causal attention in bf16 by compute capability: an H100's or H200's as measured
+# (benchmarks/results/calls.json), an A100's as in FlashAttention-2's paper (arXiv 2307.08691). Other GPUs count as an
+# H100: those that are slower stay dense for too long, which costs no more than dense attention does.
+DENSE_TFLOPS = {(8, 0): 200, (9, 0): 600}
+# By how much longer the host takes for a sparse call than for a dense one. Inside a model the host runs ahead, and the
+# GPU waits for neither; whether it does depends on the model, so a host that is waited for is assumed.
+HOST_MS = 0.4
 # Time of an estimate on a CPU, as a share of dense attention: 1/11 in fp32 at 8K tokens and stride 4, less for longer
 # prompts (benchmarks/results/cpu.json).
 CPU_BUILD = 0.1
@@ -214,9 +218,9 @@ def why_dense(q: Tensor, k: Tensor, config: ProxyConfig | None = None) -> str | 
     """Why ``attention`` will be dense, in a few words; None where it will be sparse.
 
     It goes by lengths and settings, and looks at no values. It assumes a causal mask, ``when="auto"``, and that a gamma
-    keeps no more than ``min_budget``. On a GPU it compares the work that is saved with the time that the host takes to
-    start the kernels of the estimate, both as on an H100 whose host waits for each call; on a CPU it assumes that
-    the estimate takes a tenth of the time of dense attention.
+    keeps no more than ``min_budget``. On a GPU it compares the work that is saved, at the speed of dense attention on
+    GPUs of its class, with the time that the host takes to start the kernels of the estimate, as if each call was
+    waited for; on a CPU it assumes that the estimate takes a tenth of the time of dense attention.
 
     Args:
         q, k, config: as for ``attention``.
@@ -241,6 +245,10 @@ def reason_to_be_dense(q: Tensor, k: Tensor, config: ProxyConfig) -> str | None:
     rows = num_queries / num_keys  # the last rows of a triangle
     dense_flops = 4 * q.shape[0] * q.shape[1] * q.shape[3] * num_queries * num_keys * (1 - rows / 2)
     density = max(1 - (1 - kept) ** 2, config.density or 0.0)
-    build = BUILD_FLOPS if q.is_cuda else CPU_BUILD * dense_flops
+    if q.is_cuda:
+        tflops = DENSE_TFLOPS.get(compat.capability(q.device), DENSE_TFLOPS[9, 0])
+        build, assumed = HOST_MS * 1e9 * tflops, f"a host that is waited for, dense attention at {tflops} TFLOPS"
+    else:
+        build, assumed = CPU_BUILD * dense_flops, "a tenth of dense attention"
     loses = SPARSE_COST * density * dense_flops + build > dense_flops
-    return "an estimate would take longer than it saves" if loses else None
+    return f"an estimate would take longer than it saves ({assumed})" if loses else None

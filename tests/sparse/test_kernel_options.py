@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -208,12 +209,18 @@ def test_tiles_divide_the_blocks(block_size: int) -> None:
 
 
 def is_dense(
-    num_queries: int, num_keys: int, config: ProxyConfig, heads: int = 32, batch: int = 1, cuda: bool = True
+    num_queries: int,
+    num_keys: int,
+    config: ProxyConfig,
+    heads: int = 32,
+    batch: int = 1,
+    capability: tuple[int, int] | None = (9, 0),
 ) -> bool:
-    """What ``why_dense`` says of a shape, on a GPU or a CPU."""
+    """What ``why_dense`` says of a shape, on a GPU of this capability, or on a CPU."""
     shapes = (batch, heads, num_queries, 128), (batch, 8, num_keys, 128)
-    q, k = (OnGpu(*shape) if cuda else torch.empty(1, dtype=torch.bfloat16).expand(shape) for shape in shapes)
-    return flexproxy.why_dense(q, k, config) is not None
+    q, k = (OnGpu(*shape) if capability else torch.empty(1, dtype=torch.bfloat16).expand(shape) for shape in shapes)
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=capability):
+        return flexproxy.why_dense(q, k, config) is not None
 
 
 LENGTHS = [2**n for n in range(12, 18)]
@@ -245,24 +252,45 @@ def test_dense_by_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ProxyConfig(min_budget=0, density=0.5)
     flops = 4 * 32 * 128 * 2**14 * 2**14 / 2 * (1 - SPARSE_COST * 0.5)
     for factor, dense in ((1.01, True), (0.99, False)):
-        monkeypatch.setattr(planning, "BUILD_FLOPS", flops * factor)
+        monkeypatch.setattr(planning, "HOST_MS", flops * factor / 600e9)
         assert is_dense(2**14, 2**14, config) is dense
     # A chunk of queries at the end of long keys does nearly the work of a rectangle.
     saved = 4 * 32 * 128 * 2**10 * 2**17 * (1 - 2**10 / 2**18) * (1 - SPARSE_COST * 0.5) * 0.99
-    monkeypatch.setattr(planning, "BUILD_FLOPS", saved)
+    monkeypatch.setattr(planning, "HOST_MS", saved / 600e9)
     assert is_dense(2**10, 2**17, config) is False
+
+
+def test_a_slower_gpu_is_sparse_from_shorter_prompts_on() -> None:
+    config = ProxyConfig(min_budget=512, density=0.2)
+
+    def first(capability: tuple[int, int]) -> int:
+        return next(n for n in range(1024, 2**15, 1024) if not is_dense(n, n, config, capability=capability))
+
+    assert first((8, 0)) < first((9, 0)) == first((12, 0))  # what nobody measured counts as the fastest
+
+
+@pytest.mark.usefixtures("hopper")
+def test_it_says_what_it_assumed() -> None:
+    said = flexproxy.why_dense(
+        OnGpu(1, 32, 4096, 128), OnGpu(1, 8, 4096, 128), ProxyConfig(density=0.2, min_budget=512)
+    )
+    assert said == (
+        "an estimate would take longer than it saves (a host that is waited for, dense attention at 600 TFLOPS)"
+    )
 
 
 def test_on_a_cpu_only_lengths_and_settings_count() -> None:
     sparse = ProxyConfig(min_budget=0)
     for length in (128, 256, 4096):
-        assert is_dense(length, length, sparse, cuda=False) is False
-        assert is_dense(length, length, ProxyConfig(gamma=1.0, min_budget=0), cuda=False) is True
-        assert is_dense(length, length, ProxyConfig(min_budget=4096), cuda=False) is True
+        assert is_dense(length, length, sparse, capability=None) is False
+        assert is_dense(length, length, ProxyConfig(gamma=1.0, min_budget=0), capability=None) is True
+        assert is_dense(length, length, ProxyConfig(min_budget=4096), capability=None) is True
     for length, dense in ((3000, True), (4096, True), (8192, False)):
-        assert is_dense(length, length, ProxyConfig(), cuda=False) is dense, "the estimate, and three blocks of four"
-    assert is_dense(4096, 4096, ProxyConfig(density=0.8, min_budget=0), cuda=False) is True
-    assert is_dense(127, 2**17, sparse, cuda=False) is True
+        assert is_dense(length, length, ProxyConfig(), capability=None) is dense, (
+            "the estimate, and three blocks of four"
+        )
+    assert is_dense(4096, 4096, ProxyConfig(density=0.8, min_budget=0), capability=None) is True
+    assert is_dense(127, 2**17, sparse, capability=None) is True
     assert is_dense(1, 2**17, sparse) is True
 
 
