@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,9 +121,53 @@ def convert(parts: list[bytes], folder: Path) -> None:
     model = type(read)(config)
     model.load_state_dict(read.state_dict())
     model.to(torch.bfloat16).save_pretrained(unfinished)
-    AutoTokenizer.from_pretrained(unfinished, **loading).save_pretrained(unfinished)
+    tokenizer = sentencepiece_of(whole) or AutoTokenizer.from_pretrained(unfinished, **loading)
+    tokenizer.save_pretrained(unfinished)
     whole.unlink()
     unfinished.rename(folder)
+
+
+def sentencepiece_of(path: Path) -> Any:
+    """The tokenizer of a GGUF if it is SentencePiece's BPE, else None. (transformers 5.17 takes it for Unigram.)"""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    if fields["tokenizer.ggml.model"].contents() != "llama":
+        return None
+    tokens, scores, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores", "token_type"))
+    special = {
+        name: tokens[fields[f"tokenizer.ggml.{key}_token_id"].contents()]
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+    }
+    return byte_pair_tokenizer(tokens, scores, kinds, special)
+
+
+CONTROL, USER_DEFINED = 3, 4  # kinds of tokens in a GGUF
+
+
+def byte_pair_tokenizer(
+    tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], special: dict[str, str]
+) -> Any:
+    """SentencePiece's byte-pair encoding: of pairs of pieces, that with the highest score becomes one first.
+
+    special: the tokens for "bos", "eos", "unk" and "pad".
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    merges = generate_merges(vocabulary, dict(zip(tokens, scores, strict=True)))
+    model = models.BPE(vocabulary, merges, unk_token=special["unk"], fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    for kind in (CONTROL, USER_DEFINED):
+        added = [token for token, its in zip(tokens, kinds, strict=True) if its == kind]
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL) for token in added])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **{f"{name}_token": token for name, token in special.items()}
+    )
 
 
 def positions_of(name: str, model: Any) -> int | None:

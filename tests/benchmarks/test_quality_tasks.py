@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.quality import byte_tasks, prompt_tasks, texts
+from benchmarks.quality.real_models import byte_pair_tokenizer
 from benchmarks.quality.samples import Sample
 from benchmarks.quality.texts import Purpose, read_text
 from flexproxy.cli.needle import END, KEY, QRY, VAL
@@ -304,3 +305,18 @@ def test_a_sample_is_what_models_are_trained_on() -> None:
     sample = byte_tasks.tasks(TEXT)["variables"].make(11, 1024)
     assert isinstance(batch.tokens, Tensor)
     assert torch.equal(batch.tokens[0], sample.tokens)
+
+
+def test_sentencepiece_joins_the_best_pair_first() -> None:
+    """What transformers reads as Unigram: there "abc" would be one piece, for its score is the best."""
+    pytest.importorskip("transformers")
+    tokens = ["<pad>", "</s>", "<s>", "<unk>", "<0x64>", "\u2581", "a", "b", "c", "ab", "bc", "\u2581ab", "[INST]"]
+    scores = [0.0] * 5 + [-9.0, -9.0, -9.0, -9.0, -2.0, -1.0, -3.0, 0.0]
+    kinds = [3, 3, 3, 3, 6, *[1] * 7, 4]
+    special = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>"}
+    tokenizer = byte_pair_tokenizer(tokens, scores, kinds, special)
+    assert tokenizer.is_fast
+    ids = tokenizer.encode(" ababcd[INST]", add_special_tokens=False)
+    assert tokenizer.convert_ids_to_tokens(ids) == ["\u2581ab", "a", "bc", "<0x64>", "[INST]"]
+    assert tokenizer.decode(ids) == " ababcd[INST]"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 1, 0)
