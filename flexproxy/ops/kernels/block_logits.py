@@ -83,34 +83,13 @@ def _allowed(
 
 
 @triton.jit
-def _reach(
-    lo, hi, summary, summary_row, clause_row, row_ok, clause_stride, num_keys, key_step, k_cell,
-    NUM_CLAUSES: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_LISTED: tl.constexpr, HAS_SUMMARY: tl.constexpr,
-):  # fmt: skip
+def _reach(summary, summary_row, row_ok, num_keys, k_cell):
     """Keys that some row may see, and a run of keys that all rows see: begin, end, full_begin, full_end."""
-    begin = 0
-    end = num_keys
-    full_begin = num_keys
-    full_end = num_keys
-    if HAS_SUMMARY:
-        at = summary + summary_row * COLUMNS
-        begin = tl.min(tl.where(row_ok, tl.load(at + FIRST, mask=row_ok, other=0) * k_cell, num_keys))
-        end = tl.max(tl.load(at + END, mask=row_ok, other=0)) * k_cell
-        full_begin = tl.max(tl.load(at + FULL_FIRST, mask=row_ok, other=0)) * k_cell
-        full_end = tl.min(tl.where(row_ok, tl.load(at + FULL_END, mask=row_ok, other=0) * k_cell, num_keys))
-    elif NUM_CLAUSES > 0:
-        begin = num_keys * key_step
-        end = 0
-        for c in tl.static_range(NUM_CLAUSES):
-            first = tl.load(lo + clause_row + c * clause_stride, mask=row_ok, other=0)
-            last = tl.load(hi + clause_row + c * clause_stride, mask=row_ok, other=0)
-            begin = tl.minimum(begin, tl.min(tl.where(row_ok, first, num_keys * key_step)))
-            end = tl.maximum(end, tl.max(last))
-            if NUM_CLAUSES == 1 and not HAS_LABELS and not HAS_LISTED:
-                full_begin = (tl.maximum(tl.max(first), 0) + key_step - 1) // key_step
-                full_end = tl.min(tl.where(row_ok, last, num_keys * key_step)) // key_step
-        begin = tl.maximum(begin, 0) // key_step
-        end = (end + key_step - 1) // key_step
+    at = summary + summary_row * COLUMNS
+    begin = tl.min(tl.where(row_ok, tl.load(at + FIRST, mask=row_ok, other=0) * k_cell, num_keys))
+    end = tl.max(tl.load(at + END, mask=row_ok, other=0)) * k_cell
+    full_begin = tl.max(tl.load(at + FULL_FIRST, mask=row_ok, other=0)) * k_cell
+    full_end = tl.min(tl.where(row_ok, tl.load(at + FULL_END, mask=row_ok, other=0) * k_cell, num_keys))
     return begin, tl.minimum(end, num_keys), full_begin, tl.minimum(full_end, num_keys)
 
 
@@ -192,7 +171,7 @@ def _block_logits_kernel(
     listed_stride_b, listed_stride_h, listed_stride_r, summary_stride_b, summary_stride_h,
     first_row, num_rows, num_keys, num_columns, rows_in_buffer, steps, heads, group, key_step, q_cell, k_cell,
     listed_cell, head_dim, scale_log2,
-    HAS_INDEX: tl.constexpr, HAS_SUMMARY: tl.constexpr, POSITIVE: tl.constexpr, SUMS: tl.constexpr,
+    HAS_INDEX: tl.constexpr, POSITIVE: tl.constexpr, SUMS: tl.constexpr,
     NUM_CLAUSES: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_LISTED: tl.constexpr, COLUMN: tl.constexpr,
     BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -218,9 +197,8 @@ def _block_logits_kernel(
     listed_row = b * listed_stride_b + h * listed_stride_h + (row // listed_cell).to(tl.int64) * listed_stride_r
     row_block = source // (k_cell * key_step) if HAS_INDEX else (row // q_cell).to(tl.int64)
     begin, end, full_begin, full_end = _reach(
-        lo, hi, summary + b * summary_stride_b + h * summary_stride_h, row_block, clause_row, row_ok, lo_stride_c,
-        num_keys, key_step, k_cell, NUM_CLAUSES, HAS_LABELS, HAS_LISTED, HAS_SUMMARY,
-    )  # fmt: skip
+        summary + b * summary_stride_b + h * summary_stride_h, row_block, row_ok, num_keys, k_cell
+    )
     first = tl.maximum(begin // BLOCK_N, split * steps)
     last = tl.maximum(tl.minimum(tl.cdiv(end, BLOCK_N), (split + 1) * steps), first)
     full_first = tl.minimum(tl.maximum(tl.cdiv(full_begin, BLOCK_N), first), last)
@@ -298,9 +276,9 @@ def block_logits(
     rows: slice,
     q_cell: int,
     k_cell: int,
+    summary: Tensor,
     key_step: int = 1,
     row_index: Tensor | None = None,
-    summary: Tensor | None = None,
     sums: bool = False,
     out: BlockLogits | None = None,
 ) -> BlockLogits:
@@ -313,9 +291,9 @@ def block_logits(
         scale: of the logits.
         rows: which of the rows.
         q_cell, k_cell: rows, and keys, per block. key_step: tokens from one key to the next.
-        row_index: int64 ``[b, h, rows]``, the rows' places in q, -1 for none.
         summary: int32 ``[b, h, blocks, 7]`` of ``summarize_rows``: of blocks of ``q_cell`` rows, with ``row_index`` of
             the blocks of q, which have as many tokens as those of keys.
+        row_index: int64 ``[b, h, rows]``, the rows' places in q, -1 for none.
         sums: log-sum-exps of the blocks instead of their largest logits.
         out: the result of a call of the same shapes, to be written over.
     """
@@ -367,7 +345,6 @@ def block_logits(
         head_dim=head_dim,
         scale_log2=scale * LOG2_E,
         HAS_INDEX=row_index is not None,
-        HAS_SUMMARY=summary is not None,
         POSITIVE=scale > 0,
         SUMS=sums,
         NUM_CLAUSES=0 if lo is None else lo.shape[0],
