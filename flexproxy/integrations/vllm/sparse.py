@@ -31,7 +31,7 @@ from flexproxy.integrations.common import share_of_rank
 from flexproxy.integrations.vllm.layers import Heads, Plan, description, layer_index, rehearsals
 from flexproxy.integrations.vllm.settings import Settings, parse
 from flexproxy.integrations.vllm.step import Run, dense_runs, prefills, sparse_requests
-from flexproxy.sparse.ragged import Keys, Request, attend_requests
+from flexproxy.sparse.ragged import Keys, Packed, Request, attend_requests
 from flexproxy.stages.proxy import head_groups
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, whose settings it shares
@@ -260,20 +260,11 @@ class SparseLayer:
         heads = self.heads_on(query.device)
         for num_queries, num_keys in rehearsals(max_queries, max_keys):
             if heads.pays(plan, num_queries, num_keys):
-                keys = _Zeros(query.new_zeros(2, num_keys, self.num_kv_heads, self.head_size))
+                # Laid out as pages are gathered: a kernel is for strides, and for where a tensor begins in its memory.
+                k, v = (query.new_zeros(num_keys, self.num_kv_heads, self.head_size) for _ in range(2))
                 requests = (Request(0, 0, num_queries, num_keys),)
                 for _ in range(2):  # the second captures a graph, which holds memory: NOTE [Replays]
-                    self._attend(query, keys, requests, torch.empty_like(query), plan.share)
-
-
-class _Zeros(NamedTuple):
-    """Keys and values of one request, as they are after they are gathered."""
-
-    tokens: Tensor
-
-    def of(self, request: Request) -> tuple[Tensor, Tensor]:
-        k, v = self.tokens.transpose(1, 2)
-        return k[None], v[None]
+                    self._attend(query, Packed(k, v, (0,)), requests, torch.empty_like(query), plan.share)
 
 
 def _settings_of(vllm_config: Any) -> Settings:
