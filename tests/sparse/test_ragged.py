@@ -57,7 +57,7 @@ def test_gathered_pages_are_laid_out_as_packed_keys_of_one_request() -> None:
     """vLLM's profiling run has the latter, and kernels that it compiles are to fit: their strides, where they begin."""
     made = Made("cpu")
     for request in REQUESTS:
-        zeros = Packed(*(torch.zeros(request.num_keys, HKV, D) for _ in range(2)), (0,))
+        zeros = Packed(torch.zeros(request.num_keys, HKV, D), torch.zeros(request.num_keys, HKV, D), (0,))
         pairs = zip(made.paged().of(request), zeros.of(request._replace(row=0)), strict=True)
         for gathered, rehearsed in pairs:
             assert gathered.shape == rehearsed.shape
