@@ -319,6 +319,10 @@ def quality_as_set() -> str:
     return report.lengths_markdown(results(QUALITY)["rows"], "prose")
 
 
+def quality_gemma() -> str:
+    return report.columns_markdown(results("quality_gemma3")["rows"], [(4096, "prose", "density 0.25")])
+
+
 def density() -> str:
     """What the default settings keep and lose, by length."""
     lengths = lengths_of(QUALITY, method=OURS, setting="defaults", task="prose")
@@ -361,7 +365,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
     for block in (
         *(speed, numbers, attention, build, stages, calls, model, chunks, served, choosing),
-        *(quality, density, quality_025, quality_012, quality_needles, quality_32k, quality_as_set),
+        *(quality, density, quality_025, quality_012, quality_needles, quality_32k, quality_as_set, quality_gemma),
     )
 }
 
