@@ -153,11 +153,11 @@ def byte_pair_tokenizer(
     special: the tokens for "bos", "eos", "unk" and "pad".
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import generate_merges
+    from transformers import PreTrainedTokenizerFast, convert_slow_tokenizer
 
+    conversion: Any = convert_slow_tokenizer  # which says of no name that it exports it
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    merges = generate_merges(vocabulary, dict(zip(tokens, scores, strict=True)))
+    merges = conversion.generate_merges(vocabulary, dict(zip(tokens, scores, strict=True)))
     model = models.BPE(vocabulary, merges, unk_token=special["unk"], fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
