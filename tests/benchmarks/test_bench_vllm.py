@@ -67,6 +67,7 @@ def test_bits_of_a_real_model_are_by_byte(tmp_path: Path, monkeypatch: pytest.Mo
         asked.append((settings, model))
         return {"bits_per_token": [5.0 * (1 + n) for n in range(len(work["texts"]))], "start_s": 1.0}
 
+    monkeypatch.setattr(bench_vllm, "corpus", lambda *_: SimpleNamespace(content=b"word " * 1000))
     monkeypatch.setattr(bench_vllm, "resolve", lambda name: f"models/{name}")
     monkeypatch.setattr(bench_vllm, "load_tokenizer", lambda _: words)
     monkeypatch.setattr(bench_vllm, "run_engine", engine)
