@@ -18,13 +18,10 @@ Columns of a row, one for each length, number of proxy heads and way of sharing:
 from __future__ import annotations
 
 import functools
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, NamedTuple
 
-import torch
 import typer
 
 import flexproxy
@@ -38,6 +35,7 @@ from benchmarks.harness import (
     Quick,
     Row,
     attempt,
+    call_ms,
     command,
     integers,
     listed,
@@ -71,18 +69,6 @@ class Case(NamedTuple):
         return config
 
 
-def cpu_ms(run: Callable[[], Any], repeats: int = 5) -> float:
-    """Milliseconds until a call returns, the device being idle before: the cost of its launches."""
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - begin) * 1e3)
-    torch.cuda.synchronize()
-    return round(statistics.median(times), 4)
-
-
 @functools.lru_cache(maxsize=1)  # the cases of one length follow each other
 def dense_time(length: int, budget_ms: float) -> Row:
     q, k, v = inputs(length)
@@ -98,7 +84,7 @@ def measure(case: Case, density: float, dense_up_to: int, budget_ms: float) -> l
     def timed() -> Row:
         q, k, _ = inputs(case.length)
         run = functools.partial(flexproxy.build, q, k, config=config)
-        times = time_ms(run, budget_ms) | {"cpu_ms": cpu_ms(run)}
+        times = time_ms(run, budget_ms) | {"cpu_ms": call_ms(run, 5)[0]}
         stages = attempt(lambda: profile_stages(run))
         return times | {"stage_error": stages.pop("error")} | stages
 

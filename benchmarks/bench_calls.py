@@ -16,15 +16,12 @@ contender and kernel:
 from __future__ import annotations
 
 import functools
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import flexproxy
 from benchmarks import gate
@@ -35,6 +32,7 @@ from benchmarks.harness import (
     Quick,
     Row,
     attempt,
+    call_ms,
     command,
     release,
     require_gpu,
@@ -56,27 +54,18 @@ class Case(NamedTuple):
         return f"{self.length} tokens, {self.contender}" + (f", {self.kernel}" if self.kernel else "")
 
 
-def call_ms(run: Callable[[], Any], repeats: int = 20) -> Row:
+def times_of(run: Callable[[], Any], repeats: int = 20) -> Row:
     for _ in range(3):  # the first compiles, the second captures
         run()
-    returned, waited = [], []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        run()
-        returned.append(1e3 * (time.perf_counter() - begin))
-        torch.cuda.synchronize()
-        waited.append(1e3 * (time.perf_counter() - begin))
+    host, waited = call_ms(run, repeats)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(int(CYCLES * repeats * statistics.median(returned)))
+    torch.cuda._sleep(int(CYCLES * repeats * host))
     first.record()
     for _ in range(repeats):
         run()
     last.record()
     torch.cuda.synchronize()
-    queued = first.elapsed_time(last) / repeats
-    times = {"queued_ms": queued, "waited_ms": statistics.median(waited), "host_ms": statistics.median(returned)}
-    return {name: round(value, 4) for name, value in times.items()}
+    return {"queued_ms": round(first.elapsed_time(last) / repeats, 4), "waited_ms": waited, "host_ms": host}
 
 
 def measure(case: Case) -> list[Row]:
@@ -84,7 +73,7 @@ def measure(case: Case) -> list[Row]:
     density = DENSITIES.get(case.length, 0.1)
     config = config_for(density, case.length)
     sparse = functools.partial(flexproxy.attention, q, k, v, config=config)
-    contenders: dict[str, Callable[[], Tensor | tuple[Tensor, Tensor]]] = {
+    contenders: dict[str, Callable[[], Any]] = {
         "SDPA": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
         "SDPA cuDNN": lambda: cudnn(*tensors),
         "flexproxy": functools.partial(sparse, when="always"),
@@ -98,7 +87,7 @@ def measure(case: Case) -> list[Row]:
     with variant():
         if case.contender == "flexproxy, auto":
             row["why_dense"] = flexproxy.why_dense(q, k, config)
-        row |= attempt(lambda: call_ms(contenders[case.contender]))
+        row |= attempt(lambda: times_of(contenders[case.contender]))
     release()
     return [row]
 

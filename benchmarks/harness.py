@@ -13,6 +13,7 @@ import math
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -71,6 +72,19 @@ def time_ms(run: Callable[[], Any], budget_ms: float = 300.0, cold_l2: bool = Tr
     run()
     once = _event_times(run, 1, cache)[0]
     return quantiles(_event_times(run, repeats_within(budget_ms, once), cache))
+
+
+def call_ms(run: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Medians of the time until a call returns, and until its result is there, the device being idle before."""
+    returned, waited = [], []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        returned.append(1e3 * (time.perf_counter() - begin))
+        torch.cuda.synchronize()
+        waited.append(1e3 * (time.perf_counter() - begin))
+    return round(statistics.median(returned), 4), round(statistics.median(waited), 4)
 
 
 def _event_times(run: Callable[[], Any], repeats: int, cache: Tensor | None) -> list[float]:

@@ -301,8 +301,12 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "check_attention", lambda every: None)
     monkeypatch.setattr(gate, "check_selection", lambda config: None)
     replacements: dict[str, Any] = {"require_gpu": lambda: None, "inputs": small_inputs, "time_ms": fake_time}
-    replacements |= {"flex": eager, "cpu_ms": lambda run: 0.5, "profile_stages": lambda run: fake_stages(run, 1.0)}
-    replacements["call_ms"] = lambda run: {"host_ms": 0.1 * (run() is not None)}
+    replacements |= {
+        "flex": eager,
+        "call_ms": lambda run, repeats: (0.5, 0.6),
+        "profile_stages": lambda run: fake_stages(run, 1.0),
+    }
+    replacements["times_of"] = lambda run: {"host_ms": 0.1 * (run() is not None)}
     replacements["peak_memory"] = lambda run: {"kept_mib": 1.0, "extra_mib": 0.5 * (run() is not None)}
     for module in MODULES.values():
         for name in set(replacements) & set(vars(module)):
