@@ -91,7 +91,7 @@ def _missing(device: torch.device) -> str | None:
         return None if interpreter_runs() else "the interpreter of triton before 3.4 cannot run the kernels"
     if compat.IS_ROCM:
         return "on AMD GPUs the kernels have not been tried"
-    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+    if compat.capability(device) < MIN_CAPABILITY:
         return f"{device} has a compute capability below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
     return None
 

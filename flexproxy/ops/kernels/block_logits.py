@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexproxy.ops import compat
 from flexproxy.ops.kernels.launch import Launched, Options, launch, power_of_2
 from flexproxy.ops.kernels.row_summary import COLUMNS, END, FIRST, FULL_END, FULL_FIRST
 
@@ -363,7 +364,7 @@ def block_logits(
 @functools.cache
 def has_tma(device: torch.device) -> bool:
     """Whether the device can load tiles with TMA: Hopper and later, and the interpreter."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type != "cuda" or compat.capability(device) >= (9, 0)
 
 
 def _descriptor(x: Tensor, block: list[int]) -> Any:
