@@ -10,8 +10,7 @@ NOTE [Strides that are inferred]
 A GPU's kernel is compiled for any length, and its strides are products of sizes where dynamo can infer them so: of
 ``[B, H, S, D]``, and of ``[B, S, H, D]`` transposed. Any other stride, as of a part of a fused projection or of keys
 that lie beside their values, is a number of its own to the kernel. With such keys and values attention takes up to
-twice as long, and a copy less than a tenth of what it saves; with such queries it takes 2 % longer, and a copy more
-than that (H100, torch 2.11).
+twice as long (H100, torch 2.11), and they are copied; queries are read once, and a copy takes longer than it saves.
 """
 
 from __future__ import annotations
@@ -99,15 +98,10 @@ def run_causal(
 
 
 def with_inferred_strides(x: Tensor) -> Tensor:
-    """Keys or values ``[B, Hkv, Skv, D]``, or a copy with heads or tokens first, as there.
-
-    See NOTE [Strides that are inferred].
-    """
-    tokens_first = x.transpose(1, 2)
+    """Keys or values ``[B, Hkv, Skv, D]``, or a copy of them. See NOTE [Strides that are inferred]."""
+    inferred = x.is_contiguous() or x.transpose(1, 2).is_contiguous()
     # What is expanded stays: its copy would be larger than it is.
-    if x.is_contiguous() or tokens_first.is_contiguous() or 0 in x.stride():
-        return x
-    return tokens_first.contiguous().transpose(1, 2) if x.stride(1) < x.stride(2) else x.contiguous()
+    return x if inferred or 0 in x.stride() else x.contiguous()
 
 
 @functools.lru_cache(MAX_COMPILED)

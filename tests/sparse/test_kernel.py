@@ -141,20 +141,21 @@ def test_strides_of_keys_are_those_of_their_sizes(layout: str, monkeypatch: pyte
         return {name for x in numbers if isinstance(x, torch.SymInt) for name in x.node.expr.free_symbols}
 
     def look(graph: Any, _: Any) -> Any:
-        (keys,) = (x for x in graph.graph.nodes if x.op == "placeholder" and x.target == "L_k_")
-        example = keys.meta["example_value"]
-        alone.append(symbols(example.stride()) - symbols(example.shape))
+        for node in graph.graph.nodes:
+            if node.op == "placeholder" and node.target in ("L_k_", "L_v_"):
+                example = node.meta["example_value"]
+                alone.append(symbols(example.stride()) - symbols(example.shape))
         return graph.forward
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=look))
     kernel._compiled_causal.cache_clear()
     for length in (64, 128, 192):
-        q, k = (LAYOUTS[layout](x.transpose(1, 2).contiguous()) for x in qkv(length)[:2])
+        q, k, v = (LAYOUTS[layout](x.transpose(1, 2).contiguous()) for x in qkv(length))
         lists = block_lists(*[torch.ones(1, 1, length // BLOCK, length // BLOCK, dtype=torch.bool).tril()] * 2)
-        kernel.run_causal(q, k, k, torch.zeros(1, dtype=torch.int32), lists, BLOCK, 0.25, {})
+        kernel.run_causal(q, k, v, torch.zeros(1, dtype=torch.int32), lists, BLOCK, 0.25, {})
     kernel._compiled_causal.cache_clear()
-    assert len(alone) > 1
+    assert len(alone) > 2
     assert not any(alone)
 
 
