@@ -11,7 +11,7 @@ from torch import Tensor
 
 import flexproxy
 from flexproxy import ProxyConfig
-from flexproxy.sparse.ragged import Paged
+from flexproxy.sparse.ragged import Paged, Request
 from tests.integrations.serving import stand_in
 
 HQ, HKV, D, PAGE = 4, 2, 32, 8
@@ -118,6 +118,19 @@ def test_every_block_is_the_dense_step(sparse: Any) -> None:
     step = server.step()
     torch.testing.assert_close(server.run(step), step.dense(), rtol=1e-5, atol=1e-5)
     assert server.layers[0].impl.seen == [1, 1, 1]  # the decodes, in the runs between prefills
+
+
+def test_a_rehearsal_has_keys_laid_out_as_gathered_pages(sparse: Any) -> None:
+    """Kernels that it compiles are to fit: their strides, and where they begin."""
+    step = Server(sparse, EVERY_BLOCK).step([(100, 64), (0, 96)])
+    for row, num_keys in enumerate((164, 96)):
+        request = Request(row, 0, num_keys, num_keys)
+        gathered = Paged(step.cache.transpose(1, 2), step.common.block_table_tensor).of(request)
+        rehearsed = sparse.zeros_as_gathered(step.q, num_keys, HKV, D).of(request._replace(row=0))
+        for x, zeros in zip(gathered, rehearsed, strict=True):
+            assert x.shape == zeros.shape
+            assert x.stride() == zeros.stride()
+            assert x.storage_offset() == zeros.storage_offset() == 0
 
 
 def test_a_budget_is_the_request_alone(sparse: Any) -> None:

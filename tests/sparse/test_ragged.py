@@ -53,18 +53,6 @@ class Made:
         return Paged(cache.transpose(1, 2), table)
 
 
-def test_gathered_pages_are_laid_out_as_packed_keys_of_one_request() -> None:
-    """vLLM's profiling run has the latter, and kernels that it compiles are to fit: their strides, where they begin."""
-    made = Made("cpu")
-    for request in REQUESTS:
-        zeros = Packed(torch.zeros(request.num_keys, HKV, D), torch.zeros(request.num_keys, HKV, D), (0,))
-        pairs = zip(made.paged().of(request), zeros.of(request._replace(row=0)), strict=True)
-        for gathered, rehearsed in pairs:
-            assert gathered.shape == rehearsed.shape
-            assert gathered.stride() == rehearsed.stride()
-            assert gathered.storage_offset() == rehearsed.storage_offset() == 0
-
-
 def alone(made: Made, request: Request, config: ProxyConfig) -> Tensor:
     """The output of one request, by itself, ``[tokens, Hq, D]``."""
     q = made.q[request.start : request.start + request.num_queries].transpose(0, 1)[None]

@@ -260,11 +260,19 @@ class SparseLayer:
         heads = self.heads_on(query.device)
         for num_queries, num_keys in rehearsals(max_queries, max_keys):
             if heads.pays(plan, num_queries, num_keys):
-                # Laid out as pages are gathered: a kernel is for strides, and for where a tensor begins in its memory.
-                k, v = (query.new_zeros(num_keys, self.num_kv_heads, self.head_size) for _ in range(2))
+                keys = zeros_as_gathered(query, num_keys, self.num_kv_heads, self.head_size)
                 requests = (Request(0, 0, num_queries, num_keys),)
                 for _ in range(2):  # the second captures a graph, which holds memory: NOTE [Replays]
-                    self._attend(query, Packed(k, v, (0,)), requests, torch.empty_like(query), plan.share)
+                    self._attend(query, keys, requests, torch.empty_like(query), plan.share)
+
+
+def zeros_as_gathered(query: Tensor, num_keys: int, num_heads: int, head_size: int) -> Packed:
+    """Keys and values of one request, laid out as ``Paged`` gathers them.
+
+    Each in a tensor of its own: a compiled kernel is for strides, and for where a tensor begins in its memory.
+    """
+    k, v = (query.new_zeros(num_keys, num_heads, head_size) for _ in range(2))
+    return Packed(k, v, (0,))
 
 
 def _settings_of(vllm_config: Any) -> Settings:
