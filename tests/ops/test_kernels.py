@@ -176,6 +176,22 @@ def test_masses_of_documents_are_written_whole(device: str, monkeypatch: pytest.
     assert torch.equal(first, second)
 
 
+def test_masses_where_every_head_sees_other_keys(device: str) -> None:
+    """Kernels take what a row sees from the summary of its own head, not from that of its proxy."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, heads, 160, 16, generator=generator).to(device) for heads in (4, 2))
+
+    def by_head(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (query - key < 32 * (h + 1))
+
+    plan = plan_estimate((q, k), by_head, None, (ProxyConfig(block_size=16, min_budget=0, num_proxies=2), None))
+    masses = []
+    for name in (implementations.picked(q.device), "torch"):
+        with implementations.use(name):
+            masses.append(read(q, k, read_mask(by_head, None, plan.frame, q.device), plan).masses)
+    torch.testing.assert_close(*masses)
+
+
 def unwritten(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plant a mistake: the last element of a launcher's last tensor is not written."""
     launch = module.launch
