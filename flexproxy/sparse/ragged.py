@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from flexproxy.config import ProxyConfig
@@ -67,8 +68,17 @@ class Paged(NamedTuple):
 
     def of(self, request: Request) -> tuple[Tensor, Tensor]:
         own = self.table[request.row, : -(-request.num_keys // self.pages.shape[1])]
-        k, v = (x.index_select(0, own).flatten(0, 1)[: request.num_keys] for x in self.pages.chunk(2, -1))
-        return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+        gathered = (x.index_select(0, own).view(self.pages.dtype) for x in _wide(self.pages).chunk(2, -1))
+        k, v = (x.flatten(0, 1)[: request.num_keys].transpose(0, 1)[None] for x in gathered)
+        return k, v
+
+
+def _wide(pages: Tensor) -> Tensor:
+    """The same memory in elements of 8 bytes, where that fits: a GPU gathers these three times as fast as 2 bytes."""
+    number = 8 // pages.itemsize
+    fits = pages.shape[-1] // 2 % number == 0 and pages.stride(-1) == 1
+    fits = fits and all(n % number == 0 for n in (pages.storage_offset(), *pages.stride()[:-1]))
+    return pages.view(torch.int64) if fits else pages
 
 
 def attend_requests(

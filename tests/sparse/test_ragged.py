@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -85,6 +86,25 @@ def dense(made: Made, request: Request) -> Tensor:
     mask = torch.ones(request.num_queries, request.num_keys, dtype=torch.bool, device=q.device)
     mask = mask.tril(request.num_keys - request.num_queries)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("head_dim", [16, 5])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("heads_first", [True, False], ids=["heads first", "tokens first"])
+def test_pages_are_gathered_whatever_their_strides(
+    dtype: torch.dtype, head_dim: int, offset: int, heads_first: bool
+) -> None:
+    """As they are read one by one; values that lie behind wider elements, and such as do not."""
+    shape = (6, HKV, PAGE, 2 * head_dim) if heads_first else (6, PAGE, HKV, 2 * head_dim)
+    memory = torch.randn(offset + math.prod(shape)).to(dtype)
+    cache = memory[offset:].view(shape)
+    pages = cache.transpose(1, 2) if heads_first else cache
+    order = [4, 0, 5]
+    k, v = Paged(pages, torch.tensor([[2, 2, 2, 9], [*order, 9]], dtype=torch.int32)).of(Request(1, 0, 1, 19))
+    expected = torch.cat([pages[page] for page in order])[:19].transpose(0, 1)[None]
+    assert k.dtype == v.dtype == dtype
+    torch.testing.assert_close(torch.cat([k, v], -1), expected, rtol=0, atol=0)
 
 
 def test_no_request() -> None:
