@@ -153,9 +153,10 @@ def byte_pair_tokenizer(
     special: the tokens for "bos", "eos", "unk" and "pad".
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast, convert_slow_tokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    conversion: Any = convert_slow_tokenizer  # which says of no name that it exports it
+    # By its whole name: transformers exports a function of the same name, too.
+    conversion: Any = importlib.import_module("transformers.convert_slow_tokenizer")
     vocabulary = {token: number for number, token in enumerate(tokens)}
     merges = conversion.generate_merges(vocabulary, dict(zip(tokens, scores, strict=True)))
     model = models.BPE(vocabulary, merges, unk_token=special["unk"], fuse_unk=True, byte_fallback=True)
