@@ -174,11 +174,14 @@ def versions() -> dict[str, Any]:
 # Files and the command line
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write a file whole or not at all."""
+def write_json(path: Path, data: Row) -> None:
+    """Write a file whole or not at all; each of the ``rows`` of a result on a line of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    rows = ",\n".join(json.dumps(row, allow_nan=False) for row in data.get("rows", ()))
+    frame = {name: [] if name == "rows" else value for name, value in data.items()}
+    text = json.dumps(frame, indent=1, allow_nan=False).replace('"rows": []', f'"rows": [\n{rows}\n]')
     with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        unfinished.write_text(text + "\n")
 
 
 def integers(text: str) -> list[int]:

@@ -3,8 +3,8 @@
 A result file is JSON: ``environment``, ``settings``, ``complete`` and ``rows``, one for each cell (length, task,
 method): ``metric``, ``mean``, ``low`` and ``high`` (95 %: Wilson's for answers, bootstrap over sequences for bits),
 ``number`` (answers, or sequences), ``density`` (mean over layers, heads and sequences; of a hybrid, over the layers
-that attend to everything), ``density_by_layer`` (of every head, mean over sequences), ``seconds`` (median of a
-sequence, with all that is looked at: no measure of speed), and ``cases`` with what each seed gave.
+that attend to everything), ``seconds`` (median of a sequence, with all that is looked at: no measure of speed), and
+``cases`` with what each seed gave.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ def run_cell(model: Any, method: Method, task: Task, samples: Sequence[Sample]) 
     cases = [{"seed": seed} | case for seed, case in enumerate(found)]
     densities = torch.tensor([case.pop("density") for case in cases], dtype=torch.float64)  # [seeds, layers, Hq]
     row = summarize(task.metric, cases)
-    dense = densities.numel() == 0
-    row["density"] = 1.0 if dense else round(float(densities.mean()), 4)
-    row["density_by_layer"] = None if dense else [[round(x, 4) for x in heads] for heads in densities.mean(0).tolist()]
+    row["density"] = 1.0 if densities.numel() == 0 else round(float(densities.mean()), 4)
     row["seconds"] = round(statistics.median(case.pop("seconds") for case in cases), 3)
     return row | {"cases": cases}
 

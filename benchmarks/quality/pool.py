@@ -52,7 +52,6 @@ def _join(rows: Sequence[Row]) -> Row:
     joined = rows[0] | summarize(rows[0]["metric"], cases)
     joined["density"] = round(statistics.mean(row["density"] for row in rows), 4)
     joined["seconds"] = round(statistics.mean(row["seconds"] for row in rows), 3)
-    joined["density_by_layer"] = None  # heads of different models are not the same heads
     return joined | {"cases": cases}
 
 
