@@ -27,7 +27,7 @@ KEYS = [
 USUAL = {"sharing": "heads", "share": 1}  # not said by results that are older than these
 VALUES = [
     "median_ms", "queued_ms", "waited_ms", "host_ms", "dense_ms", "kept_mib", "extra_mib", "peak_mib", "layer_ms",
-    "flexproxy_ms", "total_s", "again_ms", "seconds", "equal_tokens", "decode_tokens_per_s",
+    "flexproxy_ms", "step_ms", "total_s", "again_ms", "seconds", "equal_tokens", "decode_tokens_per_s", "bits_per_byte",
 ]  # fmt: skip
 
 

@@ -130,11 +130,12 @@ def speed() -> str:
             )
     stock, served = (find("vllm", part="engine", contender=name) for name in ("FlashAttention", "flexproxy"))
     seconds = [f"{row[f'{LONG}_ms'] / 1000:.1f}" for row in (served, stock)]
+    where = "; ".join(dict.fromkeys(map(measured, ("attention", "prefill"))))
     return (
         f"{table(lines)}\n\n"
-        f"flexproxy {flexproxy.__version__}, bf16, Llama-3.1-8B's shape, density 0.10 (kept / causal blocks); dense: "
-        f"cuDNN. Layer: blocks chosen, and attention\n({measured('attention')}). Model: time to first token, batch 1, "
-        f"transformers ({measured('prefill')}). vLLM {served['vllm']}, {tokens(LONG)}, density "
+        "bf16, Llama-3.1-8B's shape, density 0.10 (kept / causal blocks); dense: cuDNN. Layer: blocks chosen, and "
+        "attention. Model: time to first\ntoken, batch 1, transformers. "
+        f"flexproxy {flexproxy.__version__}, {where}. vLLM {served['vllm']}, {tokens(LONG)}, density "
         f"{results('vllm')['settings']['density']}: {seconds[0]} s, stock {seconds[1]} s."
     )
 
@@ -198,19 +199,20 @@ def calls() -> str:
 
 def chunks() -> str:
     """A prompt in chunks, and short prompts, to the first token."""
-    lines = [["chunks of", "dense", "flexproxy", "gain", "a chunk adds"]]
-    rows = [row for row in results("prefill_chunks")["rows"] if row["part"] == "chunks" and row["error"] is None]
-    for ours in sorted((row for row in rows if row["contender"] == "flexproxy"), key=lambda row: -row["chunk"]):
-        (dense, *_) = [row for row in rows if row["chunk"] == ours["chunk"] and row["density"] is None]
-        name, extra = tokens(ours["chunk"]), ours["extra_ms_per_chunk"]
-        times = [row["median_ms"] / 1000 for row in (dense, ours)]
-        gain = f"{times[0] / times[1]:.2f} x"
+    lines = [["chunks of", "dense", "flexproxy", "gain", "a chunk adds", "pairs of layers share"]]
+    wanted = {"part": "chunks", "length": LONG}
+    for chunk in sorted({row["chunk"] for row in results("prefill_chunks")["rows"] if row["chunk"]}, reverse=True):
+        dense = find("prefill_chunks", chunk=chunk, density=None, **wanted)
+        ours, shared = (find("prefill_chunks", chunk=chunk, density=0.16, share=share, **wanted) for share in (1, 2))
+        times = [row["median_ms"] / 1000 for row in (dense, ours, shared)]
+        extra = ours["extra_ms_per_chunk"]
         lines.append(
             [
-                name if ours["chunk"] < ours["length"] else "the whole",
-                *(f"{x:.2f} s" for x in times),
-                gain,
+                tokens(chunk) if chunk < LONG else "the whole",
+                *(f"{x:.2f} s" for x in times[:2]),
+                f"{times[0] / times[1]:.2f} x",
                 "" if extra is None else f"{extra:.0f} ms",
+                f"{times[0] / times[2]:.2f} x",
             ]
         )
     short = []
@@ -257,6 +259,7 @@ def served() -> str:
             [name, *(f"{x / 1000:.2f} s" for x in times), f"{times[0] / times[1]:.2f} x", f"{first / 1000:.2f} s"]
         )
     equal = find("vllm", part="equality")
+    real = [find("vllm", part="real", contender=name) for name in ("FlashAttention", "flexproxy")]
     decode, share = ours["decode_tokens_per_s"], ours["decode_tokens_per_s"] / stock["decode_tokens_per_s"]
     pages = ours["cache_pages"] / stock["cache_pages"]
     return (
@@ -266,7 +269,30 @@ def served() -> str:
         f"32 requests: {decode:.0f} tokens a second, {100 * (share - 1):+.1f} %; pages of the cache:\n"
         f"{100 * (pages - 1):+.1f} %; start: {ours['start_s']:.0f} s instead of {stock['start_s']:.0f}. With every "
         f"block kept, {equal['equal_tokens']} of {equal['of']} tokens are those of stock\n"
-        "vLLM (four prompts of 300 to 9001 tokens, bf16)."
+        "vLLM (four prompts of 300 to 9001 tokens, bf16). SmolLM2-135M, "
+        f"{len(real[1]['requests'])} prompts of {real[1]['requests'][0][0]} tokens of prose:\n"
+        f"{real[0]['bits_per_byte']:.4f} bits per byte with stock vLLM, {real[1]['bits_per_byte']:.4f} with flexproxy "
+        f"at a density of {real[1]['density']}."
+    )
+
+
+def steps() -> str:
+    """One layer's share of a step of vLLM: milliseconds."""
+    lines = [["a step", "build and attention", "with gathered pages and the output"]]
+    for row in results("vllm")["rows"]:
+        if row["part"] == "step" and row["contender"] == "tokens first":
+            queries, keys = row["requests"][0]
+            many = f"{len(row['requests'])} x " if len(row["requests"]) > 1 else ""
+            whole = f"{row['step_ms']:.2f} ({100 * row['added']:+.0f} %)"
+            lines.append([f"{many}{tokens(queries)} new of {tokens(keys)} tokens", f"{row['call_ms']:.2f}", whole])
+    return f"{table(lines)}\n\n{measured('vllm')}."
+
+
+def cold() -> str:
+    first, later = (find("cold", caches=caches) for caches in ("empty", "warm"))
+    return (
+        f"The first process waits {first['build_s']:.0f} s for `build` and {first['attention_s']:.0f} s for "
+        f"`attention`; a later one {later['build_s']:.1f} s\nand {later['attention_s']:.0f} s ({measured('cold')})."
     )
 
 
@@ -295,7 +321,8 @@ def quality() -> str:
 
 def _tables(*columns: tuple[int, str, str]) -> str:
     """Without what is a trial: the notebook beside the benchmarks has those."""
-    rows = [row for row in results(QUALITY)["rows"] if not re.search(r"^trial: | \+ | shared by ", row["method"])]
+    other = r"^trial: | \+ | shared by | sink \d|outlier|^flexproxy P \d, stride (?!4$|16:4, rows$)|P 9, stride 4"
+    rows = [row for row in results(QUALITY)["rows"] if not re.search(other, row["method"])]
     return report.columns_markdown(rows, columns)
 
 
@@ -313,6 +340,11 @@ def quality_needles() -> str:
 
 def quality_32k() -> str:
     return _tables(*((32768, "prose", f"density {density}") for density in ("0.05", "0.1")))
+
+
+def quality_needle_model() -> str:
+    columns = [(32768, "single", f"density {density}") for density in ("0.05", "0.1")]
+    return report.columns_markdown(results("quality_needle")["rows"], columns)
 
 
 def quality_as_set() -> str:
@@ -356,6 +388,7 @@ def choosing() -> str:
         line(length, "quality", "the defaults", "defaults")
     line(8192, "speed", "`density=0.25, min_budget=256`", "density 0.25")
     line(8192, "too low", "`density=0.12, min_budget=256`", "density 0.12")
+    line(16384, "speed", "`density=0.15, min_budget=256`", "density 0.15")
     line(32768, "speed", "`density=0.1, min_budget=256`", "density 0.1")
     line(32768, "more speed", "`density=0.05, min_budget=256`", "density 0.05")
     return table(lines, wide=3)
@@ -364,8 +397,9 @@ def choosing() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
     for block in (
-        *(speed, numbers, attention, build, stages, calls, model, chunks, served, choosing),
+        *(speed, numbers, attention, build, stages, calls, model, chunks, cold, served, steps, choosing),
         *(quality, density, quality_025, quality_012, quality_needles, quality_32k, quality_as_set, quality_gemma),
+        quality_needle_model,
     )
 }
 

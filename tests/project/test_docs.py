@@ -19,7 +19,9 @@ import pytest
 import torch
 
 import flexproxy
+from benchmarks.quality import report
 from benchmarks.quality.trials import TRIALS
+from docs import figures
 from docs.draw import SOURCES, digest
 from flexproxy.sparse import kernel as sparse_kernel
 from tests.accuracy import skip_unless_flex_compiles
@@ -183,25 +185,34 @@ def test_figures_of_quality() -> None:
 
 
 def test_figures_of_the_notebook() -> None:
-    """Trials are those of the notebook's own result, of the version that they were made with."""
-    rows = json.loads((ROOT / "benchmarks/quality/notebook.json").read_text())["rows"]
-    found = {(row["task"], row["method"], row["setting"]): row for row in rows if row["length"] == 8192}
+    """Every trial has its line; every other figure is one that was measured."""
+    rows = figures.results(figures.QUALITY)["rows"]
+    dense = {(row["length"], row["task"]): row for row in rows if row["method"] == "dense"}
+    found = {}
+    for row in rows:
+        value = report.shown(row, dense[row["length"], row["task"]])
+        assert value is not None
+        place = row["method"], row["setting"], row["length"], row["task"]
+        found[place] = f"{value.mean:.1f}" if row["metric"] == "exact" else f"{value.mean:+.4f}"
 
-    def cell(method: str, density: str) -> str:
-        prose, code, single = (found[task, method, f"density {density}"] for task in ("prose", "code", "single"))
-        return f"{prose['over_dense']:+.4f} / {code['over_dense']:+.4f} / {100 * single['mean']:.1f}"
+    def cell(method: str, density: str, length: int = 8192) -> str:
+        return " / ".join(found[method, density, length, task] for task in ("prose", "code", "single"))
 
     notebook = (ROOT / "benchmarks/quality/NOTEBOOK.md").read_text()
-    trials = notebook.partition("## Choices of blocks")[2].partition("\n## ")[0]
-    named = {f"trial: {name}" for name in TRIALS}
+    trials, _, others = notebook.partition("## Choices of blocks")[2].partition("\n## ")
     shown = set()
     for line in trials.splitlines():
         cells = [x.strip() for x in line.strip("|").split("|")]
-        method = f"trial: {cells[0]}" if f"trial: {cells[0]}" in named else cells[0]
-        if len(cells) == 4 and ("prose", method, "density 0.25") in found:
-            assert cells[2:] == [cell(method, "0.25"), cell(method, "0.18")], method
+        method = f"trial: {cells[0]}" if cells[0] in TRIALS else cells[0]
+        if len(cells) == 4 and (method, "density 0.25", 8192, "prose") in found:
+            assert cells[2:] == [cell(method, "density 0.25"), cell(method, "density 0.18")], method
             shown.add(method)
-    assert named <= shown
+    assert {f"trial: {name}" for name in TRIALS} <= shown
+    keys = {(method, setting, length) for method, setting, length, task in found if task == "single"}
+    measured = {cell(*key) for key in keys if (*key, "prose") in found}
+    stated = set(re.findall(r"[+-]\d\.\d{4} / [+-]\d\.\d{4} / \d+\.\d", others))
+    assert len(stated) > 20
+    assert stated <= measured, stated - measured
 
 
 def shares_lost(rows: list[Any]) -> Callable[[str, str], str]:
