@@ -78,6 +78,8 @@ bench:
 	$(PYTHON) -m benchmarks.bench_tiles $(ARGS)
 	$(PYTHON) -m benchmarks.bench_cold $(ARGS)
 	$(PYTHON) -m benchmarks.bench_prefill $(ARGS)
+	$(PYTHON) -m benchmarks.bench_prefill --chunks 8192,2048,16384,32768 --repeats 1 --share 2 $(ARGS)
+	$(PYTHON) -m benchmarks.bench_vllm --no-compiled $(ARGS)
 
 plots:
 	$(PYTHON) -m benchmarks.plots

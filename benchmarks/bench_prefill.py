@@ -1,6 +1,6 @@
 """Time to first token of a Llama in transformers, by sdpa and by flexproxy, on one GPU.
 
-    python -m benchmarks.bench_prefill      # 32K to 256K tokens
+    python -m benchmarks.bench_prefill      # 16K to 256K tokens
     python -m benchmarks.bench_prefill --chunks 8192,2048,16384,32768 --repeats 1   # 128K in chunks, and short prompts
 
 The shape of Llama-3.1-8B by its real class, random weights made on the device, bf16, batch 1, logits of the last token
@@ -61,7 +61,7 @@ from flexproxy.integrations.transformers import configure
 from flexproxy.integrations.transformers.attention import attention_forward
 from flexproxy.integrations.transformers.masks import forward_mask
 
-LENGTHS, DENSITIES = "32768,65536,131072,262144", "0.31,0.20,0.16,0.10"
+LENGTHS, DENSITIES = "16384,32768,131072,262144", "0.31,0.20,0.16,0.10"
 SDPA = {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA FlashAttention-2": SDPBackend.FLASH_ATTENTION}
 SLOW, ONCE, SHORT_REPEATS = 65536, 131072, 5  # longer prompts are not warmed up, and still longer ones run once
 LONGEST_OF_FLASH = 131072  # longer ones take it long

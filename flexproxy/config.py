@@ -41,7 +41,7 @@ class ProxyConfig:
         stride: tokens from one sampled key (and query) to the next in the scores. Divides ``block_size``.
         query_stride: the same for the queries, where it is another. Half of the queries and twice the keys are as
             many pairs: what matters may be a few tokens among the keys, which many queries look for. None: ``stride``,
-            and with ``sharing="rows"`` four times that, so that heads take the time of Hq / 4 proxies.
+            and with ``sharing="rows"`` four times that, so that heads score as many pairs as Hq / 4 proxies.
         query_choice: which query of every ``query_stride`` is sampled: the "first", as in the paper, or the "outlier",
             the one whose proxy query is farthest from the mean of the 128 around it. A query that looks for something
             far away is unlike its neighbours, so far fewer samples find it.

@@ -207,8 +207,8 @@ DENSE_TFLOPS = {(8, 0): 200, (9, 0): 600}
 # By how much longer the host takes for a sparse call than for a dense one. Inside a model the host runs ahead, and the
 # GPU waits for neither; whether it does depends on the model, so a host that is waited for is assumed.
 HOST_MS = 0.4
-# Time of an estimate on a CPU, as a share of dense attention: 1/11 in fp32 at 8K tokens and stride 4, less for longer
-# prompts (benchmarks/results/cpu.json).
+# Time of an estimate on a CPU, as a share of dense attention: at 8K tokens 1/16 with stride 4 and 1/8 with stride 2,
+# less for longer prompts (benchmarks/results/cpu.json).
 CPU_BUILD = 0.1
 # What a kept block costs beside one of dense attention: flex_attention is slower than cuDNN. An estimate.
 SPARSE_COST = 1.3
