@@ -179,7 +179,7 @@ def write_json(path: Path, data: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join(json.dumps(row, allow_nan=False) for row in data.get("rows", ()))
     frame = {name: [] if name == "rows" else value for name, value in data.items()}
-    text = json.dumps(frame, indent=1, allow_nan=False).replace('"rows": []', f'"rows": [\n{rows}\n]')
+    text = json.dumps(frame, indent=1, allow_nan=False).replace('\n "rows": []', f'\n "rows": [\n{rows}\n]')
     with replacing(path) as unfinished:
         unfinished.write_text(text + "\n")
 

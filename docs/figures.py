@@ -212,7 +212,7 @@ def chunks() -> str:
     lines = [["chunks of", "dense", "flexproxy", "gain", "a chunk adds", "pairs of layers share"]]
     wanted = {"part": "chunks", "length": LONG}
     for chunk in sorted({row["chunk"] for row in results("prefill_chunks")["rows"] if row["chunk"]}, reverse=True):
-        dense = find("prefill_chunks", chunk=chunk, density=None, **wanted)
+        dense = find("prefill_chunks", chunk=chunk, contender="SDPA cuDNN in two parts", **wanted)
         ours, shared = (find("prefill_chunks", chunk=chunk, density=0.16, share=share, **wanted) for share in (1, 2))
         times = [row["median_ms"] / 1000 for row in (dense, ours, shared)]
         extra = ours["extra_ms_per_chunk"]
@@ -289,9 +289,9 @@ def served() -> str:
 
 def steps() -> str:
     """One layer's share of a step of vLLM: milliseconds."""
-    lines = [["a step", "build and attention", "with gathered pages and the output"]]
+    lines = [["a step", "build and attention", "with gathering pages and writing the output"]]
     for row in results("vllm")["rows"]:
-        if row["part"] == "step" and row["contender"] == "tokens first":
+        if (row["part"], row["contender"], row["error"]) == ("step", "tokens first", None):
             queries, keys = row["requests"][0]
             many = f"{len(row['requests'])} x " if len(row["requests"]) > 1 else ""
             whole = f"{row['step_ms']:.2f} ({100 * row['added']:+.0f} %)"

@@ -22,7 +22,7 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 def check_queries_and_keys(q: Any, k: Any) -> None:
     _check_tensor("q", q, "[B, Hq, Sq, D]")
     _check_tensor("k", k, "[B, Hkv, Skv, D]")
-    _check_like("k", k, "q", q)
+    _check_like("k", k, q)
     if q.dtype not in DTYPES:
         raise TypeError(f"q: expected dtype float32, float16 or bfloat16, got {q.dtype}; convert it with .to(...)")
     if not MIN_HEAD_DIM <= q.shape[3] <= MAX_HEAD_DIM:
@@ -48,7 +48,7 @@ def check_queries_and_keys(q: Any, k: Any) -> None:
 
 def check_values(v: Any, q: Tensor, k: Tensor) -> None:
     _check_tensor("v", v, "[B, Hkv, Skv, D]")
-    _check_like("v", v, "q", q)
+    _check_like("v", v, q)
     if v.shape[1:3] != k.shape[1:3]:
         raise ValueError(
             f"v: expected Hkv, Skv = {list(k.shape[1:3])} as in k, got {list(v.shape[1:3])}; pass the values of the "
@@ -212,16 +212,14 @@ def _check_tensor(name: str, x: Any, shape: str) -> None:
         )
 
 
-def _check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    if x.dtype != other.dtype:
-        raise TypeError(f"{name}: expected the dtype {other.dtype} of {other_name}, got {x.dtype}; convert one of them")
-    if x.device != other.device:
+def _check_like(name: str, x: Tensor, q: Tensor) -> None:
+    if x.dtype != q.dtype:
+        raise TypeError(f"{name}: expected the dtype {q.dtype} of q, got {x.dtype}; convert one of them")
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected the device {q.device} of q, got {x.device}; move one of them")
+    if x.shape[0] != q.shape[0]:
         raise ValueError(
-            f"{name}: expected the device {other.device} of {other_name}, got {x.device}; move one of them"
-        )
-    if x.shape[0] != other.shape[0]:
-        raise ValueError(
-            f"{name}: expected the batch size {other.shape[0]} of {other_name}, got {x.shape[0]} in {list(x.shape)}; "
+            f"{name}: expected the batch size {q.shape[0]} of q, got {x.shape[0]} in {list(x.shape)}; "
             "expand or repeat one of them"
         )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -30,6 +32,13 @@ def replacing(path: str | os.PathLike[str], force: bool = True) -> Iterator[Path
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], data: Any, force: bool = True) -> None:
+    """Write a JSON file; arguments and errors as ``replacing``."""
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    with replacing(path, force) as unfinished:
+        unfinished.write_text(text)
 
 
 def write_problem(path: str | os.PathLike[str], force: bool) -> str | None:

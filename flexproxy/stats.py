@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexproxy.checks import check_fit, check_masks, check_queries_and_keys, check_rows, check_scale
+from flexproxy.inspect.summary import density_of
 from flexproxy.masks.blocks import depends_on
 from flexproxy.masks.sampled import evaluate
 from flexproxy.masks.structure import MaskMod
@@ -41,9 +42,7 @@ def density(q: Tensor, k: Tensor, mask: Selection | BlockMask, *, mask_mod: Mask
     if isinstance(mask, Selection):
         return mask.density()
     kept, admissible = kept_and_full_blocks(mask)[0], admissible_blocks(q, k, mask, mask_mod)
-    number = (kept & admissible).sum((-2, -1))
-    share = number / admissible.sum((-2, -1)).clamp(min=1)
-    return torch.where(admissible.any(-1).any(-1), share, 1.0).float().expand(q.shape[:2]).contiguous()
+    return density_of(kept & admissible, admissible).expand(q.shape[:2]).contiguous()
 
 
 @torch.no_grad()

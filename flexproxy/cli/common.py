@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +14,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from flexproxy import files
 from flexproxy.cli.inputs import ImpossibleError, InputError
-from flexproxy.files import replacing, write_problem
+from flexproxy.files import write_problem
 
 Advance: TypeAlias = Callable[[str, int, int], None]
 """Called as ``advance(what is being done, how much of it is done, how much there is)``."""
@@ -61,8 +61,8 @@ def check_output(option: str, path: Path, force: bool) -> None:
         raise InputError(f"{option} {path}: {problem}")
 
 
-def check_picture(option: str, path: Path | None, force: bool) -> None:
-    """``check_output`` for a picture, which also needs matplotlib; None asks for none."""
+def check_picture(path: Path | None, force: bool) -> None:
+    """``check_output`` for ``--picture``, which also needs matplotlib; None asks for none."""
     if path is None:
         return
     require("matplotlib")
@@ -70,7 +70,7 @@ def check_picture(option: str, path: Path | None, force: bool) -> None:
 
     problem = save_problem(path, force)
     if problem is not None:
-        raise InputError(f"{option} {path}: {problem}")
+        raise InputError(f"--picture {path}: {problem}")
 
 
 def check_outputs(option: str, folder: Path, names: Sequence[str], force: bool) -> list[Path]:
@@ -93,10 +93,8 @@ def writing(option: str, path: Path) -> Iterator[None]:
 
 
 def write_json(option: str, path: Path, data: Any) -> None:
-    """Write a file whole or not at all."""
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    with writing(option, path), replacing(path) as unfinished:
-        unfinished.write_text(text)
+    with writing(option, path):
+        files.write_json(path, data)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel
 
+    from flexproxy.cli.common import Advance
     from flexproxy.inspect.record import Record
 
 POSITIONS = 1024
@@ -35,8 +36,6 @@ SETTINGS = {
     "density 0.25": ProxyConfig(density=0.25, min_budget=256),
     "density 0.12": ProxyConfig(density=0.12, min_budget=256),
 }
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what is being done, layers done, layers in all)``."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class _WarmError(Exception):
 class _Prefills:
     """Prefills of one sequence, one after another; their layers are counted."""
 
-    def __init__(self, model: PreTrainedModel, tokens: Tensor, progress: Progress) -> None:
+    def __init__(self, model: PreTrainedModel, tokens: Tensor, progress: Advance) -> None:
         from flexproxy.integrations.transformers.settings import all_modules, attention_layers
 
         self.model, self.tokens, self.progress = model, tokens.to(model.device), progress
@@ -193,7 +192,7 @@ def _set(model: PreTrainedModel, config: ProxyConfig) -> Iterator[None]:
         model.set_attn_implementation("sdpa")
 
 
-def compare(model: PreTrainedModel, tokens: Tensor, progress: Progress) -> Comparison:
+def compare(model: PreTrainedModel, tokens: Tensor, progress: Advance) -> Comparison:
     """Prefill a text dense and with each of ``SETTINGS``, once each.
 
     Before each comes a warm-up of the first layers, which compiles and loads kernels; it is not timed.

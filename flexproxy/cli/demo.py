@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,9 @@ from flexproxy.environment import processor, versions
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-_REPEATS = 3
+    from flexproxy.cli.common import Advance
 
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what is being done, layers done, layers in all)``."""
+_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class DemoResult:
 class _Prefills:
     """Prefills of one sequence, one after another: each is timed, and its layers are counted."""
 
-    def __init__(self, model: LlamaForCausalLM, tokens: Tensor, count: int, progress: Progress | None) -> None:
+    def __init__(self, model: LlamaForCausalLM, tokens: Tensor, count: int, progress: Advance | None) -> None:
         self._model, self._tokens, self._progress = model, tokens, progress or (lambda *_: None)
         self._stage, self._done, self._total = "", 0, count * model.config.num_hidden_layers
 
@@ -145,7 +144,7 @@ def run(
     num_needles: int,
     seed: int,
     layer: int | None = None,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> DemoResult:
     """Prefill ``text`` with needles planted into it, dense and with flexproxy, and compare.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -13,12 +12,11 @@ from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flexproxy.config import ProxyConfig, changed_fields
-from flexproxy.files import replacing
+from flexproxy.files import write_json
+from flexproxy.inspect.summary import PerHead
 
 if TYPE_CHECKING:
     from flexproxy.selection import Selection
-
-PerHead = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -101,8 +99,7 @@ class Record:
             ValueError: nothing can be written there; the message says why.
             OSError: writing failed; the old file, if any, is unchanged.
         """
-        with replacing(path, force) as unfinished:
-            unfinished.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        write_json(path, self.to_json(), force)
 
     def __str__(self) -> str:
         layers = self.layers

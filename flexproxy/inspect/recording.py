@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from flexproxy.environment import processor, versions
-from flexproxy.inspect.record import Pass, PerHead, Record
+from flexproxy.inspect.record import Pass, Record
+from flexproxy.inspect.summary import as_tuples
 from flexproxy.stats import recovered_mass
 
 if TYPE_CHECKING:
@@ -77,11 +76,7 @@ def _pass_of(call: Call, wants_mass: bool) -> Callable[[], Pass]:
 
     def read() -> Pass:
         times = milliseconds(begin, built), milliseconds(begin, end)
-        masses = None if mass is None else _as_tuples(mass)
-        return Pass(*sizes, None, config, _as_tuples(kept), _as_tuples(admissible), masses, *times)
+        masses = None if mass is None else as_tuples(mass)
+        return Pass(*sizes, None, config, as_tuples(kept), as_tuples(admissible), masses, *times)
 
     return read
-
-
-def _as_tuples(values: Tensor) -> PerHead:
-    return tuple(map(tuple, values.tolist()))

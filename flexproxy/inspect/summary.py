@@ -93,12 +93,12 @@ def summarize(
         num_q_blocks=num_q_blocks,
         num_k_blocks=num_k_blocks,
         block_size=block_size,
-        density=as_tuples(density_of(kept, admissible).tolist()),
-        count=as_tuples(count.tolist()),
-        budget=as_tuples((count * block_size).clamp(max=num_keys).tolist()),
-        forced=as_tuples(forced.expand(batch, num_q_heads).tolist()),
-        dense_rows=as_tuples(dense.sum(-1).tolist()),
-        rows=as_tuples(some.sum(-1).tolist()),
+        density=as_tuples(density_of(kept, admissible)),
+        count=as_tuples(count),
+        budget=as_tuples((count * block_size).clamp(max=num_keys)),
+        forced=as_tuples(forced.expand(batch, num_q_heads)),
+        dense_rows=as_tuples(dense.sum(-1)),
+        rows=as_tuples(some.sum(-1)),
     )
 
 
@@ -108,5 +108,5 @@ def _row(name: str, values: Sequence[Sequence[float]], form: str) -> str:
     return f"{name:<30}{min(flat):>10{form}}{mean:>10}{max(flat):>10{form}}"
 
 
-def as_tuples(values: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:
-    return tuple(tuple(heads) for heads in values)
+def as_tuples(values: Tensor) -> tuple[tuple[Any, ...], ...]:
+    return tuple(map(tuple, values.tolist()))

@@ -13,12 +13,11 @@ if TYPE_CHECKING:
     from flexproxy.calibration import Calibration
 
 
-def calibration(calibration: Calibration, *, title: str | None = None) -> Figure:
+def calibration(calibration: Calibration) -> Figure:
     """What every layer loses by itself at each density tried, and the density that is shared out to it.
 
     Args:
         calibration: what ``flexproxy.calibrate`` returned.
-        title: line above; None describes the calibration.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -30,7 +29,7 @@ def calibration(calibration: Calibration, *, title: str | None = None) -> Figure
         figure = Figure(figsize=(min(max(11.0, 0.2 * number), 16.0), 5.0), layout="constrained")
         axes = figure.subplots(2, 1, sharex=True)
         _draw(axes, calibration)
-        add_title(figure, title or _title(evidence))
+        add_title(figure, _title(evidence))
     return figure
 
 

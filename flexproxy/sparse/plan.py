@@ -202,7 +202,7 @@ def _plan_kernel(
 
 # TFLOPS of dense causal attention in bf16 by compute capability: of an H200 as measured, in
 # benchmarks/results/calls.json; of an A100 by FlashAttention-2's paper (arXiv 2307.08691), which reaches 50 to 73 % of
-# 312. Other GPUs count as an H200: those that are slower stay dense for longer than need be.
+# 312 TFLOPS. Other GPUs count as an H200: those that are slower stay dense at more lengths than need be.
 DENSE_TFLOPS = {(8, 0): 200, (9, 0): 600}
 # By how much longer the host takes for a sparse call than for a dense one. Inside a model the host runs ahead, and the
 # GPU waits for neither; whether it does depends on the model, so a host that is waited for is assumed.

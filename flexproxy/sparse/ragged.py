@@ -54,7 +54,7 @@ class Packed(NamedTuple):
 
 
 class Paged(NamedTuple):
-    """Pages of keys and values side by side, ``[pages, page_size, Hkv, D + D]``, any strides.
+    """Pages of keys and values side by side, ``[pages, page_size, Hkv, D + D]``, any strides, without gradients.
 
     The keys of a request are gathered apart from its values: NOTE [Strides that are inferred] in
     flexproxy/sparse/kernel.py.
@@ -74,7 +74,7 @@ class Paged(NamedTuple):
 
 
 def _wide(pages: Tensor) -> Tensor:
-    """The same memory in elements of 8 bytes, where that fits: a GPU gathers these three times as fast as 2 bytes."""
+    """The same memory in elements of 8 bytes, where that fits: a GPU gathers these faster. Without gradients."""
     number = 8 // pages.itemsize
     fits = pages.shape[-1] // 2 % number == 0 and pages.stride(-1) == 1
     fits = fits and all(n % number == 0 for n in (pages.storage_offset(), *pages.stride()[:-1]))

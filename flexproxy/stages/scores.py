@@ -47,7 +47,7 @@ def block_scores(
         q, k: pooled and sampled, ``[B, P, sampled queries, D]`` and ``[B, P, sampled keys, D]``; where queries are
             chosen, q has all of them.
         mask: at the sampled queries and keys; where queries are chosen, its clauses are those of all queries.
-        admissible, summary: bool ``[b, p, Nq, Nk]`` and int32 ``[b, p, Nq, 5]``, the blocks that the mask admits and
+        admissible, summary: bool ``[b, p, Nq, Nk]`` and int32 ``[b, p, Nq, 7]``, the blocks that the mask admits and
             their ``summarize_rows``: what a kernel may pass over. They say nothing that the mask does not.
         sampling: which queries and keys these are.
         scale: factor of the scores.

@@ -62,8 +62,8 @@ def test_repeats_fit_the_budget() -> None:
 
 def test_write_json_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "result.json"
-    harness.write_json(path, {"settings": {}, "rows": [1, {"mean": 2.0}]})
-    assert path.read_text() == '{\n "settings": {},\n "rows": [\n1,\n{"mean": 2.0}\n]\n}\n'
+    harness.write_json(path, {"settings": {"rows": []}, "rows": [1, {"mean": 2.0}]})
+    assert path.read_text() == '{\n "settings": {\n  "rows": []\n },\n "rows": [\n1,\n{"mean": 2.0}\n]\n}\n'
     harness.write_json(path, {"rows": [1]})
     assert json.loads(path.read_text()) == {"rows": [1]}
     for data in ({"rows": [1, object()]}, {"rows": [float("nan")]}):

@@ -310,7 +310,7 @@ def test_a_sample_is_what_models_are_trained_on() -> None:
 def test_sentencepiece_joins_the_best_pair_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """What transformers reads as Unigram: there "abc" would be one piece, for its score is the best."""
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(transformers, "convert_slow_tokenizer", None)  # a function or a module, as it was met first
+    monkeypatch.setattr(transformers, "convert_slow_tokenizer", None)
     tokens = ["<pad>", "</s>", "<s>", "<unk>", "<0x64>", "\u2581", "a", "b", "c", "ab", "bc", "\u2581ab", "[INST]"]
     scores = [0.0] * 5 + [-9.0, -9.0, -9.0, -9.0, -2.0, -1.0, -3.0, 0.0]
     kinds = [3, 3, 3, 3, 6, *[1] * 7, 4]

@@ -284,7 +284,7 @@ def test_the_profiling_run_takes_the_memory(sparse: Any) -> None:
     out = torch.empty_like(q)
 
     def peak(layer: Any, cache: Any, metadata: Any) -> int:
-        gc.collect()  # what other tests left would end while the layer runs
+        gc.collect()  # or garbage of other tests is freed while it is measured
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         layer.impl.forward(layer, q, q, q, cache, metadata, out)

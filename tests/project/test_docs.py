@@ -185,7 +185,7 @@ def test_figures_of_quality() -> None:
 
 
 def test_figures_of_the_notebook() -> None:
-    """Every trial has its line; every other figure is one that was measured."""
+    """Every trial has its line; the triples of the other sections are of cells that were measured."""
     rows = figures.results(figures.QUALITY)["rows"]
     dense = {(row["length"], row["task"]): row for row in rows if row["method"] == "dense"}
     found = {}
@@ -208,8 +208,8 @@ def test_figures_of_the_notebook() -> None:
             assert cells[2:] == [cell(method, "density 0.25"), cell(method, "density 0.18")], method
             shown.add(method)
     assert {f"trial: {name}" for name in TRIALS} <= shown
-    keys = {(method, setting, length) for method, setting, length, task in found if task == "single"}
-    measured = {cell(*key) for key in keys if (*key, "prose") in found}
+    keys = {(method, setting, length) for method, setting, length, _ in found}
+    measured = {cell(*key) for key in keys if all((*key, task) in found for task in ("prose", "code", "single"))}
     stated = set(re.findall(r"[+-]\d\.\d{4} / [+-]\d\.\d{4} / \d+\.\d", others))
     assert len(stated) > 20
     assert stated <= measured, stated - measured

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import flexproxy
 from flexproxy import ProxyConfig
-from flexproxy.sparse.ragged import Keys, Packed, Paged, Request, attend_requests
+from flexproxy.sparse.ragged import Keys, Packed, Paged, Request, _wide, attend_requests
 
 HQ, HKV, D, PAGE = 4, 2, 16, 8
 SETTINGS = ProxyConfig(density=0.4, min_budget=16, block_size=16, num_proxies=1)
@@ -91,20 +91,25 @@ def dense(made: Made, request: Request) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("head_dim", [16, 5])
 @pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("padding", [0, 1, "every second"])
 @pytest.mark.parametrize("heads_first", [True, False], ids=["heads first", "tokens first"])
 def test_pages_are_gathered_whatever_their_strides(
-    dtype: torch.dtype, head_dim: int, offset: int, heads_first: bool
+    dtype: torch.dtype, head_dim: int, offset: int, padding: int | str, heads_first: bool
 ) -> None:
-    """As they are read one by one; values that lie behind wider elements, and such as do not."""
-    shape = (6, HKV, PAGE, 2 * head_dim) if heads_first else (6, PAGE, HKV, 2 * head_dim)
+    """As they are read one by one; where elements of 8 bytes fit, by these."""
+    width = 4 * head_dim if padding == "every second" else 2 * head_dim + int(padding)
+    shape = (6, HKV, PAGE, width) if heads_first else (6, PAGE, HKV, width)
     memory = torch.randn(offset + math.prod(shape)).to(dtype)
     cache = memory[offset:].view(shape)
+    cache = cache[..., ::2] if padding == "every second" else cache[..., : 2 * head_dim]
     pages = cache.transpose(1, 2) if heads_first else cache
+    assert (_wide(pages).dtype == torch.int64) == (head_dim == 16 and offset == 0 and padding == 0)
     order = [4, 0, 5]
     k, v = Paged(pages, torch.tensor([[2, 2, 2, 9], [*order, 9]], dtype=torch.int32)).of(Request(1, 0, 1, 19))
     expected = torch.cat([pages[page] for page in order])[:19].transpose(0, 1)[None]
     assert k.dtype == v.dtype == dtype
-    torch.testing.assert_close(torch.cat([k, v], -1), expected, rtol=0, atol=0)
+    for gathered, whole in zip((k, v), expected.chunk(2, -1), strict=True):
+        torch.testing.assert_close(gathered, whole, rtol=0, atol=0)
 
 
 def test_no_request() -> None:

@@ -75,7 +75,7 @@ def calibrate(
     from flexproxy.cli import inputs
 
     check_output("--output", output, force)
-    check_picture("--picture", picture, force)
+    check_picture(picture, force)
     try:
         check_target(density, quality)
         sampling: dict[str, Any] = {} if stride is None else {"stride": stride}

@@ -41,7 +41,7 @@ def compare(
     require("transformers", "safetensors")
     from flexproxy.cli import comparison, inputs
 
-    check_picture("--picture", picture, force)
+    check_picture(picture, force)
     notes = Console(stderr=True, highlight=False)
     path = text or inputs.default_text()
     where = inputs.pick_device(device.value)

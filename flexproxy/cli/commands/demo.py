@@ -56,7 +56,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     require("transformers", "safetensors")
-    check_picture("--picture", picture, force)
+    check_picture(picture, force)
     from flexproxy import ProxyConfig, plot
     from flexproxy.cli import demo as demo_module
     from flexproxy.cli import inputs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from flexproxy import ProxyConfig
 from flexproxy.checks import check_when
 from flexproxy.config import changed_fields, read_settings
-from flexproxy.files import replacing
+from flexproxy.files import write_json
 from flexproxy.integrations.common import ranges, share_of_rank
 from flexproxy.sparse.plan import When
 from flexproxy.stages.proxy import head_groups
@@ -129,9 +128,7 @@ def save_configuration(model: PreTrainedModel, path: str | os.PathLike[str]) -> 
     data: dict[str, Any] = {"flexproxy": 1, "model": shape_of(model), "layers": layers}
     if sources := _sources(attention_layers(model)):
         data["share"] = sources
-    text = json.dumps(data, indent=1) + "\n"
-    with replacing(path) as unfinished:
-        unfinished.write_text(text)
+    write_json(path, data)
 
 
 @contextmanager

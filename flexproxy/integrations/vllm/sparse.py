@@ -269,7 +269,7 @@ class SparseLayer:
 def zeros_as_gathered(query: Tensor, num_keys: int, num_heads: int, head_size: int) -> Packed:
     """Keys and values of one request, laid out as ``Paged`` gathers them.
 
-    Each in a tensor of its own: a compiled kernel is for strides, and for where a tensor begins in its memory.
+    Each in a tensor of its own: kernels are specialised to strides, and to the offset at which a tensor begins.
     """
     k, v = (query.new_zeros(num_keys, num_heads, head_size) for _ in range(2))
     return Packed(k, v, (0,))
