@@ -182,6 +182,16 @@ def test_figures_of_quality() -> None:
     words, share = " ".join((DOCS / "quality.md").read_text().split()), shares_lost(rows)
     assert f"{share('prose', '0.25')} % of the bits per byte on prose and {share('code', '0.25')} % on code" in words
     assert f"at 0.12, {share('prose', '0.12')} %, {share('code', '0.12')} %" in words
+    needles = figures.results("quality_needle")["rows"]
+    right = {row["method"]: f"{100 * row['mean']:.1f}" for row in needles if row["setting"] == "density 0.1"}
+    ours, outliers = right["flexproxy P 2, stride 4"], right["flexproxy P 2, outlier 8:1"]
+    assert f"flexproxy answers {ours} %, XAttention {right['XAttention']}, FlexPrefill {right['FlexPrefill']}," in words
+    assert (
+        f"every key it is {outliers} %, with a proxy for each head as well {right['flexproxy P 8, outlier 8:1']} %"
+        in words
+    )
+    choosing = " ".join((DOCS / "choosing.md").read_text().split())
+    assert f"{outliers} % of the answers are right at 32K tokens and 0.10 instead of {ours}" in choosing
 
 
 def test_figures_of_the_notebook() -> None:
