@@ -233,10 +233,14 @@ def classify_by_evaluation(
 def confined(mask_mod: MaskMod, listed: Tensor, block_size: int) -> MaskMod:
     """A mask in some blocks alone. listed: bool ``[1 or B, 1 or Hq, Nq, Nk]``."""
     per_sequence, per_head = (size > 1 for size in listed.shape[:2])
+    # Indexed by tensors alone: torch 2.5 cannot vmap an index that has numbers, too.
+    table = listed if per_head else listed[:, 0]
+    table = table if per_sequence else table[0]
 
     def confined_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        sequence, head = b if per_sequence else 0, h if per_head else 0
-        return mask_mod(b, h, q_idx, kv_idx) & listed[sequence, head, q_idx // block_size, kv_idx // block_size]
+        own = [index for index, counts in ((b, per_sequence), (h, per_head)) if counts]
+        place = (*own, q_idx // block_size, kv_idx // block_size)
+        return mask_mod(b, h, q_idx, kv_idx) & table[place]
 
     return confined_mask
 
