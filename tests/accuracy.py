@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 
 import pytest
@@ -41,6 +42,14 @@ def allowed_pairs(selection: Selection, mask_mod: MaskMod, num_queries: int, num
 def cpu_kernel_exists() -> bool:
     """Whether this torch compiles ``flex_attention`` for a CPU (2.6 and later)."""
     return find_spec("torch._inductor.codegen.cpp_flex_attention_template") is not None
+
+
+def eagerly() -> AbstractContextManager[None]:
+    """Compiled functions run as they are written, as with ``set_stance``; skips where this torch has no such switch."""
+    if not hasattr(torch.compiler, "set_stance"):  # before 2.6
+        pytest.skip("this torch cannot switch compilation off for a while")
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def skip_unless_flex_compiles(device: str) -> None:

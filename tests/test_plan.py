@@ -81,7 +81,8 @@ def test_what_a_plan_depends_on(planner: Planner[object]) -> None:
     ]
     with torch.no_grad():
         plans.append(find((q, k)))
-    assert len(set(map(id, plans))) == len(plans)
+    alike = 0 if hasattr(block_mask(B=None, Q_LEN=128, KV_LEN=127), "seq_lengths") else 1  # torch 2.5 rounds lengths up
+    assert len(set(map(id, plans))) == len(plans) - alike
 
 
 def test_a_plan_holds_nothing_of_the_callers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 import flexproxy
 from flexproxy import ProxyConfig
 from flexproxy.sparse.ragged import Paged, Request
+from tests.accuracy import eagerly
 from tests.integrations.serving import stand_in
 
 HQ, HKV, D, PAGE = 4, 2, 32, 8
@@ -73,7 +75,7 @@ class Server:
         metadata = self.builder.build(0, step.common) if metadata is None else metadata
         out = torch.full_like(step.q, 7.0)
         chosen = self.layers[layer]
-        with torch.compiler.set_stance("force_eager" if self.device.type == "cpu" else "default"):
+        with eagerly() if self.device.type == "cpu" else contextlib.nullcontext():
             chosen.impl.forward(chosen, step.q, step.q, step.q, step.cache, metadata, out, **arguments)
         return out
 
@@ -150,7 +152,7 @@ def test_a_budget_is_the_request_alone(sparse: Any) -> None:
         k, v = Paged(step.cache.transpose(1, 2), step.common.block_table_tensor).of(
             sparse.Request(row, starts[row], new, sum(step.requests[row]))
         )
-        with torch.compiler.set_stance("force_eager"):
+        with eagerly():
             alone = flexproxy.attention(step.q[rows].transpose(0, 1)[None], k, v, config=config)
         torch.testing.assert_close(out[rows], alone[0].transpose(0, 1))
         assert not torch.allclose(out[rows], dense[rows], atol=1e-3)

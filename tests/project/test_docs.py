@@ -19,10 +19,7 @@ import pytest
 import torch
 
 import flexproxy
-from benchmarks.quality import report
 from benchmarks.quality.trials import TRIALS
-from docs import figures
-from docs.draw import SOURCES, digest
 from flexproxy.sparse import kernel as sparse_kernel
 from tests.accuracy import skip_unless_flex_compiles
 from tests.tiny_model import LAYERS, save_tiny_model
@@ -104,6 +101,9 @@ def pictures_of(page: str) -> list[str]:
 
 def test_files_of_the_pictures() -> None:
     """Each is shown and small; those of docs/draw.py are as it drew them, from the committed results."""
+    pytest.importorskip("scipy")
+    from docs.draw import SOURCES, digest
+
     drawn = json.loads((DOCS / "images" / "drawn.json").read_text())
     files = {f"docs/images/{path.name}": path.read_bytes() for path in (DOCS / "images").glob("*.png")}
     readme = set(re.findall(r'(?:src|srcset)="([^"]+)"', (ROOT / "README.md").read_text()))
@@ -177,6 +177,9 @@ def test_names_exist(page: str) -> None:
 
 def test_figures_of_quality() -> None:
     """Words of the page are those of the committed result; tests/project/test_figures.py has its tables."""
+    pytest.importorskip("scipy")
+    from docs import figures
+
     rows = json.loads((ROOT / "benchmarks/results/quality_smollm2.json").read_text())["rows"]
     assert (ROOT / "benchmarks/results/quality_smollm2.png").exists()
     words, share = " ".join((DOCS / "quality.md").read_text().split()), shares_lost(rows)
@@ -196,6 +199,10 @@ def test_figures_of_quality() -> None:
 
 def test_figures_of_the_notebook() -> None:
     """Every trial has its line; the triples of the other sections are of cells that were measured."""
+    pytest.importorskip("scipy")
+    from benchmarks.quality import report
+    from docs import figures
+
     rows = figures.results(figures.QUALITY)["rows"]
     dense = {(row["length"], row["task"]): row for row in rows if row["method"] == "dense"}
     found = {}

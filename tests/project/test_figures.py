@@ -12,6 +12,7 @@ import pytest
 import flexproxy
 
 pytest.importorskip("typer", reason="the benchmarks need it")
+pytest.importorskip("scipy")
 
 from benchmarks import harness
 from docs import figures

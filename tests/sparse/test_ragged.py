@@ -15,6 +15,7 @@ from torch import Tensor
 import flexproxy
 from flexproxy import ProxyConfig
 from flexproxy.sparse.ragged import Keys, Packed, Paged, Request, _wide, attend_requests
+from tests.accuracy import eagerly
 
 HQ, HKV, D, PAGE = 4, 2, 16, 8
 SETTINGS = ProxyConfig(density=0.4, min_budget=16, block_size=16, num_proxies=1)
@@ -67,7 +68,7 @@ def test_each_request_is_as_it_is_alone(kind: str, config: ProxyConfig) -> None:
     made = Made("cpu")
     keys: Keys = made.packed() if kind == "packed" else made.paged()
     out = torch.full_like(made.q, 7.0)
-    with torch.compiler.set_stance("force_eager"):
+    with eagerly():
         assert attend_requests(made.q, keys, REQUESTS, out, config=config, when="always") is out
         written = torch.zeros(TOKENS, dtype=torch.bool)
         for request in REQUESTS:
@@ -132,7 +133,7 @@ def test_one_request_is_gathered_at_a_time() -> None:
             alive.extend((weakref.ref(k), weakref.ref(v)))
             return k, v
 
-    with torch.compiler.set_stance("force_eager"):
+    with eagerly():
         attend_requests(made.q, Watched(made.paged()), REQUESTS, torch.empty_like(made.q), config=SETTINGS)
     assert len(alive) == 2 * len(REQUESTS)
 

@@ -14,6 +14,7 @@ from flexproxy.plan import plan_estimate
 from flexproxy.sparse import replay
 from flexproxy.sparse.kernel import NotCompiledError, run_causal
 from flexproxy.stages.lists import block_lists
+from tests.accuracy import eagerly
 from tests.settings import outliers
 
 CONFIGS = {
@@ -180,7 +181,7 @@ def test_gradients_go_the_ordinary_way() -> None:
 def test_where_compilation_is_switched_off() -> None:
     x = torch.zeros(1, 1, 128, 16)
     lists = block_lists(*[torch.ones(1, 1, 1, 1, dtype=torch.bool)] * 2)
-    with torch.compiler.set_stance("force_eager"), pytest.raises(NotCompiledError):
+    with eagerly(), pytest.raises(NotCompiledError):
         run_causal(x, x, x, torch.zeros(1, dtype=torch.int32), lists, 128, 1.0, {})
 
 
