@@ -55,6 +55,7 @@ class Case(NamedTuple):
 
 
 def times_of(run: Callable[[], Any], repeats: int = 20) -> Row:
+    """Milliseconds of a call, as the columns say."""
     for _ in range(3):  # the first compiles, the second captures
         run()
     host, waited = call_ms(run, repeats)

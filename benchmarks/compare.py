@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import RESULTS, Row
+from benchmarks.harness import RESULTS, Row, device_of
 
 # What tells the rows of a result apart, and the numbers that are compared.
 KEYS = [
@@ -48,9 +48,7 @@ def compare(new: Sequence[Row], old: Sequence[Row]) -> Iterator[tuple[dict[str, 
 
 def main(new: Path, old: Annotated[Path | None, typer.Argument()] = None) -> None:
     results = [json.loads(path.read_text()) for path in (new, old or RESULTS / new.name)]
-    where = [
-        f"{x['environment'].get('gpu') or x['environment']['device']}, {x['environment']['date']}" for x in results
-    ]
+    where = [f"{device_of(x)}, {x['environment']['date']}" for x in results]
     table = Table("case", "number", "new", "old", "new / old", title=f"new: {where[0]}; old: {where[1]}")
     for case, name, ours, theirs in compare(*(x["rows"] for x in results)):
         numbers = [ours, theirs, ours / theirs if ours is not None and theirs else None]

@@ -75,7 +75,7 @@ def time_ms(run: Callable[[], Any], budget_ms: float = 300.0, cold_l2: bool = Tr
 
 
 def call_ms(run: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Medians of the time until a call returns, and until its result is there, the device being idle before."""
+    """Milliseconds until a call returns, and until its result is there, the device being idle before; medians."""
     returned, waited = [], []
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -172,6 +172,12 @@ def versions() -> dict[str, Any]:
 
 
 # Files and the command line
+
+
+def device_of(result: Row) -> str:
+    """Where a result was measured."""
+    environment = result["environment"]
+    return str(environment.get("gpu") or environment["device"])
 
 
 def write_json(path: Path, data: Row) -> None:

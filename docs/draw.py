@@ -149,7 +149,7 @@ def overview() -> Figure:
 
 def draw_quality() -> None:
     data = json.loads((harness.RESULTS / f"{QUALITY}.json").read_text())
-    data["rows"] = [row for row in data["rows"] if row["method"] in QUALITY_OURS or "flexproxy" not in row["method"]]
+    data["rows"] = figures_of.compared(data["rows"], QUALITY_OURS)
     report.draw(data, IMAGES / "quality.png", QUALITY_PANELS, dpi=90)
 
 

@@ -71,9 +71,7 @@ def lengths_of(name: str, **wanted: Any) -> list[int]:
 
 
 def device(name: str) -> str:
-    environment = results(name)["environment"]
-    text = environment.get("gpu") or environment["device"]
-    return str(text).removeprefix("NVIDIA ")
+    return harness.device_of(results(name)).removeprefix("NVIDIA ")
 
 
 def measured(name: str) -> str:
@@ -336,11 +334,13 @@ def quality() -> str:
     return text.replace(", 8K, 0.25", "").replace("| single |", "| needles, % |")
 
 
+def compared(rows: Sequence[Row], own: Sequence[str]) -> list[Row]:
+    """Those of other methods, and of flexproxy the named variants; the benchmarks' notebook has the others."""
+    return [row for row in rows if row["method"] in own or not row["method"].startswith(("flexproxy", "trial"))]
+
+
 def _tables(*columns: tuple[int, str, str]) -> str:
-    """Without what is a trial: the notebook beside the benchmarks has those."""
-    others = re.compile("flexproxy|trial")
-    rows = [row for row in results(QUALITY)["rows"] if row["method"] in OFFERED or not others.match(row["method"])]
-    return report.columns_markdown(rows, columns)
+    return report.columns_markdown(compared(results(QUALITY)["rows"], OFFERED), columns)
 
 
 def quality_025() -> str:

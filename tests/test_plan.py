@@ -16,6 +16,7 @@ import flexproxy
 from flexproxy import ProxyConfig, checks, masks, plan
 from flexproxy.plan import Planner, plan_estimate, planned
 from flexproxy.sparse.plan import plan_attention
+from tests.accuracy import eagerly
 
 CONFIG = ProxyConfig(block_size=32, min_budget=0, gamma=0.6)
 
@@ -94,12 +95,10 @@ def test_a_plan_holds_nothing_of_the_callers() -> None:
         mask_mod = masks.and_masks(masks.padding(table), lambda b, h, q, kv: table[b, kv] > 0)
         flexproxy.build(q, k, mask_mod=mask_mod, config=CONFIG)
         score_mod = lambda score, b, h, q, kv: score * table[b, kv]  # noqa: E731
-        with torch.compiler.set_stance("force_eager"):
+        with eagerly():
             flexproxy.attention(q, k, k, mask_mod=mask_mod, config=CONFIG, score_mod=score_mod)
         return [weakref.ref(x) for x in (q, k, table, mask_mod, score_mod)]
 
-    if not hasattr(torch.compiler, "set_stance"):
-        pytest.skip("torch 2.6 and later")
     references = call()
     gc.collect()
     assert [reference() for reference in references] == [None] * 5

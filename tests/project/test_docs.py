@@ -180,7 +180,7 @@ def test_figures_of_quality() -> None:
     pytest.importorskip("scipy")
     from docs import figures
 
-    rows = json.loads((ROOT / "benchmarks/results/quality_smollm2.json").read_text())["rows"]
+    rows = figures.results(figures.QUALITY)["rows"]
     assert (ROOT / "benchmarks/results/quality_smollm2.png").exists()
     words, share = " ".join((DOCS / "quality.md").read_text().split()), shares_lost(rows)
     assert f"{share('prose', '0.25')} % of the bits per byte on prose and {share('code', '0.25')} % on code" in words
