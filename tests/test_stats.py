@@ -166,6 +166,14 @@ def test_a_block_mask_of_others(name: str, block_size: tuple[int, int]) -> None:
     torch.testing.assert_close(stats.density(q, k, mask), want)
 
 
+def test_density_counts_what_is_admissible_alone() -> None:
+    """A BlockMask may list blocks that the mask beside it forbids."""
+    q, k = torch.randn(1, 2, 256, 16), torch.randn(1, 1, 256, 16)
+    everything = create_block_mask(lambda b, h, q_idx, kv_idx: q_idx >= 0, 1, 1, 256, 256, device="cpu")
+    density = stats.density(q, k, everything, mask_mod=masks.causal)
+    torch.testing.assert_close(density, torch.ones(1, 2))
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_block_mass_is_that_of_dense_attention(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case(6000 + seed)
