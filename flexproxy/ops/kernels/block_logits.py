@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 LOG2_E = math.log2(math.e)
 # Enough programs to fill a GPU twice. Where there would be fewer, each takes fewer steps than its tile says, at least
 # MIN_STEPS.
-MANY_PROGRAMS, MIN_STEPS = 512, 2
+MANY_PROGRAMS, MIN_STEPS = 512, 4
 
 
 class Tile(NamedTuple):
@@ -306,7 +306,9 @@ def block_logits(
     num_columns = -(-num_keys // column)
     number = rows.stop - rows.start
     row_tiles, key_tiles = -(-number // tile.rows), -(-num_keys // tile.keys)
-    steps = min(tile.steps, max(MIN_STEPS, key_tiles * row_tiles * batch * heads // MANY_PROGRAMS))
+    # The probes are last queries, which see most keys; under a causal mask half of the other programs see nothing.
+    programs = MANY_PROGRAMS if sums else 2 * MANY_PROGRAMS
+    steps = min(tile.steps, max(MIN_STEPS, key_tiles * row_tiles * batch * heads // programs))
     splits = -(-key_tiles // steps)
     if out is None:
         row_blocks = -(-number // q_cell)

@@ -86,7 +86,7 @@ def block_scores(
     for start in range(0, num_q_blocks, blocks_per_part):
         stop = min(start + blocks_per_part, num_q_blocks)
         rows = slice(start * q_cell, min(stop * q_cell, num_rows))
-        values, partial, _ = block_logits(
+        logits = block_logits(
             q,
             k,
             mask,
@@ -102,16 +102,16 @@ def block_scores(
         launch(
             _scores_kernel,
             (stop - start, -(-num_k_blocks // block_j), batch * proxies),
-            values=values,
-            partial=partial,
+            values=logits.values,
+            partial=logits.partial,
             admissible=admissible,
             scores=scores,
             first_block=start,
             num_q_blocks=num_q_blocks,
-            num_columns=values.shape[3],
+            num_columns=logits.values.shape[3],
             num_k_blocks=num_k_blocks,
-            rows_in_buffer=partial.shape[3],
-            splits=partial.shape[2],
+            rows_in_buffer=logits.partial.shape[3],
+            splits=logits.partial.shape[2],
             heads=proxies,
             ln_2=math.log(2),
             CELL=q_cell,
@@ -119,4 +119,5 @@ def block_scores(
             COLUMNS=columns,
             BLOCK_J=block_j,
         )
+        del logits  # its memory is that of the next part
     return scores
