@@ -302,11 +302,41 @@ def steps() -> str:
 
 
 def cold() -> str:
-    first, later = (find("cold", caches=caches) for caches in ("empty", "warm"))
+    states = ("empty", "warm", "warm, and flash-attn-4's")
+    first, later, kept = (find("cold", caches=caches) for caches in states)
     return (
         f"The first process waits {first['build_s']:.0f} s for `build` and {first['attention_s']:.0f} s for "
-        f"`attention`; a later one {later['build_s']:.1f} s\nand {later['attention_s']:.0f} s ({measured('cold')})."
+        f"`attention`; a later one {later['build_s']:.1f} s\nand {later['attention_s']:.0f} s, with flash-attn-4's "
+        f"kernels on the disk too {kept['build_s']:.1f} s and {kept['attention_s']:.0f} s ({measured('cold')})."
     )
+
+
+def others() -> str:
+    """Other authors' code beside ours at 256K tokens; ours before and after the others."""
+    length = 262144
+    names = {
+        "flexproxy": "flexproxy",
+        "FlashPrefill native": "FlashPrefill, as in transformers",
+        "FlashPrefill varlen": "FlashPrefill, as in vLLM",
+        "Prism": "Prism",
+    }
+    lines = [["code", "density", "choice, ms", "attention, ms", "both, ms"]]
+    for contender, name in names.items():
+        kernels = ("default", "triton") if contender == "flexproxy" else (None,)
+        for kernel in kernels:
+            of_kernel = {"kernel": kernel} if kernel else {}
+            parts = {
+                part: find("others", length=length, contender=contender, part=part, **of_kernel)
+                for part in ("attention", "total")
+            }
+            choice = find("others", length=length, contender=contender, part="index")
+            times = [milliseconds(row["median_ms"]) for row in (choice, *parts.values())]
+            if kernel:
+                again = find("others", length=length, contender="flexproxy, again", part="total", kernel=kernel)
+                times[-1] += f", {milliseconds(again['median_ms'])}"
+            title = f"{name}, Triton's kernel" if kernel == "triton" else name
+            lines.append([title, f"{choice['density']:.3f}", *times])
+    return f"{table(lines)}\n\n{measured('others')}."
 
 
 # Quality
@@ -414,7 +444,7 @@ def choosing() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
     for block in (
-        *(speed, numbers, attention, build, stages, calls, model, chunks, cold, served, steps, choosing),
+        *(speed, numbers, attention, build, stages, calls, model, chunks, cold, others, served, steps, choosing),
         *(quality, density, quality_025, quality_012, quality_needles, quality_32k, quality_as_set, quality_gemma),
         quality_needle_model,
     )
