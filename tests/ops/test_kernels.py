@@ -11,6 +11,7 @@ import importlib
 import inspect
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -383,6 +384,26 @@ def test_scores_do_not_depend_on_the_workspace(device: str, monkeypatch: pytest.
         flexproxy.select(case.q, case.k, **case.mask, config=case.config)
     assert len(compared) == len(SEEDS)
     assert max(compared) > 3
+
+
+def test_parts_of_the_scores_share_their_memory(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When one begins, that before it is gone, with what would launch it again."""
+    launcher, module = kernels.OPERATORS["block_scores"], kernels.scores
+    alive: list[weakref.ref[Any]] = []
+    begin, parts = module.block_logits, []
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        parts.append(sum(tensor() is not None for tensor in alive))
+        result = begin(*arguments, **options)
+        alive.append(weakref.ref(result.values))
+        return result
+
+    monkeypatch.setattr(module, "block_logits", noted)
+    monkeypatch.setitem(kernels.OPERATORS, "block_scores", lambda *arguments: launcher(*arguments[:-1], 1))
+    for _ in range(2):  # the second time, what is compiled is launched again
+        q = torch.randn(1, 2, 512, 16, device=device)
+        flexproxy.select(q, q, config=ProxyConfig(min_budget=0, density=0.5))
+    assert parts == [0] * 8
 
 
 def operators() -> dict[str, Callable[..., Any]]:
