@@ -70,9 +70,9 @@ def bench(
     require_gpu()
     with tempfile.TemporaryDirectory() as folder:
         caches = {name: f"{folder}/{name}" for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", FLASH_DIR)}
-        states = dict.fromkeys(("empty", "warm"), "0")
+        states = {"empty": "0", "warm": "0"}
         if compat.flash_backend_exists():
-            states |= dict.fromkeys(("filling flash-attn-4's", "warm, and flash-attn-4's"), "1")
+            states |= {"filling flash-attn-4's": "1", "warm, and flash-attn-4's": "1"}
 
         def measure(state: str) -> list[Row]:
             program = [sys.executable, "-c", PROGRAM.format(length=length)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -306,36 +306,30 @@ def cold() -> str:
     first, later, kept = (find("cold", caches=caches) for caches in states)
     return (
         f"The first process waits {first['build_s']:.0f} s for `build` and {first['attention_s']:.0f} s for "
-        f"`attention`; a later one {later['build_s']:.1f} s\nand {later['attention_s']:.0f} s, with flash-attn-4's "
-        f"kernels on the disk too {kept['build_s']:.1f} s and {kept['attention_s']:.0f} s ({measured('cold')})."
+        f"`attention`; a later one {later['build_s']:.1f} s\nand {later['attention_s']:.0f} s, or "
+        f"{kept['build_s']:.1f} s and {kept['attention_s']:.0f} s if flash-attn-4 kept its kernels "
+        f"({measured('cold')})."
     )
 
 
 def others() -> str:
-    """Other authors' code beside ours at 256K tokens; ours before and after the others."""
-    length = 262144
-    names = {
-        "flexproxy": "flexproxy",
-        "FlashPrefill native": "FlashPrefill, as in transformers",
-        "FlashPrefill varlen": "FlashPrefill, as in vLLM",
-        "Prism": "Prism",
-    }
+    """Other authors' code beside ours at 256K tokens; ours was timed before them and after."""
+    find_one = partial(find, "others", length=262144)
     lines = [["code", "density", "choice, ms", "attention, ms", "both, ms"]]
-    for contender, name in names.items():
-        kernels = ("default", "triton") if contender == "flexproxy" else (None,)
-        for kernel in kernels:
-            of_kernel = {"kernel": kernel} if kernel else {}
-            parts = {
-                part: find("others", length=length, contender=contender, part=part, **of_kernel)
-                for part in ("attention", "total")
-            }
-            choice = find("others", length=length, contender=contender, part="index")
-            times = [milliseconds(row["median_ms"]) for row in (choice, *parts.values())]
-            if kernel:
-                again = find("others", length=length, contender="flexproxy, again", part="total", kernel=kernel)
-                times[-1] += f", {milliseconds(again['median_ms'])}"
-            title = f"{name}, Triton's kernel" if kernel == "triton" else name
-            lines.append([title, f"{choice['density']:.3f}", *times])
+    for title, contender, kernel in (
+        ("flexproxy", "flexproxy", "default"),
+        ("flexproxy, Triton's kernel", "flexproxy", "triton"),
+        ("FlashPrefill, as in transformers", "FlashPrefill native", None),
+        ("FlashPrefill, as in vLLM", "FlashPrefill varlen", None),
+        ("Prism", "Prism", None),
+    ):
+        choice = find_one(contender=contender, part="index")
+        parts = [choice, *(find_one(contender=contender, part=part, kernel=kernel) for part in ("attention", "total"))]
+        times = [milliseconds(row["median_ms"]) for row in parts]
+        if kernel:
+            again = find_one(contender="flexproxy, again", part="total", kernel=kernel)
+            times[-1] += f", {milliseconds(again['median_ms'])}"
+        lines.append([title, f"{choice['density']:.3f}", *times])
     return f"{table(lines)}\n\n{measured('others')}."
 
 

@@ -119,7 +119,7 @@ def choose(x: Read, mask: PreparedMask, plan: Plan) -> Selection:
             sampled = _evaluated_at(chosen, mask, plan.frame, proxy_of)
     q_cell, k_cell = (config.block_size // stride for stride in config.strides)
     sampling = Sampling(q_cell, k_cell, config.strides[1], chosen)
-    # As much as two of the lists of the BlockMask will take, so that it hardly shows in the peak.
+    # As much as two of the lists of the BlockMask will take, so that it does not show in the peak.
     pairs = plan.frame.batch * plan.frame.num_heads * math.prod(mask.some.shape[2:])
     workspace = min(max(8 * pairs, 2**26), 2**30)
     scores = block_scores(x.q_proxy, x.k_proxy, sampled, mask.some, mask.rows, sampling, plan.scale, workspace)
