@@ -122,16 +122,24 @@ def is_hopper(device: torch.device) -> bool:
     return capability(device) == (9, 0)
 
 
-@contextlib.contextmanager
-def fastest_sdpa(q: Tensor) -> Iterator[None]:
-    """Prefer cuDNN's kernel for dense attention inside, where it is the fastest: Hopper GPUs, inference."""
-    prefer = is_hopper(q.device) and not q.requires_grad
-    if not prefer or torch.compiler.is_compiling() or "set_priority" not in _SDPA_KERNEL:
-        yield
-        return
+def must_ask_for_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether cuDNN's kernel is the fastest for dense attention, and ``scaled_dot_product_attention`` takes another.
+
+    That is so for inference on Hopper GPUs, by the version of torch. Asking is not free: ``cudnn_first`` takes as long
+    as the rest of a call on the host.
+    """
+    is_inference = not (q.requires_grad or torch.compiler.is_compiling())
+    if not (is_inference and is_hopper(q.device) and "set_priority" in _SDPA_KERNEL):
+        return False
+    choice = torch._fused_sdp_choice(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
+    return bool(choice != SDPBackend.CUDNN_ATTENTION.value)
+
+
+def cudnn_first() -> contextlib.AbstractContextManager[None]:
+    """Prefer cuDNN's kernel for dense attention inside."""
     backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(backends, set_priority=True):
-        yield
+    context: contextlib.AbstractContextManager[None] = sdpa_kernel(backends, set_priority=True)
+    return context
 
 
 def recompile_limit_hit() -> type[Exception]:

@@ -115,7 +115,7 @@ def attend_densely(
     """``attention`` where the plan is dense."""
     if plan.by_sdpa:
         kernel, is_causal = plan.kernel, q.shape[2] > 1
-        with compat.fastest_sdpa(q):
+        with compat.cudnn_first() if plan.asks_for_cudnn else contextlib.nullcontext():
             return F.scaled_dot_product_attention(
                 q, k, v, is_causal=is_causal, scale=kernel.scale, enable_gqa=kernel.gqa
             )

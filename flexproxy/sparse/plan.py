@@ -89,6 +89,7 @@ class AttentionPlan:
     Attributes:
         dense: why it is dense, in a few words; None where it is sparse.
         by_sdpa: it is dense, and nothing that ``scaled_dot_product_attention`` lacks is asked for.
+        asks_for_cudnn: ``scaled_dot_product_attention`` would take another kernel by itself.
         estimate: the plan of the estimate; None where it is dense.
         kernel: that of ``flex_attention``.
         block_size: tokens per block.
@@ -97,6 +98,7 @@ class AttentionPlan:
 
     dense: str | None
     by_sdpa: bool
+    asks_for_cudnn: bool
     estimate: Plan | None
     kernel: KernelPlan
     block_size: int
@@ -137,9 +139,11 @@ def plan_attention(
     estimate = new_plan(q, k, config, scale, kernel.gradients) if dense is None else None
     is_default = structure is None and kernel.listed and not compat.in_a_mode()
     bare = call.score_mod is NoneType and call.kernel_options is None and not (call.return_lse or kernel.gradients)
+    by_sdpa = dense is not None and plain
     return AttentionPlan(
         dense=dense,
-        by_sdpa=dense is not None and plain,
+        by_sdpa=by_sdpa,
+        asks_for_cudnn=by_sdpa and compat.must_ask_for_cudnn(q, k, v),
         estimate=estimate,
         kernel=kernel,
         block_size=config.block_size,

@@ -6,14 +6,17 @@ import copy
 import pickle
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
 import flexproxy
 from flexproxy import ProxyConfig, masks
+from flexproxy.ops import compat
 from flexproxy.sparse import kernel as sparse_kernel
 from flexproxy.sparse import rows
 from flexproxy.sparse.plan import AttentionPlan, KernelPlan, Settings, plan_attention
@@ -69,6 +72,42 @@ def test_a_dense_plan_says_why_and_a_sparse_one_how() -> None:
     assert always.estimate is not None
     for changes in ({"mask_mod": masks.causal}, {"score_mod": halved}):
         assert not plan(config=ProxyConfig(), **changes).by_sdpa
+
+
+@pytest.mark.parametrize(("choice", "requires_grad", "asked"), [(1, False, 1), (3, False, 0), (1, True, 0)])
+def test_cudnn_is_asked_for_where_torch_takes_another_kernel(
+    choice: int, requires_grad: bool, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asks: list[None] = []
+    begin = compat.cudnn_first
+
+    def noted() -> Any:
+        asks.append(None)
+        return begin()
+
+    monkeypatch.setattr(compat, "is_hopper", lambda device: True)
+    monkeypatch.setattr(compat, "cudnn_first", noted)
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: choice)
+    q, k, v = qkv()
+    q.requires_grad_(requires_grad)
+    with mock.patch.dict(plan_attention.plans, clear=True), torch.no_grad():
+        out = flexproxy.attention(q, k, v)
+    assert len(asks) == asked
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.gpu
+def test_dense_attention_on_a_hopper_gpu_is_cudnns(dtype: torch.dtype) -> None:
+    """Or what torch takes where cuDNN has no kernel, as in fp32."""
+    if not compat.is_hopper(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("not a Hopper GPU")
+    q, k, v = (x.to(dtype) for x in qkv(length=1024, device="cuda"))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        out = flexproxy.attention(q, k, v)
+    names = [event.key for event in profile.key_averages()]
+    assert any("cudnn" in name for name in names) == (dtype == torch.bfloat16), names
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
 
 
 @pytest.mark.parametrize(("num_queries", "config"), [(1, ProxyConfig(min_budget=0)), (200, ProxyConfig(gamma=1.0))])
