@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
+from importlib.machinery import PathFinder
 from types import CodeType
 from typing import Any
 
@@ -70,11 +71,11 @@ def flash_backend_exists() -> bool:
 
 @functools.cache
 def _flash_backend_exists() -> bool:
+    folders = [f"{folder}/_inductor/kernel/flex" for folder in torch.__path__]
+    if PathFinder.find_spec("flex_flash_attention", folders) is None:  # by its place, or all of inductor is imported
+        return False
     try:
-        return all(
-            importlib.util.find_spec(name) is not None
-            for name in ("torch._inductor.kernel.flex.flex_flash_attention", "flash_attn.cute")
-        )
+        return importlib.util.find_spec("flash_attn.cute") is not None
     except ModuleNotFoundError:
         return False
 
