@@ -17,8 +17,7 @@ from flexproxy.ops.kernels.tiles import masses_tile
 if TYPE_CHECKING:
     from flexproxy.masks.sampled import SampledMask
 
-CANDIDATES = 128  # of one program
-HEADS = 8  # searched at once: each step waits for memory
+MAX_HEADS = 32  # searched at once, for each step waits for memory; as many candidates as fit beside them
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -317,7 +316,9 @@ def count_blocks(
             BLOCK_C=64,
             BLOCK_I=64,
         )
-        programs = -(-(heads * num_k_blocks + 1) // CANDIDATES)  # one more, for inf
+        heads_at_once = power_of_2(heads, 1, MAX_HEADS)
+        candidates = 1024 // heads_at_once
+        programs = -(-(heads * num_k_blocks + 1) // candidates)  # one more, for inf
         best_distance = torch.empty(batch, programs, dtype=torch.float64, device=masses.device)
         best_gamma = torch.empty(batch, programs, dtype=torch.float32, device=masses.device)
         launch(
@@ -334,8 +335,8 @@ def count_blocks(
             heads=heads,
             search_steps=num_k_blocks.bit_length(),
             density=density,
-            CANDIDATES=CANDIDATES,
-            HEADS=HEADS,
+            CANDIDATES=candidates,
+            HEADS=heads_at_once,
         )
     launch(
         _counts_kernel,
