@@ -88,7 +88,8 @@ class Read(NamedTuple):
 
 def estimate(q: Tensor, k: Tensor, mask: PreparedMask, plan: Plan) -> Selection:
     """``select`` by its plan, under a mask prepared for it."""
-    return choose(read(q.detach(), k.detach(), mask, plan), mask, plan)
+    proxy_of = proxy_of_heads(plan.frame.groups, q.device)
+    return choose(read(q.detach(), k.detach(), mask, plan), mask, plan, proxy_of)
 
 
 def read(q: Tensor, k: Tensor, mask: PreparedMask, plan: Plan) -> Read:
@@ -106,10 +107,14 @@ def read(q: Tensor, k: Tensor, mask: PreparedMask, plan: Plan) -> Read:
     return Read(q_proxy, k_proxy, masses)
 
 
-def choose(x: Read, mask: PreparedMask, plan: Plan) -> Selection:
-    """The blocks of every head, from what was read."""
+def choose(x: Read, mask: PreparedMask, plan: Plan, proxy_of: Tensor, count: Tensor | None = None) -> Selection:
+    """The blocks of every head, from what was read.
+
+    Args:
+        proxy_of: of ``proxy_of_heads``.
+        count: of ``count_rows``, where it is known.
+    """
     config, groups = plan.config, plan.frame.groups
-    proxy_of = proxy_of_heads(groups, x.q_proxy.device)
 
     # 1. Scores of the proxy heads: one ranking of blocks for all heads of a proxy.
     chosen, sampled = None, mask.sampled
@@ -134,8 +139,8 @@ def choose(x: Read, mask: PreparedMask, plan: Plan) -> Selection:
         if head_rank is not None:
             ranked = scores[:, proxy_of], head_rank, torch.arange(len(proxy_of), device=rank.device)
         count = _share_blocks(x, mask, plan, ranked)
-    else:
-        count = _count_blocks(x, mask, plan)
+    elif count is None:
+        count = count_rows(x, mask, plan)
 
     return Selection(
         rank=rank,
@@ -346,8 +351,8 @@ def _evaluated_at(chosen: Tensor, mask: PreparedMask, frame: Frame, proxy_of: Te
     return evaluated_at(mask.evaluated, chosen, frame.num_keys, frame.strides[1], merge)
 
 
-def _count_blocks(x: Read, mask: PreparedMask, plan: Plan) -> Tensor:
-    """int32 ``[B, Hq, Nq]``."""
+def count_rows(x: Read, mask: PreparedMask, plan: Plan) -> Tensor:
+    """How many blocks every row keeps, unless rows share: int32 ``[B, Hq, Nq]``. It looks at the masses alone."""
     config, rows, num_blocks = plan.config, mask.head_rows, mask.some.shape[-1]
     heads = plan.frame.batch, plan.frame.num_heads
     max_blocks = num_blocks if config.max_blocks is None else config.max_blocks
@@ -367,7 +372,7 @@ def _count_blocks(x: Read, mask: PreparedMask, plan: Plan) -> Tensor:
 def _share_blocks(x: Read, mask: PreparedMask, plan: Plan, ranked: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """int32 ``[B, Hq, Nq]``. ranked: as in ``shared_counts``."""
     config, rows = plan.config, mask.head_rows
-    count = _count_blocks(x, mask, plan) if config.density is None else None
+    count = count_rows(x, mask, plan) if config.density is None else None
     total = total_blocks(rows, count, (plan.frame.batch, plan.frame.num_heads), config.density)
     max_blocks = mask.some.shape[-1] if config.max_blocks is None else config.max_blocks
     return shared_counts(*ranked, rows, mask.forced, total, config.min_blocks, max_blocks)

@@ -26,13 +26,13 @@ from torch import Tensor
 from flexproxy.ops.cache import kept, place_of
 from flexproxy.ops.implementations import picked
 from flexproxy.ops.operators import kernels, on_device_of
-from flexproxy.pipeline import PreparedMask, Read, check_memory, choose, estimate, read_mask
+from flexproxy.pipeline import PreparedMask, Read, check_memory, choose, count_rows, estimate, read_mask
 from flexproxy.plan import Plan
 from flexproxy.selection import Selection, selected_lists
 from flexproxy.sparse.kernel import run_causal
 from flexproxy.sparse.plan import KernelPlan
 from flexproxy.stages.lists import Lists
-from flexproxy.stages.proxy import flat
+from flexproxy.stages.proxy import flat, proxy_of_heads
 
 MAX_KEPT = 4
 # Pairs of blocks, of all heads: at 32K tokens with 32 heads and blocks of 128. A graph of so many takes about 100 MiB,
@@ -143,6 +143,7 @@ class Replay:
         config = plan.config
         self._plan, self._rows_apart = plan, rows_apart
         self._mask: PreparedMask = read_mask(None, None, plan.frame, device)
+        self._proxy_of = proxy_of_heads(plan.frame.groups, device)
         strides = 1 if config.chooses_queries else config.strides[0], config.strides[1]
         groups = plan.frame.groups, plan.key_groups
         pools = [(*flat(of_proxies), stride) for of_proxies, stride in zip(groups, strides, strict=True)]
@@ -165,16 +166,28 @@ class Replay:
             self._graph.replay()
         return self._lists
 
-    def _choose(self) -> Lists:
-        return _lists_of(choose(Read(*self._reader.results()), self._mask, self._plan), self._rows_apart)
+    def _choose(self, side: torch.cuda.Stream | None = None) -> Lists:
+        """side: a stream for the budgets, beside the scores, at which they do not look; in a capture alone."""
+        plan, mask, main = self._plan, self._mask, torch.cuda.current_stream()
+        if side is not None:
+            side.wait_stream(main)
+        with torch.cuda.stream(side):
+            q_proxy, k_proxy = self._reader.proxies()
+            read = Read(q_proxy, k_proxy, self._reader.masses())
+            count = None if plan.shares_rows else count_rows(read, mask, plan)
+        selection = choose(read, mask, plan, self._proxy_of, count)
+        if side is not None:
+            main.wait_stream(side)
+        return _lists_of(selection, self._rows_apart)
 
     def _capture(self, device: torch.device) -> tuple[torch.cuda.CUDAGraph, Lists]:
         """A graph of ``_choose``, which is not run. (torch.cuda.graph would wait for the device first.)"""
         graph = torch.cuda.CUDAGraph()
+        side = None if self._plan.shares_rows else torch.cuda.Stream(device)
         with torch.cuda.stream(torch.cuda.Stream(device)):
             graph.capture_begin(capture_error_mode="thread_local")
             try:
-                lists = self._choose()
+                lists = self._choose(side)
             finally:
                 graph.capture_end()
         return graph, lists

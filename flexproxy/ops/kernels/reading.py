@@ -61,9 +61,13 @@ class Reader:
             launches.append(self._logits.launched)
         self._layout, self._launches = layout, [] if None in launches else [x for x in launches if x is not None]
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Proxy queries, proxy keys, and the masses, which are made anew. To be called after ``read``."""
+    def proxies(self) -> tuple[Tensor, Tensor]:
+        """Proxy queries and proxy keys. To be called after ``read``."""
         q_proxy, k_proxy = self._proxies
+        return q_proxy, k_proxy
+
+    def masses(self) -> Tensor | None:
+        """The masses, made anew; None where none are needed. To be called after ``read``."""
         if self._logits is None or self._probes is None:
-            return q_proxy, k_proxy, None
-        return q_proxy, k_proxy, masses_of_logits(self._logits, self._probes, self._block_size, q_proxy)
+            return None
+        return masses_of_logits(self._logits, self._probes, self._block_size, self._proxies[0])
