@@ -80,6 +80,17 @@ def _flash_backend_exists() -> bool:
         return False
 
 
+@functools.cache
+def flash_takes_lists() -> bool:
+    """Whether the function of flash-attn-4 takes the lists of a BlockMask."""
+    if not flash_backend_exists():
+        return False
+    function = importlib.import_module("flash_attn.cute").flash_attn_func
+    needed = {"softmax_scale", "causal", "mask_mod", "block_size"}
+    needed |= {f"{kind}_block_{what}" for kind in ("mask", "full") for what in ("cnt", "idx")}
+    return needed <= inspect.signature(function).parameters.keys()
+
+
 def constant_to_dynamo(function: Callable[..., Any]) -> None:
     """Let traces take what a function returns for a constant, and not look into it.
 

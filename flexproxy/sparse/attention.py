@@ -66,7 +66,9 @@ def attention(
     """ProxyAttn in one call: builds the mask, then runs compiled ``flex_attention`` with it.
 
     On a CPU, where the mask is the default one and queries begin at a block of keys, ``scaled_dot_product_attention``
-    of the kept blocks takes its place, which is faster and compiles nothing.
+    of the kept blocks takes its place, which is faster and compiles nothing. In inference under the default mask,
+    where ``kernel_options`` has ``BACKEND="FLASH"``, flash-attn-4 is called by itself: with the same kernels, and in
+    half the host's time.
 
     Dense where sparse cannot pay: fewer queries than a block (decoding), every row's budget covers all keys, the
     settings keep every block, or the estimate takes longer than what it saves, as on a GPU for short sequences.

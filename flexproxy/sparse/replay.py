@@ -10,7 +10,8 @@ writes to the same memory; it holds that memory until MAX_KEPT others have been 
 NOTE [The last rows]
 A dense row among sparse ones is one program for each head, which reads all keys, and the last that is started: the
 others have ended long before. So the dense last rows keep one block in the lists, and are attended to by a kernel that
-splits the keys among programs (FlashAttention-2); its output replaces theirs.
+splits the keys among programs (FlashAttention-2); its output replaces theirs. flash-attn-4 can start the last rows of
+some heads before others, which is enough where a row has few blocks.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from flexproxy.ops.operators import kernels, on_device_of
 from flexproxy.pipeline import PreparedMask, Read, check_memory, choose, count_rows, estimate, read_mask
 from flexproxy.plan import Plan
 from flexproxy.selection import Selection, selected_lists
+from flexproxy.sparse import flash
 from flexproxy.sparse.kernel import run_causal
 from flexproxy.sparse.plan import KernelPlan
 from flexproxy.stages.lists import Lists
@@ -38,7 +40,8 @@ MAX_KEPT = 4
 # Pairs of blocks, of all heads: at 32K tokens with 32 heads and blocks of 128. A graph of so many takes about 100 MiB,
 # and beyond, the device takes longer than the host.
 MAX_PAIRS = 2**21
-MIN_APART = 32  # blocks of keys from which on dense rows are apart: with fewer, one more launch takes longer
+# Blocks of keys from which on dense rows are apart: with fewer, one more launch takes longer.
+MIN_APART, MIN_APART_OF_FLASH = 32, 65
 
 
 def fits(q: Tensor) -> bool:
@@ -64,7 +67,8 @@ def attend(
     """
     place = place_of(q.device)
     frame, shapes = plan.frame, Values(q.dtype, q.shape[3], v.shape[3], q.stride(3) == k.stride(3) == v.stride(3) == 1)
-    start = first_apart(plan, shapes)
+    by_flash = flash.fits(q, k, v, kernel.kernel_options)
+    start = first_apart(plan, shapes, MIN_APART_OF_FLASH if by_flash else MIN_APART)
     rows = 0 if start is None else frame.dense_last_blocks
     replays = place is not None and _pairs(plan) <= MAX_PAIRS
     if shared:
@@ -77,8 +81,12 @@ def attend(
     if shared is not None and not shared:
         kept_lists = [x.clone() for x in lists] if replays else lists  # the next replay writes over them
         shared.append((start, (kept_lists[0], kept_lists[1], kept_lists[2], kept_lists[3])))
-    offset = _offset(q.device, frame.batch, frame.num_keys - frame.num_queries)
-    out = run_causal(q, k, v, offset, lists, frame.block_size, kernel.scale, kernel.kernel_options)
+    if by_flash:
+        longest_first = frame.num_blocks()[1] < MIN_APART_OF_FLASH
+        out = flash.attend(q, k, v, lists, frame.block_size, kernel.scale, longest_first)
+    else:
+        offset = _offset(q.device, frame.batch, frame.num_keys - frame.num_queries)
+        out = run_causal(q, k, v, offset, lists, frame.block_size, kernel.scale, kernel.kernel_options)
     if start is not None:
         # Aligned at the end, as this operator is by itself, and scaled_dot_product_attention is not.
         dense = torch.ops.aten._scaled_dot_product_flash_attention.default
@@ -104,14 +112,17 @@ def _pairs(plan: Plan) -> int:
 
 
 @functools.lru_cache(1024)
-def first_apart(plan: Plan, values: Values) -> int | None:
-    """The first query of the dense last rows; None where they stay among the others. See NOTE [The last rows]."""
+def first_apart(plan: Plan, values: Values, min_blocks: int) -> int | None:
+    """The first query of the dense last rows; None where they stay among the others. See NOTE [The last rows].
+
+    min_blocks: of keys, from which on they are apart.
+    """
     frame = plan.frame
     num_q_blocks, num_k_blocks = frame.num_blocks()
     start = (num_q_blocks - frame.dense_last_blocks) * frame.block_size
     fits = values.dtype != torch.float32 and values.head_dim % 8 == 0 and values.value_dim == values.head_dim
     fits = fits and values.contiguous and torch.backends.cuda.is_flash_attention_available()
-    pays = num_k_blocks >= MIN_APART and frame.dense_last_blocks > 0 and start > 0
+    pays = num_k_blocks >= min_blocks and frame.dense_last_blocks > 0 and start > 0
     return start if fits and pays else None
 
 
