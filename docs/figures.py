@@ -74,11 +74,12 @@ def device(name: str) -> str:
     return harness.device_of(results(name)).removeprefix("NVIDIA ")
 
 
-def measured(name: str) -> str:
-    """What a file was measured on, and when: code changes within a version too."""
-    environment = results(name)["environment"]
-    flash = environment.get("flash-attn-4", "absent") != "absent"
-    return f"{device(name)}, {environment['date']}{', flash-attn-4' if flash else ''}"
+def measured(*names: str) -> str:
+    """What files were measured on, and when: code changes within a version too."""
+    environments = [results(name)["environment"] for name in names]
+    devices, dates = dict.fromkeys(map(device, names)), sorted({environment["date"] for environment in environments})
+    flash = all(environment.get("flash-attn-4", "absent") != "absent" for environment in environments)
+    return f"{' and '.join(devices)}, {' and '.join(dates)}{', flash-attn-4' if flash else ''}"
 
 
 def table(lines: Sequence[Sequence[str]], wide: int = 1) -> str:
@@ -135,7 +136,7 @@ def speed() -> str:
             )
     stock, served = (find("vllm", part="engine", contender=name) for name in ("FlashAttention", "flexproxy"))
     seconds = [f"{row[f'{LONG}_ms'] / 1000:.1f}" for row in (served, stock)]
-    where = "; ".join(dict.fromkeys(map(measured, ("attention", "prefill"))))
+    where = measured("attention", "prefill")
     wide = [f"{_dense('prefill', n, CUDNN) / _model(n, 0.31):.1f} x at {tokens(n)}" for n in (32768, LONG, 2 * LONG)]
     return (
         f"{table(lines)}\n\n"
