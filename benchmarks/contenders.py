@@ -53,7 +53,7 @@ cudnn, flash_attention_2 = sdpa(SDPBackend.CUDNN_ATTENTION), sdpa(SDPBackend.FLA
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, options: dict[str, Any]) -> Tensor:
-    """Compiled ``flex_attention``, as ``flexproxy.attention`` calls it."""
+    """Compiled ``flex_attention``, as ``flexproxy.attention`` calls it where it does."""
     out: Tensor = run_compiled(q, k, v, block_mask=block_mask, enable_gqa=True, kernel_options=options)
     return out
 

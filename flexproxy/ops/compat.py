@@ -135,7 +135,7 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def must_ask_for_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether cuDNN's kernel is the fastest for dense attention, and ``scaled_dot_product_attention`` takes another.
+    """Whether ``scaled_dot_product_attention`` takes cuDNN's kernel, the fastest there is, only if asked for it.
 
     That is so for inference on Hopper GPUs, by the version of torch. Asking is not free: ``cudnn_first`` takes as long
     as the rest of a call on the host.
@@ -143,14 +143,25 @@ def must_ask_for_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
     is_inference = not (q.requires_grad or torch.compiler.is_compiling())
     if not (is_inference and is_hopper(q.device) and "set_priority" in _SDPA_KERNEL):
         return False
-    choice = torch._fused_sdp_choice(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
-    return bool(choice != SDPBackend.CUDNN_ATTENTION.value)
+    if in_a_mode() or type(q) is not Tensor:  # they do not know the question
+        return True
+
+    def is_taken() -> bool:
+        choice = torch._fused_sdp_choice(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
+        return bool(choice == SDPBackend.CUDNN_ATTENTION.value)
+
+    with sdpa_kernel(_BACKENDS):
+        by_itself = is_taken()
+    with cudnn_first():
+        return is_taken() and not by_itself
+
+
+_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def cudnn_first() -> contextlib.AbstractContextManager[None]:
     """Prefer cuDNN's kernel for dense attention inside."""
-    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    context: contextlib.AbstractContextManager[None] = sdpa_kernel(backends, set_priority=True)
+    context: contextlib.AbstractContextManager[None] = sdpa_kernel(_BACKENDS, set_priority=True)
     return context
 
 

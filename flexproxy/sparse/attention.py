@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Literal, overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -67,8 +68,8 @@ def attention(
 
     On a CPU, where the mask is the default one and queries begin at a block of keys, ``scaled_dot_product_attention``
     of the kept blocks takes its place, which is faster and compiles nothing. In inference under the default mask,
-    where ``kernel_options`` has ``BACKEND="FLASH"``, flash-attn-4 is called by itself: with the same kernels, and in
-    half the host's time.
+    where ``flexproxy.kernel_options`` picks ``BACKEND="FLASH"``, flash-attn-4 is called by itself, which takes the host
+    half as long.
 
     Dense where sparse cannot pay: fewer queries than a block (decoding), every row's budget covers all keys, the
     settings keep every block, or the estimate takes longer than what it saves, as on a GPU for short sequences.
@@ -84,7 +85,7 @@ def attention(
         when: "auto", or "always" for sparse attention whatever it costs.
 
     Returns:
-        ``[B, Hq, Sq, D]``, or that and the log-sum-exp. Rows without an allowed key are 0.
+        ``[B, Hq, Sq, D]``, of any strides, or that and the log-sum-exp. Rows without an allowed key are 0.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, and what to do.
@@ -117,7 +118,8 @@ def attend_densely(
     """``attention`` where the plan is dense."""
     if plan.by_sdpa:
         kernel, is_causal = plan.kernel, q.shape[2] > 1
-        with compat.cudnn_first() if plan.asks_for_cudnn else contextlib.nullcontext():
+        asks = plan.asks_for_cudnn and torch.backends.cuda.cudnn_sdp_enabled()
+        with compat.cudnn_first() if asks else contextlib.nullcontext():
             return F.scaled_dot_product_attention(
                 q, k, v, is_causal=is_causal, scale=kernel.scale, enable_gqa=kernel.gqa
             )

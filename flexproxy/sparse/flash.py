@@ -1,8 +1,8 @@
 """flash-attn-4 under a causal mask, called by itself.
 
 NOTE [FLASH by itself]
-With ``BACKEND="FLASH"``, compiled ``flex_attention`` calls the same kernels. On the way there the host checks the call
-in three layers of torch, which takes as long as the kernel at 8K tokens, and a process imports and runs a compiler
+With ``BACKEND="FLASH"``, compiled ``flex_attention`` calls the package's kernels. On the way there the host checks the
+call in three layers of torch, which takes as long as the kernel at 8K tokens, and a process imports and runs a compiler
 before its first call. The package's own function takes the lists of a ``BlockMask`` too.
 """
 
@@ -55,4 +55,4 @@ def _loadable(x: Tensor) -> Tensor:
 
 @functools.cache
 def _kernels() -> Any:
-    return importlib.import_module("flexproxy.ops.kernels.flash")
+    return importlib.import_module("flexproxy.sparse.flash_kernels")

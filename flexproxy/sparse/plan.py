@@ -208,8 +208,9 @@ def _plan_kernel(
 # benchmarks/results/calls.json; of an A100 by FlashAttention-2's paper (arXiv 2307.08691), which reaches 50 to 73 % of
 # 312 TFLOPS. Other GPUs count as an H200: those that are slower stay dense at more lengths than need be.
 DENSE_TFLOPS = {(8, 0): 200, (9, 0): 600}
-# By how much longer the host takes for a sparse call than for a dense one. Inside a model the host runs ahead, and the
-# GPU waits for neither; whether it does depends on the model, so a host that is waited for is assumed.
+# By how much longer the host takes for a sparse call than for a dense one: up to 0.3 ms beside an H200
+# (benchmarks/results/calls.json); other hosts have taken twice as long. Inside a model the host runs ahead, and the GPU
+# waits for neither; whether it does depends on the model, so a host that is waited for is assumed.
 HOST_MS = 0.4
 # Time of an estimate on a CPU, as a share of dense attention: at 8K tokens 1/16 with stride 4 and 1/8 with stride 2,
 # less for longer prompts (benchmarks/results/cpu.json).

@@ -10,8 +10,8 @@ writes to the same memory; it holds that memory until MAX_KEPT others have been 
 NOTE [The last rows]
 A dense row among sparse ones is one program for each head, which reads all keys, and the last that is started: the
 others have ended long before. So the dense last rows keep one block in the lists, and are attended to by a kernel that
-splits the keys among programs (FlashAttention-2); its output replaces theirs. flash-attn-4 can start the last rows of
-some heads before others, which is enough where a row has few blocks.
+splits the keys among programs (FlashAttention-2); its output replaces theirs. flash-attn-4 can start the last rows
+first, which is enough where a row has few blocks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MAX_KEPT = 4
 # Pairs of blocks, of all heads: at 32K tokens with 32 heads and blocks of 128. A graph of so many takes about 100 MiB,
 # and beyond, the device takes longer than the host.
 MAX_PAIRS = 2**21
-# Blocks of keys from which on dense rows are apart: with fewer, one more launch takes longer.
+# Blocks of keys from which on dense rows are apart. With fewer, one more launch takes longer, or as long as it saves.
 MIN_APART, MIN_APART_OF_FLASH = 32, 65
 
 
@@ -63,7 +63,7 @@ def attend(
         shared: gets what is attended to, for calls with the same plan; they find it there and estimate nothing.
 
     Raises:
-        NotCompiledError: compilation is switched off.
+        NotCompiledError: compilation is switched off, and ``flex_attention`` is needed.
     """
     place = place_of(q.device)
     frame, shapes = plan.frame, Values(q.dtype, q.shape[3], v.shape[3], q.stride(3) == k.stride(3) == v.stride(3) == 1)
@@ -82,7 +82,7 @@ def attend(
         kept_lists = [x.clone() for x in lists] if replays else lists  # the next replay writes over them
         shared.append((start, (kept_lists[0], kept_lists[1], kept_lists[2], kept_lists[3])))
     if by_flash:
-        longest_first = frame.num_blocks()[1] < MIN_APART_OF_FLASH
+        longest_first = start is None and frame.dense_last_blocks > 0
         out = flash.attend(q, k, v, lists, frame.block_size, kernel.scale, longest_first)
     else:
         offset = _offset(q.device, frame.batch, frame.num_keys - frame.num_queries)
@@ -144,6 +144,12 @@ def _replay_of(_key: Hashable, device: torch.device, plan: Plan, rows_apart: int
     return Replay(device, plan, rows_apart)
 
 
+@functools.lru_cache(64)
+def _streams_of(device: torch.device, _thread: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """For captures: two of torch's 32, which others get too when these are used up."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+
 class Replay:
     """The lists of one plan, again and again. See NOTE [Replays].
 
@@ -182,23 +188,25 @@ class Replay:
         plan, mask, main = self._plan, self._mask, torch.cuda.current_stream()
         if side is not None:
             side.wait_stream(main)
-        with torch.cuda.stream(side):
-            q_proxy, k_proxy = self._reader.proxies()
-            read = Read(q_proxy, k_proxy, self._reader.masses())
-            count = None if plan.shares_rows else count_rows(read, mask, plan)
-        selection = choose(read, mask, plan, self._proxy_of, count)
-        if side is not None:
-            main.wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                q_proxy, k_proxy = self._reader.proxies()
+                read = Read(q_proxy, k_proxy, self._reader.masses())
+                count = None if plan.shares_rows else count_rows(read, mask, plan)
+            selection = choose(read, mask, plan, self._proxy_of, count)
+        finally:
+            if side is not None:
+                main.wait_stream(side)  # after an error too: else the capture cannot end
         return _lists_of(selection, self._rows_apart)
 
     def _capture(self, device: torch.device) -> tuple[torch.cuda.CUDAGraph, Lists]:
         """A graph of ``_choose``, which is not run. (torch.cuda.graph would wait for the device first.)"""
         graph = torch.cuda.CUDAGraph()
-        side = None if self._plan.shares_rows else torch.cuda.Stream(device)
-        with torch.cuda.stream(torch.cuda.Stream(device)):
+        stream, side = _streams_of(device, threading.get_ident())
+        with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")
             try:
-                lists = self._choose(side)
+                lists = self._choose(None if self._plan.shares_rows else side)
             finally:
                 graph.capture_end()
         return graph, lists

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
 import flexproxy
@@ -74,26 +76,53 @@ def test_a_dense_plan_says_why_and_a_sparse_one_how() -> None:
         assert not plan(config=ProxyConfig(), **changes).by_sdpa
 
 
-@pytest.mark.parametrize(("choice", "requires_grad", "asked"), [(1, False, 1), (3, False, 0), (1, True, 0)])
-def test_cudnn_is_asked_for_where_torch_takes_another_kernel(
-    choice: int, requires_grad: bool, asked: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asks: list[None] = []
-    begin = compat.cudnn_first
+@pytest.fixture
+def asks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[None]]:
+    """Each time that cuDNN is asked for, on what counts as a Hopper GPU, with a torch that can be asked."""
+    asked: list[None] = []
 
-    def noted() -> Any:
-        asks.append(None)
-        return begin()
+    def cudnn_first() -> AbstractContextManager[None]:
+        asked.append(None)
+        return nullcontext()
 
     monkeypatch.setattr(compat, "is_hopper", lambda device: True)
-    monkeypatch.setattr(compat, "cudnn_first", noted)
-    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: choice)
+    monkeypatch.setattr(compat, "_SDPA_KERNEL", {"set_priority"})
+    monkeypatch.setattr(compat, "cudnn_first", cudnn_first)
+    with mock.patch.dict(plan_attention.plans, clear=True):
+        yield asked
+
+
+@pytest.mark.parametrize(("by_itself", "if_asked", "calls"), [(1, 3, 2), (3, 3, 1), (1, 1, 1)])
+def test_cudnn_is_asked_for_where_torch_takes_another_kernel(
+    by_itself: int, if_asked: int, calls: int, asks: list[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for the plan, and again by each call where that helps; 3 is cuDNN."""
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: if_asked if asks else by_itself)
     q, k, v = qkv()
-    q.requires_grad_(requires_grad)
-    with mock.patch.dict(plan_attention.plans, clear=True), torch.no_grad():
-        out = flexproxy.attention(q, k, v)
-    assert len(asks) == asked
+    out = flexproxy.attention(q, k, v)
+    assert len(asks) == calls
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+
+
+def test_cudnn_is_not_asked_for(asks: list[None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where gradients are needed, and where the caller has switched it off."""
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: 3 if asks else 1)
+    q, k, v = qkv()
+    with torch.no_grad():
+        flexproxy.attention(q.clone().requires_grad_(), k, v)
+    assert not asks
+    flexproxy.attention(q, k, v)
+    assert len(asks) == 2
+    with sdpa_kernel(SDPBackend.MATH):
+        flexproxy.attention(q, k, v)
+    assert len(asks) == 2
+
+
+def test_dense_calls_under_vmap(asks: list[None]) -> None:
+    """Which has no rule for the question."""
+    q, k, v = qkv()
+    out = torch.vmap(flexproxy.attention)(q[None], k[None], v[None])
+    torch.testing.assert_close(out[0], F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -39,7 +39,10 @@ def dense_from_lists(
 ) -> tuple[Tensor, None]:
     """What flash-attn-4 computes, in its layout ``[B, S, H, D]``; one of the two ways to say causal must be given."""
     assert causal != (mask_mod is not None)
-    assert all(x.data_ptr() % 16 == 0 and x.stride(-1) == 1 for x in (q, k, v))
+    for x in (q, k, v):
+        *others, last = x.stride()
+        assert (x.data_ptr() % 16, last) == (0, 1)
+        assert all(stride * x.element_size() % 16 == 0 for stride in others)
     num_queries, num_keys = q.shape[1], k.shape[1]
     seen = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
     allowed = torch.zeros(*full_block_idx.shape[:2], num_queries, num_keys, dtype=torch.bool)
@@ -66,14 +69,14 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(compat, "flash_backend_exists", lambda: True)
-    monkeypatch.delitem(sys.modules, "flexproxy.ops.kernels.flash", raising=False)
+    monkeypatch.delitem(sys.modules, "flexproxy.sparse.flash_kernels", raising=False)
     kept = compat.flash_takes_lists, flash._kernels
     for function in kept:
         function.cache_clear()
     yield
     for function in kept:
         function.cache_clear()
-    sys.modules.pop("flexproxy.ops.kernels.flash", None)
+    sys.modules.pop("flexproxy.sparse.flash_kernels", None)
 
 
 @pytest.mark.parametrize("longest_first", [False, True])
@@ -116,7 +119,8 @@ def test_what_it_is_asked_for(package: None, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_looking_for_it_imports_no_compiler() -> None:
-    program = "import sys, flexproxy.ops.compat as c; c.flash_backend_exists(); print('torch._inductor' in sys.modules)"
+    look = "import sys, flexproxy.ops.compat as compat; compat.flash_backend_exists()"
+    program = f"{look}; print('torch._inductor.kernel' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "False"
 
@@ -139,11 +143,13 @@ def test_every_call_by_flash_is_right(shape: str, apart: bool, monkeypatch: pyte
     monkeypatch.setattr(flash, "attend", noted)
     config = ProxyConfig(density=0.3, min_budget=128)
     for seed in range(3):
-        q, k, v = x = qkv(shape, seed)
-        assert_near(flexproxy.attention(*x, config=config, when="always"), x, config)
+        q, k, v = qkv(shape, seed)
         part = torch.stack([k, v, v], -2).flatten(-2)[..., : k.shape[3]]
-        assert_near(flexproxy.attention(q, part, v, config=config, when="always"), (q, part, v), config)
-    assert calls == [not apart] * 6
-    same = k[:, :1].expand_as(k)
-    assert_near(flexproxy.attention(q, same, v, config=config, when="always"), (q, same, v), config)
-    assert len(calls) == 6
+        odd = F.pad(k, (0, 1))[..., :-1]
+        for keys in (k, part, odd):
+            x = q, keys, v
+            assert_near(flexproxy.attention(*x, config=config, when="always"), x, config)
+    assert calls == [not apart] * 9
+    x = q, k[:, :1].expand_as(k), v
+    assert_near(flexproxy.attention(*x, config=config, when="always"), x, config)
+    assert len(calls) == 9

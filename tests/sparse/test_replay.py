@@ -171,6 +171,24 @@ def test_memory_of_old_replays_is_given_back() -> None:
 
 
 @pytest.mark.gpu
+def test_an_error_in_a_capture_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next call is right, and torch's memory can still be given back."""
+    config, x = ProxyConfig(density=0.35, min_budget=128), qkv("long", 0)
+    flexproxy.attention(*x, config=config, when="always")
+
+    def fail(*_: object) -> None:
+        raise MemoryError("in the capture")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(replay, "choose", fail)
+        with pytest.raises(MemoryError, match="in the capture"):
+            flexproxy.attention(*x, config=config, when="always")
+    torch.cuda.empty_cache()
+    for _ in range(2):
+        assert_near(flexproxy.attention(*x, config=config, when="always"), x, config)
+
+
+@pytest.mark.gpu
 def test_gradients_go_the_ordinary_way() -> None:
     x = tuple(tensor.requires_grad_() for tensor in qkv("short", 0))
     for _ in range(3):

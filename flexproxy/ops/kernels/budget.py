@@ -17,7 +17,8 @@ from flexproxy.ops.kernels.tiles import masses_tile
 if TYPE_CHECKING:
     from flexproxy.masks.sampled import SampledMask
 
-MAX_HEADS = 32  # searched at once, for each step waits for memory; as many candidates as fit beside them
+# A program searches for some candidates in some heads at once, for each step waits for memory.
+SEARCHES, MAX_HEADS = 1024, 32
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -317,7 +318,7 @@ def count_blocks(
             BLOCK_I=64,
         )
         heads_at_once = power_of_2(heads, 1, MAX_HEADS)
-        candidates = 1024 // heads_at_once
+        candidates = SEARCHES // heads_at_once
         programs = -(-(heads * num_k_blocks + 1) // candidates)  # one more, for inf
         best_distance = torch.empty(batch, programs, dtype=torch.float64, device=masses.device)
         best_gamma = torch.empty(batch, programs, dtype=torch.float32, device=masses.device)

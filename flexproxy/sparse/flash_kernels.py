@@ -9,7 +9,9 @@ from cutlass import cute
 from flash_attn.cute import flash_attn_func, utils
 from torch import Tensor
 
-_compiling = threading.Lock()  # the package's compiler takes the process down if two threads enter it
+# The package's compiler takes the process down if two threads enter it, and its first calls are not known from here.
+# (flex_attention calls it without this lock.)
+_compiling = threading.Lock()
 
 
 @cute.jit
