@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask
 _FROM_KV_BLOCKS = frozenset(inspect.signature(BlockMask.from_kv_blocks).parameters)
 _FLEX_ATTENTION = frozenset(inspect.signature(flex.flex_attention).parameters)
 _SDPA_KERNEL = frozenset(inspect.signature(sdpa_kernel).parameters)
+_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 IS_ROCM = torch.version.hip is not None
 MAX_COMPILED_LENGTHS = 256  # dynamo's own limit is 8
 
@@ -154,9 +155,6 @@ def must_ask_for_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
         by_itself = is_taken()
     with cudnn_first():
         return is_taken() and not by_itself
-
-
-_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def cudnn_first() -> contextlib.AbstractContextManager[None]:

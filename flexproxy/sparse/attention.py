@@ -68,8 +68,8 @@ def attention(
 
     On a CPU, where the mask is the default one and queries begin at a block of keys, ``scaled_dot_product_attention``
     of the kept blocks takes its place, which is faster and compiles nothing. In inference under the default mask,
-    where ``flexproxy.kernel_options`` picks ``BACKEND="FLASH"``, flash-attn-4 is called by itself, which takes the host
-    half as long.
+    where ``flexproxy.kernel_options`` picks ``BACKEND="FLASH"``, flash-attn-4 is called directly, which takes the host
+    less time.
 
     Dense where sparse cannot pay: fewer queries than a block (decoding), every row's budget covers all keys, the
     settings keep every block, or the estimate takes longer than what it saves, as on a GPU for short sequences.

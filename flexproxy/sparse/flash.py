@@ -1,6 +1,6 @@
-"""flash-attn-4 under a causal mask, called by itself.
+"""flash-attn-4 under a causal mask, called directly.
 
-NOTE [FLASH by itself]
+NOTE [FLASH directly]
 With ``BACKEND="FLASH"``, compiled ``flex_attention`` calls the package's kernels. On the way there the host checks the
 call in three layers of torch, which takes as long as the kernel at 8K tokens, and a process imports and runs a compiler
 before its first call. The package's own function takes the lists of a ``BlockMask`` too.

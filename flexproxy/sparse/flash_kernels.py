@@ -9,6 +9,8 @@ from cutlass import cute
 from flash_attn.cute import flash_attn_func, utils
 from torch import Tensor
 
+from flexproxy.stages.lists import Lists
+
 # The package's compiler takes the process down if two threads enter it, and its first calls are not known from here.
 # (flex_attention calls it without this lock.)
 _compiling = threading.Lock()
@@ -25,7 +27,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    lists: Lists,
     block_size: int,
     scale: float,
     longest_first: bool,

@@ -89,7 +89,7 @@ class AttentionPlan:
     Attributes:
         dense: why it is dense, in a few words; None where it is sparse.
         by_sdpa: it is dense, and nothing that ``scaled_dot_product_attention`` lacks is asked for.
-        asks_for_cudnn: ``scaled_dot_product_attention`` would take another kernel by itself.
+        asks_for_cudnn: ``scaled_dot_product_attention`` takes cuDNN's kernel only if asked for it.
         estimate: the plan of the estimate; None where it is dense.
         kernel: that of ``flex_attention``.
         block_size: tokens per block.

@@ -1,4 +1,4 @@
-"""flash-attn-4 called by itself: what it is asked for, on a CPU, and what comes back, where it is installed."""
+"""flash-attn-4 called directly: what it is asked for, on a CPU, and what comes back, where it is installed."""
 
 from __future__ import annotations
 
