@@ -28,6 +28,7 @@ from flexproxy.masks.structure import MaskMod
 from flexproxy.ops import implementations
 from flexproxy.pipeline import read, read_mask
 from flexproxy.plan import plan_estimate
+from flexproxy.stages.budget import count_blocks
 from flexproxy.stages.proxy import head_groups, pool_heads
 from flexproxy.stages.ranking import ForcedRule, rank_blocks
 from tests.conftest import IMPLEMENTATIONS
@@ -335,6 +336,22 @@ def test_the_ends_of_block_size_and_stride(block_size: int, stride: str, device:
     selection = flexproxy.select(q, k, config=config)
     check_rank(selection.rank.cpu(), expected)
     check_count(selection.count.cpu(), expected, config)
+
+
+@pytest.mark.parametrize("num_heads", [12, 40])
+def test_counts_where_one_program_does_not_search_all(num_heads: int, device: str) -> None:
+    """More candidates for gamma than a program tries, and more heads than it searches at once."""
+    num_blocks, config = 30, ProxyConfig(block_size=16)
+    assert num_heads * num_blocks > 2 * kernels.budget.SEARCHES // num_heads
+    generator = torch.Generator().manual_seed(num_heads)
+    masses = torch.rand(1, num_heads, num_blocks, generator=generator).softmax(-1).to(device)
+    q = torch.zeros(1, num_heads, num_blocks * 16, 16, device=device)
+    mask = read_mask(None, None, plan_estimate((q, q), None, None, (config, None)).frame, q.device)
+    for density in (0.4219, 0.6173):  # no ties, which rounding would decide
+        arguments = masses, mask.head_rows, mask.forced, config.gamma, density, 1, num_blocks
+        got = count_blocks(*arguments)
+        with implementations.use("torch"):
+            assert torch.equal(got, count_blocks(*arguments)), density
 
 
 def test_ranks_of_rows_too_long_for_one_program(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
