@@ -125,6 +125,24 @@ def in_a_mode() -> bool:
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
+def has_address(x: Tensor) -> bool:
+    """Whether what is here is what a kernel gets: no trace, no mode, no subclass is between."""
+    return type(x) is Tensor and not (torch.compiler.is_compiling() or in_a_mode())
+
+
+def loadable(x: Tensor) -> Tensor:
+    """``x``, or a copy where a row of it does not begin at a multiple of 16 bytes.
+
+    There FlashAttention's kernels fail, after which the process can use the GPU no more, and cuDNN's return wrong
+    numbers without an error, by ``scaled_dot_product_attention`` too (H200, torch 2.11, cuDNN 9.19).
+    """
+    size = x.element_size()
+    *others, last = x.stride()
+    begins = x.data_ptr() % 16 == 0 and last == 1 and not any(stride * size % 16 for stride in others)
+    # Rows of an odd length are padded by torch.
+    return x if begins or x.shape[-1] * size % 16 else x.clone(memory_format=torch.contiguous_format)
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a GPU; (0, 0) of what is none."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

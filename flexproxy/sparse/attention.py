@@ -118,6 +118,8 @@ def attend_densely(
     """``attention`` where the plan is dense."""
     if plan.by_sdpa:
         kernel, is_causal = plan.kernel, q.shape[2] > 1
+        if q.is_cuda and compat.has_address(q):
+            q, k, v = compat.loadable(q), compat.loadable(k), compat.loadable(v)
         asks = plan.asks_for_cudnn and torch.backends.cuda.cudnn_sdp_enabled()
         with compat.cudnn_first() if asks else contextlib.nullcontext():
             return F.scaled_dot_product_attention(

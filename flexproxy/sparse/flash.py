@@ -12,7 +12,6 @@ import functools
 import importlib
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flexproxy.ops import compat
@@ -34,23 +33,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lists: Lists, block_size: int, scale
     """Attention to listed blocks under a causal mask that ends with the last query and key: ``[B, Hq, Sq, D]``.
 
     Args:
-        q, k, v: ``[B, Hq, Sq, D]``, ``[B, Hkv, Skv, D]``.
+        q, k, v: ``[B, Hq, Sq, D]``, ``[B, Hkv, Skv, D]``, each as of ``compat.loadable``.
         lists: as of a ``BlockMask``.
         longest_first: start the last rows first, so that long ones do not end long after all others. Each block is
             masked then, the full ones too, which takes up to 5 % longer (H200).
     """
-    tokens_first = (_loadable(x).transpose(1, 2) for x in (q, k, v))
+    tokens_first = (x.transpose(1, 2) for x in (q, k, v))
     with on_device_of(q):
         out: Tensor = _kernels().attend(*tokens_first, lists, block_size, scale, longest_first)
     return out.transpose(1, 2)
-
-
-def _loadable(x: Tensor) -> Tensor:
-    """``x``, or a copy, for the copy engine wants all rows to begin at multiples of 16 bytes."""
-    size = x.element_size()
-    *others, last = x.stride()
-    loadable = last == 1 and x.data_ptr() % 16 == 0 and not any(stride * size % 16 for stride in others)
-    return x if loadable else x.clone(memory_format=torch.contiguous_format)
 
 
 @functools.cache

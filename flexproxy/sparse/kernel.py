@@ -185,6 +185,8 @@ def run_compiled(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Any:
         lengths = q.shape, k.shape, v.shape, q.dtype
     else:
         k, v = with_inferred_strides(k), with_inferred_strides(v)
+        if compat.has_address(q):
+            q, k, v = compat.loadable(q), compat.loadable(k), compat.loadable(v)
     return _call(compiled_flex_attention(q.device.type, *lengths), q, k, v, **arguments)
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from flexproxy.ops.cache import kept, place_of
+from flexproxy.ops.compat import loadable
 from flexproxy.ops.implementations import picked
 from flexproxy.ops.operators import kernels, on_device_of
 from flexproxy.pipeline import PreparedMask, Read, check_memory, choose, count_rows, estimate, read_mask
@@ -66,7 +67,8 @@ def attend(
         NotCompiledError: compilation is switched off, and ``flex_attention`` is needed.
     """
     place = place_of(q.device)
-    frame, shapes = plan.frame, Values(q.dtype, q.shape[3], v.shape[3], q.stride(3) == k.stride(3) == v.stride(3) == 1)
+    q, k, v = loadable(q), loadable(k), loadable(v)
+    frame, shapes = plan.frame, Values(q.dtype, q.shape[3], v.shape[3])
     by_flash = flash.fits(q, k, v, kernel.kernel_options)
     start = first_apart(plan, shapes, MIN_APART_OF_FLASH if by_flash else MIN_APART)
     rows = 0 if start is None else frame.dense_last_blocks
@@ -97,12 +99,11 @@ def attend(
 
 
 class Values(NamedTuple):
-    """What a plan of an estimate does not say of q, k and v. contiguous: the elements of a head lie side by side."""
+    """What a plan of an estimate does not say of q, k and v."""
 
     dtype: torch.dtype
     head_dim: int
     value_dim: int
-    contiguous: bool
 
 
 @functools.lru_cache(1024)
@@ -121,7 +122,7 @@ def first_apart(plan: Plan, values: Values, min_blocks: int) -> int | None:
     num_q_blocks, num_k_blocks = frame.num_blocks()
     start = (num_q_blocks - frame.dense_last_blocks) * frame.block_size
     fits = values.dtype != torch.float32 and values.head_dim % 8 == 0 and values.value_dim == values.head_dim
-    fits = fits and values.contiguous and torch.backends.cuda.is_flash_attention_available()
+    fits = fits and torch.backends.cuda.is_flash_attention_available()
     pays = num_k_blocks >= min_blocks and frame.dense_last_blocks > 0 and start > 0
     return start if fits and pays else None
 

@@ -98,6 +98,7 @@ def test_the_package_gets_lists_and_layouts_that_it_takes(strides: str, longest_
     assert flash.fits(q, k, v, {"BACKEND": "FLASH"})
     selection = flexproxy.select(q, k, config=ProxyConfig(density=0.5, min_budget=BLOCK, block_size=BLOCK))
     lists = block_lists(selection.block_map(), selection.full)
+    q, k, v = compat.loadable(q), compat.loadable(k), compat.loadable(v)
     out = flash.attend(q, k, v, lists, BLOCK, 0.3, longest_first)
     positions = torch.arange(num_queries)[:, None] + num_keys - num_queries
     kept = selection.block_map().repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)[..., :num_queries, :num_keys]

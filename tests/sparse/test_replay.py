@@ -209,9 +209,9 @@ def test_which_rows_stand_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
     q, k = (torch.empty(1, heads, 4300, 64, dtype=torch.bfloat16) for heads in (4, 2))
     plan = plan_estimate((q, k), None, None, (ProxyConfig(dense_last_blocks=2), None))
-    usual = replay.Values(torch.bfloat16, 64, 64, True)
+    usual = replay.Values(torch.bfloat16, 64, 64)
     assert first_apart(plan, usual, 32) == 32 * 128
-    for changes in ({"value_dim": 32}, {"contiguous": False}, {"dtype": torch.float32}):
+    for changes in ({"value_dim": 32}, {"dtype": torch.float32}):
         assert first_apart(plan, usual._replace(**changes), 32) is None
     paper = plan_estimate((q, k), None, None, (ProxyConfig.paper(), None))
     assert first_apart(paper, usual, 32) is None

@@ -1,0 +1,85 @@
+"""Queries, keys and values that lie anywhere in memory: kernels of others fail there, or return other numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flexproxy
+from flexproxy import ProxyConfig
+from flexproxy.ops import compat
+from flexproxy.sparse.plan import plan_attention
+from tests.sparse.test_replay import SHAPES, assert_near, qkv
+
+Layout = Callable[[Tensor], Tensor]
+
+
+def tokens_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def part(x: Tensor) -> Tensor:
+    return torch.cat([x, x, x], -1)[..., x.shape[3] : 2 * x.shape[3]]
+
+
+def expanded(x: Tensor) -> Tensor:
+    return x[:, :1].contiguous().expand_as(x)
+
+
+def odd(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 1))[..., :-1]
+
+
+def shifted(x: Tensor) -> Tensor:
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+
+
+def turned(x: Tensor) -> Tensor:
+    return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+LOADABLE: list[Layout] = [torch.Tensor.contiguous, tokens_first, part, expanded]
+OTHERS: list[Layout] = [odd, shifted, turned]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_copied(dtype: torch.dtype) -> None:
+    """Not what can be loaded as it is, nor rows of a length that no copy helps."""
+    x = torch.randn(2, 4, 9, 64).to(dtype)
+    for layout in LOADABLE:
+        taken = layout(x)
+        assert compat.loadable(taken) is taken
+    for layout in OTHERS:
+        copy = compat.loadable(layout(x))
+        assert torch.equal(copy, x)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 16 == 0
+    rows_of_7 = x[..., :7].contiguous()
+    assert compat.loadable(rows_of_7) is rows_of_7
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["dense", "sparse", "with the log-sum-exp"])
+@pytest.mark.parametrize("package", [True, False])
+@pytest.mark.parametrize("layout", [part, expanded, *OTHERS])
+@pytest.mark.parametrize("shape", ["long", "short"])
+def test_any_layout(shape: str, layout: Layout, package: bool, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all three, and of the keys alone; with flash-attn-4 where it is installed, and without."""
+    if not package:
+        monkeypatch.setattr(compat, "flash_backend_exists", lambda: False)
+    config = ProxyConfig(gamma=1.0) if how == "dense" else ProxyConfig(density=0.3, min_budget=128)
+    arguments: dict[str, Any] = {"config": config, "when": "auto" if how == "dense" else "always"}
+    q, k, v = qkv(shape, len(SHAPES))
+    with mock.patch.dict(plan_attention.plans, clear=True):
+        for x in ((layout(q), layout(k), layout(v)), (q, layout(k), v)):
+            if how == "with the log-sum-exp":
+                out = flexproxy.attention(*x, **arguments, return_lse=True)[0]
+            else:
+                out = flexproxy.attention(*x, **arguments)
+            assert_near(out, x, config)
