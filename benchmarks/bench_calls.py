@@ -96,6 +96,8 @@ def measure(case: Case) -> list[Row]:
 def bench(*, lengths: Lengths = "2048,4096,8192,16384,32768", out: Out = None, quick: Quick = False) -> None:
     settings = settings_of(locals())
     require_gpu()
+    # The host is timed: no workers of the compiler may start meanwhile.
+    torch._inductor.config.compile_threads = 1
     gate.check_attention(every=False)
     cases = []
     for length in lengths:
