@@ -7,8 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from flexproxy import masks
+from flexproxy.building import build
 from flexproxy.config import ProxyConfig
-from flexproxy.pipeline import build, select
+from flexproxy.pipeline import select
 from flexproxy.selection import Selection
 from flexproxy.sparse.attention import attention
 from flexproxy.sparse.kernel_options import kernel_options

@@ -158,29 +158,6 @@ def choose(x: Read, mask: PreparedMask, plan: Plan, proxy_of: Tensor, count: Ten
     )
 
 
-def build(
-    q: Tensor,
-    k: Tensor,
-    *,
-    mask_mod: MaskMod | None = None,
-    block_mask: BlockMask | None = None,
-    config: ProxyConfig | None = None,
-    scale: float | None = None,
-) -> BlockMask:
-    """Build the per-head BlockMask of ProxyAttn, for ``flex_attention(q, k, v, block_mask=..., enable_gqa=True)``.
-
-    Args:
-        q, k, mask_mod, block_mask, config, scale: as for ``select``, and so are the errors.
-
-    Returns:
-        BlockMask ``[B, Hq, Sq, Skv]`` of every head's kept blocks, and within them the mask that was given. It has the
-        lists that gradients need if q or k requires them.
-    """
-    plan = plan_estimate((q, k), mask_mod, block_mask, (config, scale))
-    check_memory(q, k, plan)
-    return estimate(q, k, read_mask(mask_mod, block_mask, plan.frame, q.device), plan).block_mask()
-
-
 def check_memory(q: Tensor, k: Tensor, plan: Plan) -> None:
     """Raise before memory is taken, where the BlockMask of a long sequence cannot fit on its GPU."""
     if plan.much_memory and not torch.cuda.is_current_stream_capturing():  # in a graph the driver cannot be asked

@@ -108,14 +108,7 @@ class Selection:
 
     def block_mask(self) -> BlockMask:
         """The mask of ``build``: kept blocks, and within them the mask that was given."""
-        kept, lists = self._lists()
-        member, mask_mod = membership(kept, self.block_size), self.allowed
-
-        # NOTE: eager flex_attention looks at nothing but this function, so membership is part of it.
-        def proxy_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return member(b, h, q_idx, kv_idx) & mask_mod(b, h, q_idx, kv_idx)
-
-        return of_lists(lists, proxy_mask, self.block_size, self.lengths, self.gradients)
+        return mask_of_blocks(*self._lists(), self.allowed, self.block_size, self.lengths, self.gradients)
 
     def listed_block_mask(self) -> BlockMask:
         """The same for a compiled kernel alone: it visits the listed blocks, and need not look up which are kept."""
@@ -168,6 +161,19 @@ class Selection:
             *self._ranks(), self.admissible, self.full
         )
         return kept, (partial_number, partial_index, full_number, full_index)
+
+
+def mask_of_blocks(
+    kept: Tensor, lists: Lists, allowed: MaskMod, block_size: int, lengths: tuple[int, int], gradients: bool
+) -> BlockMask:
+    """A mask of kept blocks, bool ``[B, Hq, Nq, Nk]``, and of the lists of them; the rest as in ``Selection``."""
+    member = membership(kept, block_size)
+
+    # NOTE: eager flex_attention looks at nothing but this function, so membership is part of it.
+    def proxy_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return member(b, h, q_idx, kv_idx) & allowed(b, h, q_idx, kv_idx)
+
+    return of_lists(lists, proxy_mask, block_size, lengths, gradients)
 
 
 def mask_for(selection: Selection, plan: KernelPlan) -> BlockMask:

@@ -15,7 +15,7 @@ from flexproxy.config import ProxyConfig
 from flexproxy.masks.structure import MaskMod
 from flexproxy.ops import compat
 from flexproxy.pipeline import check_memory, dense_block_mask, estimate, read_mask
-from flexproxy.sparse import replay, rows
+from flexproxy.sparse import inference, rows
 from flexproxy.sparse.kernel import NotCompiledError, Result
 from flexproxy.sparse.plan import AttentionPlan, Settings, When, plan_attention
 
@@ -95,9 +95,9 @@ def attention(
     plan = plan_attention((q, k, v), mask_mod, block_mask, settings)
     if plan.estimate is None:
         return attend_densely(q, k, v, mask_mod, block_mask, plan, score_mod)
-    if plan.is_inference and replay.fits(q):
+    if plan.is_inference and inference.fits(q):
         with contextlib.suppress(NotCompiledError):
-            return replay.attend(q, k, v, plan.estimate, plan.kernel)
+            return inference.attend(q, k, v, plan.estimate, plan.kernel)
     check_memory(q, k, plan.estimate)
     mask = read_mask(mask_mod, block_mask, plan.estimate.frame, q.device)
     selection = estimate(q, k, mask, plan.estimate)

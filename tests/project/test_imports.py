@@ -30,7 +30,7 @@ ROOMS = (
     ("checks", "reference"),
     ("stages",),
     ("plan", "sparse.kernel", "sparse.kernel_options", "sparse.plan"),
-    ("selection", "pipeline", "inspect.summary"),
+    ("selection", "pipeline", "replay", "building", "inspect.summary"),
     ("sparse",),
     ("",),
     ("environment", "stats", "inspect"),
@@ -127,7 +127,7 @@ def is_private(name: str) -> bool:
 
 CORE = reached_from("")
 KERNELS = sorted(module for module in TREES if module.startswith("ops.kernels."))
-BUILD_PATH = sorted(reached_from("pipeline") - {"inspect.summary"})  # Selection.summary reads values back
+BUILD_PATH = sorted(reached_from("building") - {"inspect.summary"})  # Selection.summary reads values back
 
 
 def test_import_needs_torch_and_einops_only() -> None:

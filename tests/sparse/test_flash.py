@@ -16,9 +16,9 @@ from torch import Tensor
 import flexproxy
 from flexproxy import ProxyConfig
 from flexproxy.ops import compat
-from flexproxy.sparse import flash, replay
+from flexproxy.sparse import flash, inference
 from flexproxy.stages.lists import block_lists
-from tests.sparse.test_replay import assert_near, qkv
+from tests.sparse.test_inference import assert_near, qkv
 
 BLOCK = 32
 
@@ -133,7 +133,7 @@ def test_every_call_by_flash_is_right(shape: str, apart: bool, monkeypatch: pyte
     """With the last rows among the others, and apart; keys that are a part of a larger tensor, and expanded ones."""
     if not (compat.is_hopper(torch.device("cuda", 0)) and compat.flash_takes_lists()):
         pytest.skip("needs a Hopper GPU and flash-attn-4")
-    monkeypatch.setattr(replay, "MIN_APART_OF_FLASH", 32 if apart else 1000)
+    monkeypatch.setattr(inference, "MIN_APART_OF_FLASH", 32 if apart else 1000)
     calls: list[bool] = []
     attend = flash.attend
 

@@ -15,7 +15,7 @@ import flexproxy
 from flexproxy import ProxyConfig
 from flexproxy.ops import compat
 from flexproxy.sparse.plan import plan_attention
-from tests.sparse.test_replay import SHAPES, assert_near, qkv
+from tests.sparse.test_inference import SHAPES, assert_near, qkv
 
 Layout = Callable[[Tensor], Tensor]
 

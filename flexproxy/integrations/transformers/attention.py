@@ -23,7 +23,7 @@ from flexproxy.ops.cache import place_of
 from flexproxy.pipeline import PreparedMask, check_memory, estimate, read_mask
 from flexproxy.plan import Frame, Plan, plan_estimate
 from flexproxy.selection import mask_for
-from flexproxy.sparse import replay, rows
+from flexproxy.sparse import inference, rows
 from flexproxy.sparse.attention import attend_densely, attention
 from flexproxy.sparse.kernel import NotCompiledError
 from flexproxy.sparse.plan import Settings, When, plan_attention, reason_to_be_dense
@@ -175,7 +175,7 @@ def _by_lists(x: _Inputs, lists: dict[Any, Any], config: ProxyConfig, when: When
     plan, sharing = plan_attention((x.q, x.k, x.v), None, None, settings), sharing_of(x.module)
     # What is run again for its gradients goes the other way, as must all layers that share with it.
     trains = x.module.training or torch.is_grad_enabled()
-    if trains or sharing is None or plan.estimate is None or not plan.is_inference or not replay.fits(x.q):
+    if trains or sharing is None or plan.estimate is None or not plan.is_inference or not inference.fits(x.q):
         return None
     key = sharing.source, plan.estimate.frame, x.q.device
     if sharing.source == x.module.layer_idx:
@@ -184,7 +184,7 @@ def _by_lists(x: _Inputs, lists: dict[Any, Any], config: ProxyConfig, when: When
         return None
     out = None
     with contextlib.suppress(NotCompiledError):
-        out = replay.attend(x.q, x.k, x.v, plan.estimate, plan.kernel, lists[key])
+        out = inference.attend(x.q, x.k, x.v, plan.estimate, plan.kernel, lists[key])
     if sharing.last:
         del lists[key]
     return out

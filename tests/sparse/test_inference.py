@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import flexproxy
-from flexproxy import ProxyConfig
+from flexproxy import ProxyConfig, replay
 from flexproxy.plan import plan_estimate
-from flexproxy.sparse import replay
+from flexproxy.sparse import inference
 from flexproxy.sparse.kernel import NotCompiledError, run_causal
 from flexproxy.stages.lists import block_lists
 from tests.accuracy import eagerly
@@ -107,20 +107,6 @@ def test_values_of_another_head_dimension() -> None:
 
 
 @pytest.mark.gpu
-def test_lists_are_those_of_select() -> None:
-    config = CONFIGS["density"]
-    q, k, _ = qkv("long", 0)
-    plan = plan_estimate((q, k), None, None, (config, None))
-    lists = replay.Replay(q.device, plan, 0)
-    for seed in range(4):
-        q, k, _ = qkv("long", seed)
-        selection = flexproxy.select(q, k, config=config)
-        wanted = block_lists(selection.block_map(), selection.full)
-        for ours, theirs in zip(lists.lists_of(q, k), wanted, strict=True):
-            assert torch.equal(ours, theirs)
-
-
-@pytest.mark.gpu
 def test_streams_and_threads_have_replays_of_their_own() -> None:
     config, inputs = CONFIGS["density"], [qkv("long", seed) for seed in range(8)]
     torch.cuda.synchronize()
@@ -161,34 +147,6 @@ def test_in_a_graph_of_the_caller() -> None:
 
 
 @pytest.mark.gpu
-def test_memory_of_old_replays_is_given_back() -> None:
-    replay._replay_of.cache_clear()
-    for length in range(3000, 3000 + 128 * (replay.MAX_KEPT + 3), 128):
-        q, k, v = (x[:, :, :length] for x in qkv("long", 0))
-        for _ in range(3):
-            flexproxy.attention(q, k, v, config=CONFIGS["density"], when="always")
-    assert replay._replay_of.cache_info().currsize == replay.MAX_KEPT
-
-
-@pytest.mark.gpu
-def test_an_error_in_a_capture_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next call is right, and torch's memory can still be given back."""
-    config, x = ProxyConfig(density=0.35, min_budget=128), qkv("long", 0)
-    flexproxy.attention(*x, config=config, when="always")
-
-    def fail(*_: object) -> None:
-        raise MemoryError("in the capture")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(replay, "choose", fail)
-        with pytest.raises(MemoryError, match="in the capture"):
-            flexproxy.attention(*x, config=config, when="always")
-    torch.cuda.empty_cache()
-    for _ in range(2):
-        assert_near(flexproxy.attention(*x, config=config, when="always"), x, config)
-
-
-@pytest.mark.gpu
 def test_gradients_go_the_ordinary_way() -> None:
     x = tuple(tensor.requires_grad_() for tensor in qkv("short", 0))
     for _ in range(3):
@@ -205,11 +163,11 @@ def test_where_compilation_is_switched_off() -> None:
 
 def test_which_rows_stand_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that the kernel for them takes: values of another head dimension it does not."""
-    first_apart = replay.first_apart.__wrapped__
+    first_apart = inference.first_apart.__wrapped__
     monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
     q, k = (torch.empty(1, heads, 4300, 64, dtype=torch.bfloat16) for heads in (4, 2))
     plan = plan_estimate((q, k), None, None, (ProxyConfig(dense_last_blocks=2), None))
-    usual = replay.Values(torch.bfloat16, 64, 64)
+    usual = inference.Values(torch.bfloat16, 64, 64)
     assert first_apart(plan, usual, 32) == 32 * 128
     for changes in ({"value_dim": 32}, {"dtype": torch.float32}):
         assert first_apart(plan, usual._replace(**changes), 32) is None
