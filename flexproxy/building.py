@@ -36,7 +36,6 @@ def build(
         blocks = replayed(q, k, plan, copies=True)
         if blocks is not None:
             frame = plan.frame
-            causal = read_mask(None, None, frame, q.device).mask_mod
-            return mask_of_blocks(*blocks, causal, frame.block_size, (frame.num_queries, frame.num_keys), False)
+            return mask_of_blocks(*blocks, frame.block_size, (frame.num_queries, frame.num_keys), gradients=False)
     check_memory(q, k, plan)
     return estimate(q, k, read_mask(mask_mod, block_mask, plan.frame, q.device), plan).block_mask()

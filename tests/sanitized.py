@@ -79,7 +79,7 @@ def main() -> None:
         block_mask = flexproxy.build(q, k, mask_mod=mask_mod, config=config)
         if mask_mod is None:  # as attention reads queries and keys; its second call would be captured
             plan = plan_estimate((q, k), None, None, (config, None))
-            Replay(q.device, plan, rows_apart=0).blocks_of(q, k)
+            Replay(q.device, plan, rows_apart=0).blocks(q, k)
         torch.cuda.synchronize()
         print(f"{name}: {int(block_mask.kv_num_blocks.sum())} partial blocks are kept")
 

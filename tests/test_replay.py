@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -36,7 +37,7 @@ def test_a_mask_of_replayed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, heads, length, 16, generator=rng) for heads, length in ((4, 150), (2, 200)))
     selection, wanted = flexproxy.select(q, k, config=config), flexproxy.build(q, k, config=config)
-    replayed = mock.Mock(side_effect=lambda *_, **__: replay.lists_of(selection, 0))
+    replayed = mock.Mock(side_effect=lambda *_, **__: replay.blocks_of(selection, 0))
     monkeypatch.setattr(building, "replayed", replayed)
     assert_same(flexproxy.build(q, k, config=config), wanted)
     assert replayed.call_count == 1
@@ -45,6 +46,22 @@ def test_a_mask_of_replayed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     flexproxy.build(q, k, block_mask=wanted, config=config)
     assert flexproxy.build(q.requires_grad_(), k, config=config).q_indices is not None
     assert replayed.call_count == 1
+
+
+def test_what_is_replayed() -> None:
+    """Up to 32K tokens of 32 heads, and where proxy heads do not take much memory."""
+
+    def pays(length: int, batch: int = 1, **settings: Any) -> bool:
+        q, k = (torch.empty(1).expand(batch, heads, length, 128) for heads in (32, 8))
+        return replay._pays(plan_estimate((q, k), None, None, (ProxyConfig(**settings), None)))
+
+    assert pays(32768)
+    assert pays(8192, batch=16)
+    assert pays(32768, sharing="rows", query_stride=16)
+    assert not pays(32768, batch=2)
+    assert not pays(32769)
+    assert not pays(2**18, block_size=1024)
+    assert not pays(32768, num_proxies=32, stride=1, query_stride=8, query_choice="outlier")
 
 
 @pytest.mark.gpu
@@ -84,7 +101,7 @@ def test_lists_are_those_of_select() -> None:
         q, k, _ = qkv("long", seed)
         selection = flexproxy.select(q, k, config=config)
         wanted = block_lists(selection.block_map(), selection.full)
-        for ours, theirs in zip(again.blocks_of(q, k)[1], wanted, strict=True):
+        for ours, theirs in zip(again.blocks(q, k).lists, wanted, strict=True):
             assert torch.equal(ours, theirs)
 
 

@@ -126,21 +126,26 @@ def in_a_mode() -> bool:
 
 
 def has_address(x: Tensor) -> bool:
-    """Whether what is here is what a kernel gets: no trace, no mode, no subclass is between."""
-    return type(x) is Tensor and not (torch.compiler.is_compiling() or in_a_mode())
+    """Whether what is here is what a kernel gets: no trace, no transform of torch.func, no subclass is between."""
+    is_real = type(x) is Tensor or type(x) is torch.nn.Parameter
+    return is_real and not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
-def loadable(x: Tensor) -> Tensor:
+def loadable(x: Tensor, expanded: bool = True) -> Tensor:
     """``x``, or a copy where a row of it does not begin at a multiple of 16 bytes.
 
     There FlashAttention's kernels fail, after which the process can use the GPU no more, and cuDNN's return wrong
     numbers without an error, by ``scaled_dot_product_attention`` too (H200, torch 2.11, cuDNN 9.19).
+
+    Args:
+        expanded: leave what is expanded as it is.
     """
     size = x.element_size()
-    *others, last = x.stride()
+    *others, last = strides = x.stride()
     begins = x.data_ptr() % 16 == 0 and last == 1 and not any(stride * size % 16 for stride in others)
-    # Rows of an odd length are padded by torch.
-    return x if begins or x.shape[-1] * size % 16 else x.clone(memory_format=torch.contiguous_format)
+    as_it_is = begins and (expanded or 0 not in strides)
+    # Rows of an odd length are not cuDNN's, and torch pads them for FlashAttention.
+    return x if as_it_is or x.shape[-1] * size % 16 else x.clone(memory_format=torch.contiguous_format)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -164,6 +169,7 @@ def must_ask_for_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
         return False
     if in_a_mode() or type(q) is not Tensor:  # they do not know the question
         return True
+    q, k, v = loadable(q), loadable(k), loadable(v)
 
     def is_taken() -> bool:
         choice = torch._fused_sdp_choice(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])

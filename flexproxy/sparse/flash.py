@@ -19,21 +19,16 @@ from flexproxy.ops.operators import on_device_of
 from flexproxy.stages.lists import Lists
 
 
-def fits(q: Tensor, k: Tensor, v: Tensor, kernel_options: dict[str, Any]) -> bool:
-    """Whether ``attend`` can do what ``flex_attention`` does with these options.
-
-    Not of what is expanded: its kernels are compiled for strides of 0 as for others, and then refuse them.
-    """
-    if kernel_options.get("BACKEND") != "FLASH" or not compat.flash_takes_lists():
-        return False
-    return not (0 in q.stride() or 0 in k.stride() or 0 in v.stride())
+def fits(kernel_options: dict[str, Any]) -> bool:
+    """Whether ``attend`` can do what ``flex_attention`` does with these options."""
+    return kernel_options.get("BACKEND") == "FLASH" and compat.flash_takes_lists()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lists: Lists, block_size: int, scale: float, longest_first: bool) -> Tensor:
     """Attention to listed blocks under a causal mask that ends with the last query and key: ``[B, Hq, Sq, D]``.
 
     Args:
-        q, k, v: ``[B, Hq, Sq, D]``, ``[B, Hkv, Skv, D]``, each as of ``compat.loadable``.
+        q, k, v: ``[B, Hq, Sq, D]``, ``[B, Hkv, Skv, D]``, each as of ``kernel.loadable``.
         lists: as of a ``BlockMask``.
         longest_first: start the last rows first, so that long ones do not end long after all others. Each block is
             masked then, the full ones too, which takes up to 5 % longer (H200).

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from flexproxy.ops.cache import kept
-from flexproxy.ops.compat import loadable
 from flexproxy.ops.implementations import picked
 from flexproxy.pipeline import check_memory, estimate, read_mask
 from flexproxy.plan import Plan
-from flexproxy.replay import lists_of, replayed
+from flexproxy.replay import blocks_of, replayed
 from flexproxy.sparse import flash
-from flexproxy.sparse.kernel import run_causal
+from flexproxy.sparse.kernel import loadable, run_causal
 from flexproxy.sparse.plan import KernelPlan
 from flexproxy.stages.lists import Lists
 
@@ -51,9 +50,9 @@ def attend(
     Raises:
         NotCompiledError: compilation is switched off, and ``flex_attention`` is needed.
     """
-    q, k, v = loadable(q), loadable(k), loadable(v)
+    q, k, v = loadable(q, k, v, kernel.kernel_options)
     frame, shapes = plan.frame, Values(q.dtype, q.shape[3], v.shape[3])
-    by_flash = flash.fits(q, k, v, kernel.kernel_options)
+    by_flash = flash.fits(kernel.kernel_options)
     start = first_apart(plan, shapes, MIN_APART_OF_FLASH if by_flash else MIN_APART)
     rows = 0 if start is None else frame.dense_last_blocks
     if shared:
@@ -62,8 +61,9 @@ def attend(
         blocks = replayed(q, k, plan, rows, copies=shared is not None)
         if blocks is None:
             check_memory(q, k, plan)
-            blocks = lists_of(estimate(q, k, read_mask(None, None, frame, q.device), plan), rows)
-        _, lists = blocks
+            blocks = blocks_of(estimate(q, k, read_mask(None, None, frame, q.device), plan), rows)
+        lists = blocks.lists
+        del blocks  # the map of them, which is not needed
         if shared is not None:
             shared.append((start, lists))
     if by_flash:

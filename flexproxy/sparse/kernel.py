@@ -60,6 +60,7 @@ def run_flex(
     if torch.compiler.is_compiling():
         result: Any = flex_attention(q, k, v, block_mask=block_mask, **arguments)
     else:
+        q, k, v = loadable(q, k, v, arguments["kernel_options"])
         try:
             result = run_compiled(q, k, v, block_mask=block_mask, **arguments)
         except NotCompiledError:
@@ -95,6 +96,15 @@ def run_causal(
     compiled = _compiled_causal(block_size, scale, q.shape[1] != k.shape[1], tuple(kernel_options.items()))
     out: Tensor = _call(compiled, q, with_inferred_strides(k), with_inferred_strides(v), offset, *lists)
     return out
+
+
+def loadable(q: Tensor, k: Tensor, v: Tensor, kernel_options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Each, or a copy where the kernel that these options pick cannot load it."""
+    if not (q.is_cuda and compat.has_address(q)):
+        return q, k, v
+    # flash-attn-4 compiles a kernel for strides of 0 as for others, and then refuses either.
+    expanded = kernel_options.get("BACKEND") != "FLASH"
+    return compat.loadable(q, expanded), compat.loadable(k, expanded), compat.loadable(v, expanded)
 
 
 def with_inferred_strides(x: Tensor) -> Tensor:
@@ -185,8 +195,6 @@ def run_compiled(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Any:
         lengths = q.shape, k.shape, v.shape, q.dtype
     else:
         k, v = with_inferred_strides(k), with_inferred_strides(v)
-        if compat.has_address(q):
-            q, k, v = compat.loadable(q), compat.loadable(k), compat.loadable(v)
     return _call(compiled_flex_attention(q.device.type, *lengths), q, k, v, **arguments)
 
 

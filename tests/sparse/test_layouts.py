@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import flexproxy
 from flexproxy import ProxyConfig
@@ -60,8 +62,27 @@ def test_what_is_copied(dtype: torch.dtype) -> None:
         assert torch.equal(copy, x)
         assert copy.is_contiguous()
         assert copy.data_ptr() % 16 == 0
+    assert compat.loadable(expanded(x), expanded=False).is_contiguous()
     rows_of_7 = x[..., :7].contiguous()
     assert compat.loadable(rows_of_7) is rows_of_7
+
+
+def test_where_there_is_an_address() -> None:
+    """Modes that only watch get the tensors themselves."""
+    x, seen = torch.zeros(2, 3), []
+
+    def note(y: Tensor) -> Tensor:
+        seen.append(compat.has_address(y))
+        return y
+
+    with FlopCounterMode(display=False):
+        note(x)
+    note(torch.nn.Parameter(x))
+    with FakeTensorMode() as mode:
+        note(mode.from_tensor(x))
+    torch.vmap(note)(x)
+    torch.func.grad(lambda y: note(y).sum())(x)
+    assert seen == [True, True, False, False, False]
 
 
 @pytest.mark.gpu
