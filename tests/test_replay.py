@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 import flexproxy
 from flexproxy import ProxyConfig, building, masks, replay
+from flexproxy.ops import implementations
 from flexproxy.plan import plan_estimate
 from flexproxy.stages.lists import block_lists
 from tests.sparse.test_inference import CONFIGS, SHAPES, assert_near, qkv
@@ -91,17 +92,30 @@ def test_build_in_a_graph_of_the_caller() -> None:
     assert_same(mask, flexproxy.select(q, k, config=config).block_mask())
 
 
-@pytest.mark.gpu
-def test_lists_are_those_of_select() -> None:
-    config = CONFIGS["density"]
-    q, k, _ = qkv("long", 0)
-    plan = plan_estimate((q, k), None, None, (config, None))
-    again = replay.Replay(q.device, plan, 0)
-    for seed in range(4):
-        q, k, _ = qkv("long", seed)
-        selection = flexproxy.select(q, k, config=config)
-        wanted = block_lists(selection.block_map(), selection.full)
-        for ours, theirs in zip(again.blocks(q, k).lists, wanted, strict=True):
+@pytest.mark.parametrize("settings", [{}, {"sharing": "rows"}, {"groups": (0, 1, 1, 0)}])
+def test_blocks_are_those_of_select(
+    settings: dict[str, Any], implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, which captures nothing, what would be captured runs again."""
+    device = implementation
+    if implementations.chosen() != "triton":
+        pytest.skip("a replay is made of kernels")
+    config = ProxyConfig(block_size=32, stride=2, density=0.5, min_budget=32, **settings)
+    rng = torch.Generator().manual_seed(0)
+    again = None
+    for call in range(3):
+        q, k = (torch.randn(1, heads, length, 16, generator=rng).to(device) for heads, length in ((4, 70), (2, 100)))
+        if again is None:
+            again = replay.Replay(q.device, plan_estimate((q, k), None, None, (config, None)), 0)
+        if device == "cpu":
+            monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+            if call:
+                monkeypatch.setattr(again, "_graph", mock.Mock())
+                again._reader.read(q, k)
+                monkeypatch.setattr(again, "_blocks", again._choose(None))
+        blocks, selection = again.blocks(q, k), flexproxy.select(q, k, config=config)
+        assert torch.equal(blocks.kept, selection.block_map())
+        for ours, theirs in zip(blocks.lists, block_lists(blocks.kept, selection.full), strict=True):
             assert torch.equal(ours, theirs)
 
 
