@@ -67,6 +67,18 @@ def test_what_is_copied(dtype: torch.dtype) -> None:
     assert compat.loadable(rows_of_7) is rows_of_7
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layout", [part, expanded, *OTHERS])
+def test_any_layout_on_a_cpu(layout: Layout, dtype: torch.dtype) -> None:
+    config = ProxyConfig(density=0.5, block_size=64, min_budget=64)
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 512, 32, generator=rng).to(dtype) for heads in (4, 2, 2))
+    for x in ((layout(q), layout(k), layout(v)), (layout(q), k, v), (q, layout(k), v), (q, k, layout(v))):
+        out = flexproxy.attention(*x, config=config, when="always")
+        wanted = flexproxy.attention(*(y.contiguous() for y in x), config=config, when="always")
+        torch.testing.assert_close(out, wanted)
+
+
 def test_where_there_is_an_address() -> None:
     """Modes that only watch get the tensors themselves."""
     x, seen = torch.zeros(2, 3), []
