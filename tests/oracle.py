@@ -21,6 +21,7 @@ from flexproxy.masks.structure import MaskMod, structure_of
 from flexproxy.stages.lists import compile_block_mask
 from flexproxy.stages.proxy import head_groups, pool_heads
 from flexproxy.stages.scores import block_scores
+from tests.layouts import LOADABLE, OTHERS
 
 # Error of one fp32 operation, relative to the largest term.
 EPS = torch.finfo(torch.float32).eps
@@ -160,14 +161,8 @@ def random_case(seed: int, device: str = "cpu", bf16: bool = True, lists: bool =
     sharpness = rng.choice([1.0, 2.0, 4.0])
 
     def tensor(h: int, s: int) -> Tensor:
-        layout = rng.choice(["bhsd", "bshd", "padded"])
-        if layout == "bshd":
-            x = torch.randn(batch, s, h, head_dim, generator=generator).transpose(1, 2)
-        elif layout == "padded":
-            x = torch.randn(batch, h, s, head_dim + 8, generator=generator)[..., :head_dim]
-        else:
-            x = torch.randn(batch, h, s, head_dim, generator=generator)
-        return (x * sharpness).to(device, dtype)
+        x = sharpness * torch.randn(batch, h, s, head_dim, generator=generator)
+        return rng.choice([*LOADABLE, *OTHERS])(x.to(device, dtype))
 
     proxies = [p for p in range(1, heads + 1) if num_kv_heads % p == 0 or (p % num_kv_heads == 0 and heads % p == 0)]
     groups = None

@@ -18,6 +18,7 @@ from flexproxy import ProxyConfig
 from flexproxy.ops import compat
 from flexproxy.sparse import flash, inference
 from flexproxy.stages.lists import block_lists
+from tests.layouts import LOADABLE, OTHERS, Layout, expanded, heads_first, odd, part
 from tests.sparse.test_inference import assert_near, qkv
 
 BLOCK = 32
@@ -80,19 +81,13 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("longest_first", [False, True])
-@pytest.mark.parametrize("strides", ["heads first", "tokens first", "odd", "shifted"])
-def test_the_package_gets_lists_and_layouts_that_it_takes(strides: str, longest_first: bool, package: None) -> None:
+@pytest.mark.parametrize("layout", [*LOADABLE, *OTHERS])
+def test_the_package_gets_lists_and_layouts_that_it_takes(layout: Layout, longest_first: bool, package: None) -> None:
     rng = torch.Generator().manual_seed(0)
     num_queries, num_keys = 70, 130
 
     def normal(heads: int, length: int) -> Tensor:
-        x = torch.randn(2, length, heads, 17, generator=rng)
-        if strides == "odd":
-            return x[..., :16].transpose(1, 2)
-        x = x[..., :16].contiguous().transpose(1, 2)
-        if strides == "tokens first":
-            return x
-        return x.contiguous() if strides == "heads first" else torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+        return layout(torch.randn(2, heads, length, 16, generator=rng))
 
     q, k, v = normal(4, num_queries), normal(2, num_keys), normal(2, num_keys)
     assert flash.fits({"BACKEND": "FLASH"})
@@ -143,9 +138,7 @@ def test_every_call_by_flash_is_right(shape: str, apart: bool, monkeypatch: pyte
     config = ProxyConfig(density=0.3, min_budget=128)
     for seed in range(3):
         q, k, v = qkv(shape, seed)
-        part = torch.stack([k, v, v], -2).flatten(-2)[..., : k.shape[3]]
-        odd = F.pad(k, (0, 1))[..., :-1]
-        for keys in (k, part, odd, k[:, :1].expand_as(k)):
-            x = q, keys, v
+        for layout in (heads_first, part, odd, expanded):
+            x = q, layout(k), v
             assert_near(flexproxy.attention(*x, config=config, when="always"), x, config)
     assert calls == [not apart] * 12

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,44 +15,15 @@ import flexproxy
 from flexproxy import ProxyConfig
 from flexproxy.ops import compat
 from flexproxy.sparse.plan import plan_attention
+from tests.layouts import LOADABLE, OTHERS, Layout, expanded, part
 from tests.sparse.test_inference import SHAPES, assert_near, qkv
-
-Layout = Callable[[Tensor], Tensor]
-
-
-def tokens_first(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def part(x: Tensor) -> Tensor:
-    return torch.cat([x, x, x], -1)[..., x.shape[3] : 2 * x.shape[3]]
-
-
-def expanded(x: Tensor) -> Tensor:
-    return x[:, :1].contiguous().expand_as(x)
-
-
-def odd(x: Tensor) -> Tensor:
-    return F.pad(x, (0, 1))[..., :-1]
-
-
-def shifted(x: Tensor) -> Tensor:
-    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
-
-
-def turned(x: Tensor) -> Tensor:
-    return x.transpose(2, 3).contiguous().transpose(2, 3)
-
-
-LOADABLE: list[Layout] = [torch.Tensor.contiguous, tokens_first, part, expanded]
-OTHERS: list[Layout] = [odd, shifted, turned]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_is_copied(dtype: torch.dtype) -> None:
     """Not what can be loaded as it is, nor rows of a length that no copy helps."""
     x = torch.randn(2, 4, 9, 64).to(dtype)
-    for layout in LOADABLE:
+    for layout in [*LOADABLE, expanded]:
         taken = layout(x)
         assert compat.loadable(taken) is taken
     for layout in OTHERS:
