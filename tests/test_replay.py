@@ -42,6 +42,7 @@ def test_a_mask_of_replayed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "replayed", replayed)
     assert_same(flexproxy.build(q, k, config=config), wanted)
     assert replayed.call_count == 1
+    assert replayed.call_args.kwargs["copies"], "the next call would write over the mask"
     for mask in (masks.causal, masks.sliding_window(70)):
         flexproxy.build(q, k, mask_mod=mask, config=config)
     flexproxy.build(q, k, block_mask=wanted, config=config)

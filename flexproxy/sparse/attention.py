@@ -16,7 +16,7 @@ from flexproxy.masks.structure import MaskMod
 from flexproxy.ops import compat
 from flexproxy.pipeline import check_memory, dense_block_mask, estimate, read_mask
 from flexproxy.sparse import inference, rows
-from flexproxy.sparse.kernel import NotCompiledError, Result
+from flexproxy.sparse.kernel import NotCompiledError, Result, prepared
 from flexproxy.sparse.plan import AttentionPlan, Settings, When, plan_attention
 
 
@@ -118,8 +118,7 @@ def attend_densely(
     """``attention`` where the plan is dense."""
     if plan.by_sdpa:
         kernel, is_causal = plan.kernel, q.shape[2] > 1
-        if q.is_cuda and compat.has_address(q):
-            q, k, v = compat.loadable(q), compat.loadable(k), compat.loadable(v)
+        q, k, v = prepared(q, k, v)
         asks = plan.asks_for_cudnn and torch.backends.cuda.cudnn_sdp_enabled()
         with compat.cudnn_first() if asks else contextlib.nullcontext():
             return F.scaled_dot_product_attention(

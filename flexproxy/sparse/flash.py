@@ -28,7 +28,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lists: Lists, block_size: int, scale
     """Attention to listed blocks under a causal mask that ends with the last query and key: ``[B, Hq, Sq, D]``.
 
     Args:
-        q, k, v: ``[B, Hq, Sq, D]``, ``[B, Hkv, Skv, D]``, each as of ``kernel.loadable``.
+        q, k, v: ``[B, Hq, Sq, D]``, ``[B, Hkv, Skv, D]``, each as of ``kernel.prepared``.
         lists: as of a ``BlockMask``.
         longest_first: start the last rows first, so that long ones do not end long after all others. Each block is
             masked then, the full ones too, which takes up to 5 % longer (H200).

@@ -21,7 +21,7 @@ from flexproxy.pipeline import check_memory, estimate, read_mask
 from flexproxy.plan import Plan
 from flexproxy.replay import blocks_of, replayed
 from flexproxy.sparse import flash
-from flexproxy.sparse.kernel import loadable, run_causal
+from flexproxy.sparse.kernel import prepared, run_causal
 from flexproxy.sparse.plan import KernelPlan
 from flexproxy.stages.lists import Lists
 
@@ -50,7 +50,7 @@ def attend(
     Raises:
         NotCompiledError: compilation is switched off, and ``flex_attention`` is needed.
     """
-    q, k, v = loadable(q, k, v, kernel.kernel_options)
+    q, k, v = prepared(q, k, v, kernel.kernel_options)
     frame, shapes = plan.frame, Values(q.dtype, q.shape[3], v.shape[3])
     by_flash = flash.fits(kernel.kernel_options)
     start = first_apart(plan, shapes, MIN_APART_OF_FLASH if by_flash else MIN_APART)

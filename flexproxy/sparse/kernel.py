@@ -60,7 +60,7 @@ def run_flex(
     if torch.compiler.is_compiling():
         result: Any = flex_attention(q, k, v, block_mask=block_mask, **arguments)
     else:
-        q, k, v = loadable(q, k, v, arguments["kernel_options"])
+        q, k, v = prepared(q, k, v, arguments["kernel_options"])
         try:
             result = run_compiled(q, k, v, block_mask=block_mask, **arguments)
         except NotCompiledError:
@@ -98,12 +98,14 @@ def run_causal(
     return out
 
 
-def loadable(q: Tensor, k: Tensor, v: Tensor, kernel_options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Each, or a copy where the kernel that these options pick cannot load it."""
+def prepared(
+    q: Tensor, k: Tensor, v: Tensor, kernel_options: dict[str, Any] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each, or a copy where a kernel cannot load it: that of ``flex_attention``'s options, or None for another's."""
     if not (q.is_cuda and compat.has_address(q)):
         return q, k, v
     # flash-attn-4 compiles a kernel for strides of 0 as for others, and then refuses either.
-    expanded = kernel_options.get("BACKEND") != "FLASH"
+    expanded = kernel_options is None or kernel_options.get("BACKEND") != "FLASH"
     return compat.loadable(q, expanded), compat.loadable(k, expanded), compat.loadable(v, expanded)
 
 

@@ -36,7 +36,7 @@ def fits(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> Tensor:
     """Attention to the blocks of a selection under the default mask: ``[B, Hq, Sq, D]``. See NOTE [Rows on a CPU]."""
     num_queries, size, scale = q.shape[2], selection.block_size, selection.scale
-    # Where elements of a head do not lie side by side, the kernel returns wrong numbers without an error (torch 2.13).
+    # Where the last dimension is not contiguous, the kernel returns wrong numbers without an error (torch 2.13).
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     q, k, v = (pad_to_multiple(x.detach(), -2, size, 0.0).unflatten(2, (-1, size)) for x in (q, k, v))
     before = k.shape[2] - q.shape[2]

@@ -12,8 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import flexproxy
-from flexproxy import ProxyConfig
+from flexproxy import ProxyConfig, masks
 from flexproxy.ops import compat
+from flexproxy.sparse import attention as sparse_attention
+from flexproxy.sparse import kernel as sparse_kernel
 from flexproxy.sparse.plan import plan_attention
 from tests.layouts import LOADABLE, OTHERS, Layout, expanded, part
 from tests.sparse.test_inference import SHAPES, assert_near, qkv
@@ -46,6 +48,17 @@ def test_any_layout_on_a_cpu(layout: Layout, dtype: torch.dtype) -> None:
         out = flexproxy.attention(*x, config=config, when="always")
         wanted = flexproxy.attention(*(y.contiguous() for y in x), config=config, when="always")
         torch.testing.assert_close(out, wanted)
+
+
+def test_dense_and_compiled_attention_prepare_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is seen by what the kernels get; copies are for a GPU alone."""
+    q, k, v = (torch.randn(1, heads, 128, 16) for heads in (4, 2, 2))
+    zeros = torch.zeros_like(v)
+    for module in (sparse_attention, sparse_kernel):
+        monkeypatch.setattr(module, "prepared", lambda q, k, v, options=None: (q, k, zeros))
+    monkeypatch.setattr(sparse_kernel, "run_compiled", lambda q, k, v, **_: v)
+    assert not flexproxy.attention(q, k, v, config=ProxyConfig(gamma=1.0)).any()
+    assert not flexproxy.attention(q, k, v, mask_mod=masks.causal, when="always").any()
 
 
 def test_where_there_is_an_address() -> None:
