@@ -36,10 +36,14 @@ def turned(x: Tensor) -> Tensor:
     return x.transpose(2, 3).contiguous().transpose(2, 3)
 
 
+def every_second(x: Tensor) -> Tensor:
+    return torch.stack([x, x], -1).flatten(-2)[..., ::2]
+
+
 def expanded(x: Tensor) -> Tensor:
     """The first head, for all."""
     return x[:, :1].contiguous().expand_as(x)
 
 
 LOADABLE: list[Layout] = [heads_first, tokens_first, part]
-OTHERS: list[Layout] = [odd, shifted, turned]
+OTHERS: list[Layout] = [odd, shifted, turned, every_second]
