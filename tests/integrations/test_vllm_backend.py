@@ -15,6 +15,7 @@ import flexproxy
 from flexproxy import ProxyConfig
 from flexproxy.sparse.ragged import Paged, Request
 from tests.accuracy import eagerly
+from tests.caches import forget_tensors
 from tests.integrations.serving import stand_in
 
 HQ, HKV, D, PAGE = 4, 2, 32, 8
@@ -281,6 +282,7 @@ def test_on_a_gpu(sparse: Any) -> None:
 @pytest.mark.gpu
 def test_the_profiling_run_takes_the_memory(sparse: Any) -> None:
     """As much as the longest prefill later takes, and once for all layers with the same settings."""
+    forget_tensors()  # those of other tests would be given back while it is measured
     server = Server(sparse, EVERY_BLOCK, device="cuda")
     q = torch.zeros(512, HQ, D, device="cuda", dtype=torch.bfloat16)
     out = torch.empty_like(q)
