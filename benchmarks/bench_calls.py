@@ -4,9 +4,9 @@
 
 bf16, B 1, Hq 32, Hkv 8, D 128, causal, random inputs, flexproxy's defaults at a density. First the gate: sparse output
 against dense attention in double precision; if it fails, nothing is timed. Columns of a row, one for each length,
-contender and kernel:
-- length (tokens), contender: "SDPA" (torch's choice), "SDPA cuDNN", "flexproxy" (made to be sparse), "flexproxy, auto"
-  (as it decides)
+contender and kernel, in each of three rounds, for other work on a shared host only adds to its times:
+- round, length (tokens)
+- contender: "SDPA" (torch's choice), "SDPA cuDNN", "flexproxy" (made to be sparse), "flexproxy, auto" (as it decides)
 - kernel, of flexproxy: "default", or "triton" (without flash-attn-4, where that is installed)
 - queued_ms: on the device, behind other work, as in a model whose host runs ahead; the mean of calls in a row
 - waited_ms: until the result is there, nothing else on the device; host_ms: until the call returns. Medians
@@ -42,16 +42,19 @@ from benchmarks.harness import (
 )
 
 DENSITIES = {2048: 0.15, 4096: 0.15, 8192: 0.15}  # longer ones: 0.10
+ROUNDS = 3
 CYCLES = 4e6  # of a millisecond, so that the device waits for twice as long as the host will take
 
 
 class Case(NamedTuple):
+    round: int
     length: int
     contender: str
     kernel: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.length} tokens, {self.contender}" + (f", {self.kernel}" if self.kernel else "")
+        kernel = f", {self.kernel}" if self.kernel else ""
+        return f"round {self.round}, {self.length} tokens, {self.contender}{kernel}"
 
 
 def times_of(run: Callable[[], Any], repeats: int = 20) -> Row:
@@ -99,11 +102,9 @@ def bench(*, lengths: Lengths = "2048,4096,8192,16384,32768", out: Out = None, q
     # The host is timed: no workers of the compiler may start meanwhile.
     torch._inductor.config.compile_threads = 1
     gate.check_attention(every=False)
-    cases = []
-    for length in lengths:
-        cases += [Case(length, "SDPA"), Case(length, "SDPA cuDNN")]
-        for kernel in kernel_variants():
-            cases += [Case(length, "flexproxy", kernel), Case(length, "flexproxy, auto", kernel)]
+    kinds: list[tuple[str, str | None]] = [("SDPA", None), ("SDPA cuDNN", None)]
+    kinds += [(name, kernel) for kernel in kernel_variants() for name in ("flexproxy", "flexproxy, auto")]
+    cases = [Case(turn, length, *kind) for turn in range(ROUNDS) for length in lengths for kind in kinds]
     run_cases(cases, measure, result_path("calls", out, quick), settings)
 
 

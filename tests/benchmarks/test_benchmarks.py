@@ -377,10 +377,11 @@ def test_bench_calls_says_why_a_call_is_dense(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(flexproxy, "why_dense", lambda *_: "too short")
     rows = result_of(bench_calls, tmp_path / "calls.json", "--lengths", "512")
     ours = [(name, kernel) for kernel in ("default", "triton") for name in ("flexproxy", "flexproxy, auto")]
-    wanted = [("SDPA", None), ("SDPA cuDNN", None), *ours]
-    assert [(r["contender"], r["kernel"]) for r in rows] == wanted
+    kinds = [("SDPA", None), ("SDPA cuDNN", None), *ours]
+    wanted = [(turn, *kind) for turn in range(bench_calls.ROUNDS) for kind in kinds]
+    assert [(r["round"], r["contender"], r["kernel"]) for r in rows] == wanted
     assert all(r["error"] is None and r["host_ms"] == 0.1 for r in rows)
-    assert [r["why_dense"] for r in rows if "why_dense" in r] == [None, "too short"] * 2
+    assert [r["why_dense"] for r in rows if "why_dense" in r] == [None, "too short"] * 2 * bench_calls.ROUNDS
 
 
 @pytest.mark.usefixtures("on_cpu")
