@@ -10,7 +10,8 @@ Columns of a row, one for each length, number of proxy heads and way of sharing:
 - length (tokens), num_proxies, query_stride, sharing, density (target), min_budget (tokens)
 - median_ms, p10_ms, p90_ms, repeats: of one call, by CUDA events
 - cpu_ms: of one call on the CPU, until it returns; the median, with nothing queued before
-- stage_pool_ms ... stage_other_ms, kernels: device time by the names of kernels, and launches, from a profile
+- stage_pool_ms ... stage_other_ms, kernels: device time by the names of kernels, and launches, from a profile of the
+  same in two calls, ``select(...).block_mask()``, which launches one kernel after the other at every length
 - dense_ms: median of SDPA cuDNN in the same run; share_of_dense: median_ms / dense_ms; None past --dense-up-to
 - error, stage_error, dense_error: why something is missing, else None
 """
@@ -85,7 +86,7 @@ def measure(case: Case, density: float, dense_up_to: int, budget_ms: float) -> l
         q, k, _ = inputs(case.length)
         run = functools.partial(flexproxy.build, q, k, config=config)
         times = time_ms(run, budget_ms) | {"cpu_ms": call_ms(run, 5)[0]}
-        stages = attempt(lambda: profile_stages(run))
+        stages = attempt(lambda: profile_stages(lambda: flexproxy.select(q, k, config=config).block_mask()))
         return times | {"stage_error": stages.pop("error")} | stages
 
     row |= attempt(timed)
