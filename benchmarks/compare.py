@@ -22,7 +22,7 @@ KEYS = [
     "length", "num_proxies", "query_stride", "contender", "part",
     "kernel", "target_density", "min_budget", "choice", "mask", "caches",
     "sequences", "target", "tokens", "what", "stride", "requests",
-    "sharing", "share", "chunk",
+    "sharing", "share", "chunk", "round",
 ]  # fmt: skip
 USUAL = {"sharing": "heads", "share": 1}  # not said by results that are older than these
 VALUES = [
