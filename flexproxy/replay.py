@@ -3,16 +3,19 @@
 NOTE [Replays]
 A model calls with the same shapes in every layer, and up to some ten thousand tokens the host takes longer to start the
 small kernels of an estimate than they run. So what an estimate chooses, and its lists, are captured as a CUDA graph
-when a plan is met for the second time: the first call compiles the kernels. Only what reads q and k is launched by
-itself, into the memory that the graph reads. A graph belongs to a stream and to a thread, for the next call writes to
-the same memory; it holds that memory until MAX_KEPT others have been used since. Capturing waits for nothing.
+when a plan is met for the second time. Only what reads q and k is launched by itself, into memory that the graph reads.
+A graph belongs to a stream and to a thread, for the next call writes to the same memory. So do all graphs of that
+stream and thread: with memory of its own each would keep it from everything else until torch runs out of memory. The
+last MAX_KEPT are kept; where more plans take turns, each is new at every call and none is replayed. Capturing waits for
+nothing.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -22,16 +25,16 @@ from flexproxy.masks.structure import MaskMod
 from flexproxy.ops.cache import place_of
 from flexproxy.ops.implementations import picked
 from flexproxy.ops.operators import kernels, on_device_of
-from flexproxy.pipeline import PreparedMask, Read, choose, count_rows, read, read_mask
+from flexproxy.pipeline import PreparedMask, Read, choose, count_rows, read_mask
 from flexproxy.plan import Plan
 from flexproxy.selection import Selection, selected_lists
 from flexproxy.stages.lists import Lists
 from flexproxy.stages.proxy import flat, proxy_of_heads
 
 MAX_KEPT = 4
-# Beyond these the device takes longer than the host, and the memory that is kept grows with them. Pairs of blocks, of
-# all heads: at 32K tokens with 32 heads and blocks of 128 a graph takes about 100 MiB. Rows of the proxy heads, which
-# take up to 128 MiB with a head dimension of 128.
+# Beyond these the device takes about as long as the host, and the memory that is kept grows with them. Pairs of blocks
+# of all heads, those of 32K tokens with 32 heads and blocks of 128: a graph keeps 9 bytes for each. Rows of the proxy
+# heads: up to 128 MiB with a head dimension of 128.
 MAX_PAIRS, MAX_PROXY_ROWS = 2**21, 2**19
 
 
@@ -48,19 +51,16 @@ def replayed(q: Tensor, k: Tensor, plan: Plan, rows_apart: int = 0, copies: bool
 
     Args:
         rows_apart: last rows that keep one block.
-        copies: give tensors that stay as they are; the next call with this plan writes over others.
+        copies: give tensors that stay as they are; others may be written over by the next call.
 
     Returns:
-        None where nothing is replayed: not on a GPU, in a trace or a capture, and where it would not pay.
+        None where nothing is replayed: at the first call with a plan, not on a GPU, in a trace or a capture, and where
+        it would not pay.
     """
     place = place_of(q.device) if q.is_cuda else None
     if place is None or not _pays(plan) or picked(q.device) != "triton":
         return None
-    blocks = _replay_of((place, threading.get_ident()), q.device, plan, rows_apart).blocks(q, k)
-    if not copies:
-        return blocks
-    kept, lists, allowed = blocks
-    return Blocks(kept.clone(), (lists[0].clone(), lists[1].clone(), lists[2].clone(), lists[3].clone()), allowed)
+    return _replay_of((place, threading.get_ident()), q.device, plan, rows_apart).blocks(q, k, copies)
 
 
 def blocks_of(selection: Selection, rows_apart: int) -> Blocks:
@@ -83,18 +83,71 @@ def _pays(plan: Plan) -> bool:
 
 
 @functools.lru_cache(MAX_KEPT)
-def _replay_of(_key: Hashable, device: torch.device, plan: Plan, rows_apart: int) -> Replay:
-    return Replay(device, plan, rows_apart)
+def _replay_of(key: Hashable, device: torch.device, plan: Plan, rows_apart: int) -> Replay:
+    return Replay(_captures_of(key, device), plan, rows_apart)
 
 
-@functools.lru_cache(64)
-def _streams_of(device: torch.device, _thread: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """For captures: two of torch's 32, which others get too when these are used up."""
-    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+@functools.lru_cache(MAX_KEPT)
+def _captures_of(_key: Hashable, device: torch.device) -> Captures:
+    return Captures(device)
+
+
+class Captures:
+    """The captures of one stream and thread, whose graphs share their memory: it is theirs while they run."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Two of torch's 32, which others get too when these are used up.
+        self._main, self._side = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._last: torch.cuda.CUDAGraph | None = None  # holds the memory
+
+    def capture(self, work: Callable[[torch.cuda.Stream], Blocks]) -> tuple[torch.cuda.CUDAGraph, Blocks]:
+        """A graph of what ``work`` does, with a stream beside its own; it is not run, and what it gave has no values.
+
+        ``torch.cuda.graph`` would wait for the device first.
+        """
+        graph, pool = torch.cuda.CUDAGraph(), None if self._last is None else self._last.pool()
+        with torch.cuda.stream(self._main):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                blocks = work(self._side)
+            finally:
+                graph.capture_end()
+        self._last = graph
+        return graph, blocks
 
 
 class Replay:
     """The blocks of one plan, again and again. See NOTE [Replays]. rows_apart: as in ``replayed``."""
+
+    def __init__(self, captures: Captures, plan: Plan, rows_apart: int) -> None:
+        self._captures, self._plan, self._rows_apart = captures, plan, rows_apart
+        self._met = False
+        self._steps: _Steps | None = None
+        self._captured: tuple[torch.cuda.CUDAGraph, Blocks] | None = None
+
+    def blocks(self, q: Tensor, k: Tensor, copies: bool = False) -> Blocks | None:
+        """Those of these queries and keys; None at the first call. ``copies`` as in ``replayed``."""
+        if not self._met:
+            self._met = True
+            return None
+        with on_device_of(q):
+            steps = self._steps = self._steps or _Steps(q.device, self._plan, self._rows_apart)
+            steps.read(q, k)
+            if self._captured is None:
+                blocks = steps.choose(None)  # and loads kernels, which no capture should do
+                # A capture can take nothing of what torch keeps for others. The next call tries again.
+                with suppress(torch.OutOfMemoryError):
+                    self._captured = self._captures.capture(steps.choose)
+                return blocks
+            graph, (kept, lists, allowed) = self._captured
+            graph.replay()
+        if copies:
+            kept, lists = kept.clone(), (lists[0].clone(), lists[1].clone(), lists[2].clone(), lists[3].clone())
+        return Blocks(kept, lists, allowed)
+
+
+class _Steps:
+    """The estimate of one plan, in two steps: what reads q and k, into the same memory each time, and the rest."""
 
     def __init__(self, device: torch.device, plan: Plan, rows_apart: int) -> None:
         config = plan.config
@@ -107,27 +160,15 @@ class Replay:
         mask = self._mask
         probes = mask.probes if plan.needs_masses else None
         self._reader = kernels().Reader(pools, probes, mask.probed, mask.head_rows, config.block_size, plan.scale)
-        self._calls = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._blocks: Blocks | None = None
 
-    def blocks(self, q: Tensor, k: Tensor) -> Blocks:
-        """Those of these queries and keys; the next call writes over them."""
-        self._calls += 1
-        with on_device_of(q):
-            self._reader.read(q, k)
-            if self._calls == 1:
-                # Compiles and loads kernels, which no capture should do: also those that read in one of the caller's.
-                read(q, k, self._mask, self._plan)
-                return self._choose(None)
-            if self._graph is None or self._blocks is None:
-                self._graph, self._blocks = self._capture(q.device)
-            self._graph.replay()
-        return self._blocks
+    def read(self, q: Tensor, k: Tensor) -> None:
+        self._reader.read(q, k)
 
-    def _choose(self, side: torch.cuda.Stream | None) -> Blocks:
-        """side: a stream for the budgets, beside the scores, at which they do not look; None for the same."""
+    def choose(self, side: torch.cuda.Stream | None) -> Blocks:
+        """From what was read. side: a stream for the budgets, beside the scores, at which they do not look."""
         plan, mask, main = self._plan, self._mask, torch.cuda.current_stream()
+        if plan.shares_rows:
+            side = None
         if side is not None:
             side.wait_stream(main)
         try:
@@ -140,15 +181,3 @@ class Replay:
             if side is not None:
                 main.wait_stream(side)  # after an error too: else the capture cannot end
         return blocks_of(selection, self._rows_apart)
-
-    def _capture(self, device: torch.device) -> tuple[torch.cuda.CUDAGraph, Blocks]:
-        """A graph of ``_choose``, which is not run. (torch.cuda.graph would wait for the device first.)"""
-        graph = torch.cuda.CUDAGraph()
-        stream, side = _streams_of(device, threading.get_ident())
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                blocks = self._choose(None if self._plan.shares_rows else side)
-            finally:
-                graph.capture_end()
-        return graph, blocks

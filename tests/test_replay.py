@@ -7,10 +7,11 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 import flexproxy
-from flexproxy import ProxyConfig, building, masks, replay
+from flexproxy import ProxyConfig, building, masks, pipeline, replay
 from flexproxy.ops import implementations
 from flexproxy.plan import plan_estimate
 from flexproxy.stages.lists import block_lists
@@ -93,56 +94,154 @@ def test_build_in_a_graph_of_the_caller() -> None:
     assert_same(mask, flexproxy.select(q, k, config=config).block_mask())
 
 
+class Again:
+    """In place of ``Captures`` where nothing can be captured: what runs again, and writes to the same tensors."""
+
+    def capture(self, work: Any) -> tuple[Any, replay.Blocks]:
+        first = work(None)
+
+        def run() -> None:
+            kept, lists, _ = work(None)
+            for old, new in zip((first.kept, *first.lists), (kept, *lists), strict=True):
+                old.copy_(new)
+
+        for tensor in (first.kept, *first.lists):
+            tensor.zero_()
+        return mock.Mock(replay=run), first
+
+
+def captures(device: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if implementations.chosen() != "triton":
+        pytest.skip("a replay is made of kernels")
+    if device != "cpu":
+        return replay.Captures(torch.device(device))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    return Again()
+
+
+SMALL: dict[str, Any] = {"block_size": 32, "stride": 2, "density": 0.5, "min_budget": 32}
+
+
+def small(device: str, seed: int) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(1, heads, length, 16, generator=rng).to(device) for heads, length in ((4, 70), (2, 100)))
+    return q, k
+
+
+def assert_of_select(blocks: replay.Blocks | None, q: Tensor, k: Tensor, config: ProxyConfig) -> None:
+    selection = flexproxy.select(q, k, config=config)
+    assert blocks is not None
+    assert torch.equal(blocks.kept, selection.block_map())
+    for ours, theirs in zip(blocks.lists, block_lists(blocks.kept, selection.full), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("settings", [{}, {"sharing": "rows"}, {"groups": (0, 1, 1, 0)}])
 def test_blocks_are_those_of_select(
     settings: dict[str, Any], implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU, which captures nothing, what would be captured runs again."""
-    device = implementation
-    if implementations.chosen() != "triton":
-        pytest.skip("a replay is made of kernels")
-    config = ProxyConfig(block_size=32, stride=2, density=0.5, min_budget=32, **settings)
-    rng = torch.Generator().manual_seed(0)
-    again = None
-    for call in range(3):
-        q, k = (torch.randn(1, heads, length, 16, generator=rng).to(device) for heads, length in ((4, 70), (2, 100)))
-        if again is None:
-            again = replay.Replay(q.device, plan_estimate((q, k), None, None, (config, None)), 0)
-        if device == "cpu":
-            monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-            if call:
-                monkeypatch.setattr(again, "_graph", mock.Mock())
-                again._reader.read(q, k)
-                monkeypatch.setattr(again, "_blocks", again._choose(None))
-        blocks, selection = again.blocks(q, k), flexproxy.select(q, k, config=config)
-        assert torch.equal(blocks.kept, selection.block_map())
-        for ours, theirs in zip(blocks.lists, block_lists(blocks.kept, selection.full), strict=True):
-            assert torch.equal(ours, theirs)
+    """None at the first call; those of the second, which captures, and copies are never written over."""
+    config = ProxyConfig(**SMALL | settings)
+    q, k = small(implementation, 0)
+    again = replay.Replay(captures(implementation, monkeypatch), plan_estimate((q, k), None, None, (config, None)), 0)
+    assert again.blocks(q, k) is None
+    found = []
+    for seed in range(3):
+        q, k = small(implementation, seed)
+        blocks = again.blocks(q, k, copies=seed == 1)
+        assert_of_select(blocks, q, k, config)
+        assert blocks is not None
+        found.append((blocks.kept, blocks.kept.clone()))
+    assert all(torch.equal(kept, then) for kept, then in found)
+    assert again._captured is not None
+    assert found[2][0].data_ptr() == again._captured[1].kept.data_ptr()
+
+
+def test_where_a_capture_finds_no_memory(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call gives its blocks all the same, and the next one tries again. Other errors are the caller's."""
+    config = ProxyConfig(**SMALL)
+    q, k = small(implementation, 0)
+    made = captures(implementation, monkeypatch)
+    again, capture = replay.Replay(made, plan_estimate((q, k), None, None, (config, None)), 0), made.capture
+    failures: list[Exception] = [torch.OutOfMemoryError("full"), RuntimeError("broken")]
+
+    def fail(work: Any) -> Any:
+        return capture(work) if not failures else failing(failures.pop())
+
+    def failing(error: Exception) -> Any:
+        raise error
+
+    monkeypatch.setattr(made, "capture", fail)
+    again.blocks(q, k)
+    with pytest.raises(RuntimeError, match="broken"):
+        again.blocks(q, k)
+    assert_of_select(again.blocks(q, k), q, k, config)
+    assert again._captured is None
+    again.blocks(q, k)
+    assert again._captured is not None
+
+
+def test_more_plans_than_are_kept() -> None:
+    """In turn each is new at every call; as many as are kept are not."""
+    q, k = small("cpu", 0)
+    plans = [
+        plan_estimate((q, k), None, None, (ProxyConfig(**SMALL | {"density": 0.3 + n / 10}), None))
+        for n in range(replay.MAX_KEPT + 1)
+    ]
+    with mock.patch.object(replay, "Captures"), mock.patch.object(replay, "_Steps") as steps:
+        for _ in range(3):
+            for plan in plans:
+                assert replay._replay_of("more", q.device, plan, 0).blocks(q, k) is None
+        assert not steps.called
+        for _ in range(2):
+            for plan in plans[1:]:
+                replay._replay_of("as many", q.device, plan, 0).blocks(q, k)
+        assert steps.call_count == replay.MAX_KEPT
+    replay._replay_of.cache_clear()
+    replay._captures_of.cache_clear()
 
 
 @pytest.mark.gpu
-def test_memory_of_old_replays_is_given_back() -> None:
+def test_graphs_share_their_memory() -> None:
+    """Of many lengths, the longest first: those that follow find room where it was."""
     replay._replay_of.cache_clear()
-    for length in range(3000, 3000 + 128 * (replay.MAX_KEPT + 3), 128):
-        q, k, v = (x[:, :, :length] for x in qkv("long", 0))
+    reserved = []
+    for length in range(4224, 4224 - 20 * 128, -128):
+        x = [tensor[:, :, :length].contiguous() for tensor in qkv("long", 0)]
         for _ in range(3):
-            flexproxy.attention(q, k, v, config=CONFIGS["density"], when="always")
+            flexproxy.attention(*x, config=CONFIGS["density"], when="always")
+        reserved.append(torch.cuda.memory_reserved())
     assert replay._replay_of.cache_info().currsize == replay.MAX_KEPT
+    assert reserved[-1] - reserved[replay.MAX_KEPT] < 2**21 * 5, "a graph alone takes 2 MiB and more"
+
+
+@pytest.mark.gpu
+def test_in_inference_mode() -> None:
+    config = CONFIGS["density"]
+    for seed in range(4):
+        with torch.inference_mode(seed % 2 == 0):
+            x = qkv("long", seed)
+            assert_near(flexproxy.attention(*x, config=config, when="always"), x, config)
 
 
 @pytest.mark.gpu
 def test_an_error_in_a_capture_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next call is right, and torch's memory can still be given back."""
-    config, x = ProxyConfig(density=0.35, min_budget=128), qkv("long", 0)
+    """The next call is right, and torch's memory can still be given back; where memory is short the call is, too."""
+    config, x, choose = ProxyConfig(density=0.35, min_budget=128), qkv("long", 0), pipeline.choose
     flexproxy.attention(*x, config=config, when="always")
 
-    def fail(*_: object) -> None:
-        raise MemoryError("in the capture")
+    def fail(*arguments: Any) -> Any:
+        chosen = choose(*arguments)
+        if torch.cuda.is_current_stream_capturing():
+            raise errors.pop()
+        return chosen
 
+    errors: list[Exception] = [torch.OutOfMemoryError("in the capture"), MemoryError("in the capture")]
     with monkeypatch.context() as broken:
         broken.setattr(replay, "choose", fail)
         with pytest.raises(MemoryError, match="in the capture"):
             flexproxy.attention(*x, config=config, when="always")
+        assert_near(flexproxy.attention(*x, config=config, when="always"), x, config)
     torch.cuda.empty_cache()
-    for _ in range(2):
+    for _ in range(3):
         assert_near(flexproxy.attention(*x, config=config, when="always"), x, config)

@@ -49,9 +49,11 @@ class Reader:
                 launched.again(q, k)
             return
         if not self._proxies:
-            for x, (_, sizes, stride) in zip((q, k), self._pools, strict=True):
-                shape = x.shape[0], len(sizes), -(-x.shape[2] // stride), x.shape[3]
-                self._proxies.append(torch.empty(shape, dtype=x.dtype, device=x.device))
+            shapes = [
+                (x.shape[0], len(sizes), -(-x.shape[2] // stride), x.shape[3])
+                for x, (_, sizes, stride) in zip((q, k), self._pools, strict=True)
+            ]
+            self._proxies = [torch.empty(shape, dtype=q.dtype, device=q.device) for shape in shapes]
         first, second = (Pool(x, *self._pools[i], self._proxies[i]) for i, x in enumerate((q, k)))
         launches = [pool_pair(first, second)]
         if self._probes is not None:
