@@ -101,10 +101,13 @@ def run_causal(
 def prepared(
     q: Tensor, k: Tensor, v: Tensor, kernel_options: dict[str, Any] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each, or a copy where a kernel cannot load it: that of ``flex_attention``'s options, or None for another's."""
+    """Each, or a copy where a kernel cannot load it.
+
+    kernel_options: of ``flex_attention``; None where another kernel runs.
+    """
     if not (q.is_cuda and compat.has_address(q)):
         return q, k, v
-    # flash-attn-4 compiles a kernel for strides of 0 as for others, and then refuses either.
+    # flash-attn-4 keys a compiled kernel on no stride: one made for strides of 0 fails for others, and those for it.
     expanded = kernel_options is None or kernel_options.get("BACKEND") != "FLASH"
     return compat.loadable(q, expanded), compat.loadable(k, expanded), compat.loadable(v, expanded)
 
