@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,12 +30,7 @@ if TYPE_CHECKING:
 POSITIONS = 1024
 LIMIT = 1.0  # percent of the loss
 FASTER = 1.05  # times dense: what is nearer may be chance, for each is prefilled once
-# A density below what min_budget keeps would be that of min_budget.
-SETTINGS = {
-    "gamma 0.95": ProxyConfig(),
-    "density 0.25": ProxyConfig(density=0.25, min_budget=256),
-    "density 0.12": ProxyConfig(density=0.12, min_budget=256),
-}
+DENSITIES = (0.25, 0.12)
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,8 @@ class Setting:
     """One prefill.
 
     Attributes:
-        name: ``dense``, or a key of ``SETTINGS``.
+        name: ``dense``, or that of ``settings_of``.
+        asked: the density that was asked for, 1 of dense; None where the prompt decides.
         density: kept blocks / admissible blocks, mean over layers and heads; a layer that stayed dense counts as 1.
         agreement: share of the compared positions at which dense attention's most probable next token is the most
             probable one.
@@ -52,6 +48,7 @@ class Setting:
     """
 
     name: str
+    asked: float | None
     density: float
     agreement: float
     loss: float
@@ -92,8 +89,7 @@ class Comparison:
 
     def missed(self) -> list[str]:
         """The settings whose density is above the one asked for, which a short text's forced blocks are."""
-        asked = {name: config.density for name, config in SETTINGS.items()}
-        above = [x for x in self.settings[1:] if x.density > (asked[x.name] or 1.0) + 0.01]
+        above = [x for x in self.settings if x.density > (x.asked or 1.0) + 0.01]
         return [f"{x.name} keeps {x.density:.3f}" for x in above]
 
     def to_json(self) -> dict[str, Any]:
@@ -104,6 +100,19 @@ class Comparison:
         ]
         plain = {name: getattr(self, name) for name in ("tokens", "compared", "device", "dtype")}
         return plain | {"settings": settings, "verdict": self.verdict(), "versions": versions()}
+
+
+def settings_of(densities: Sequence[float]) -> dict[str, ProxyConfig]:
+    """What is compared, by name: the defaults, and densities.
+
+    Raises:
+        InputError: one is none.
+    """
+    try:  # below what min_budget keeps a density would be that of min_budget
+        chosen = {f"density {density:g}": ProxyConfig(density=density, min_budget=256) for density in densities}
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
+    return {"gamma 0.95": ProxyConfig()} | chosen
 
 
 class _WarmError(Exception):
@@ -192,8 +201,10 @@ def _set(model: PreTrainedModel, config: ProxyConfig) -> Iterator[None]:
         model.set_attn_implementation("sdpa")
 
 
-def compare(model: PreTrainedModel, tokens: Tensor, progress: Advance) -> Comparison:
-    """Prefill a text dense and with each of ``SETTINGS``, once each.
+def compare(
+    model: PreTrainedModel, tokens: Tensor, progress: Advance, settings: Mapping[str, ProxyConfig]
+) -> Comparison:
+    """Prefill a text dense and with each of the settings, once each.
 
     Before each comes a warm-up of the first layers, which compiles and loads kernels; it is not timed.
 
@@ -201,6 +212,7 @@ def compare(model: PreTrainedModel, tokens: Tensor, progress: Advance) -> Compar
         model: dense, with the attention "sdpa".
         tokens: int64 ``[1, S]``, S at least 2.
         progress: called at the begin of every prefill and after every layer.
+        settings: by name, as of ``settings_of``.
 
     Raises:
         InputError: there is only one token, or the settings do not fit the model.
@@ -214,24 +226,25 @@ def compare(model: PreTrainedModel, tokens: Tensor, progress: Advance) -> Compar
     dense, seconds = prefills.timed("dense")
     chosen = dense.argmax(-1)
 
-    def setting(name: str, logits: Tensor, seconds: float, density: float) -> Setting:
+    def setting(name: str, asked: float | None, logits: Tensor, seconds: float, density: float) -> Setting:
         agreement = (logits.argmax(-1) == chosen).float().mean().item()
-        return Setting(name, density, agreement, F.cross_entropy(logits, prefills.labels).item() / math.log(2), seconds)
+        loss = F.cross_entropy(logits, prefills.labels).item() / math.log(2)
+        return Setting(name, asked, density, agreement, loss, seconds)
 
-    settings = [setting("dense", dense, seconds, 1.0)]
+    found = [setting("dense", 1.0, dense, seconds, 1.0)]
     del dense
-    for name, config in SETTINGS.items():
+    for name, config in settings.items():
         with _set(model, config):
             prefills.warm_up(name)
             with flexproxy.record(model) as record:
                 logits, seconds = prefills.timed(name)
-        settings.append(setting(name, logits, seconds, _density(record)))
+        found.append(setting(name, config.density, logits, seconds, _density(record)))
     return Comparison(
         tokens=tokens.shape[1],
         compared=len(prefills.places),
         device=processor(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
-        settings=tuple(settings),
+        settings=tuple(found),
     )
 
 

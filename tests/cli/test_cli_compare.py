@@ -20,9 +20,11 @@ from transformers import PreTrainedModel
 
 from flexproxy import ProxyConfig, cli
 from flexproxy.cli import comparison, inputs
-from flexproxy.cli.comparison import SETTINGS, Comparison, Setting
+from flexproxy.cli.comparison import DENSITIES, Comparison, Setting, settings_of
 from tests.tiny_model import save_tiny_model
 from tests.transformers_models import interpreted, make_model, make_tokens
+
+NAMES = ["dense", *settings_of(DENSITIES)]
 
 if not hasattr(PreTrainedModel, "set_attn_implementation"):
     pytest.skip("this transformers cannot switch the attention of a model", allow_module_level=True)
@@ -47,7 +49,7 @@ def test_a_table_a_verdict_and_a_picture(
     assert cli.main(command) == 0
     out, err = capsys.readouterr()
     assert "Prefill of 1500 tokens, float32, CPU" in out
-    for name in ("dense", *SETTINGS):
+    for name in NAMES:
         assert sum(line.strip().startswith(f"{name}  ") for line in out.splitlines()) == 1, name
     assert "1024 places of the text are compared" in out
     assert out.splitlines()[-1] == str(picture)
@@ -62,7 +64,8 @@ def test_json_is_all_of_stdout(model_folder: Path, capsys: pytest.CaptureFixture
     assert cli.main(["compare", str(model_folder), "--device", "cpu", "--length", "1500", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     dense, default, some, few = data["settings"]
-    assert [x["name"] for x in data["settings"]] == ["dense", *SETTINGS]
+    assert [x["name"] for x in data["settings"]] == NAMES
+    assert [x["asked"] for x in data["settings"]] == [1.0, None, *DENSITIES]
     assert (dense["density"], dense["agreement"], dense["loss_over_dense_percent"]) == (1.0, 1.0, 0.0)
     assert default["density"] == 1.0  # its least budget is longer than the text
     assert default["loss"] == pytest.approx(dense["loss"], abs=1e-4)
@@ -72,6 +75,15 @@ def test_json_is_all_of_stdout(model_folder: Path, capsys: pytest.CaptureFixture
     assert data["verdict"]
 
 
+def test_densities_of_your_own(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cpu", "--length", "1500", "--density", "0.9", "--density", "0.05", "--json"]
+    assert cli.main(["compare", str(model_folder), *options]) == 0
+    found = json.loads(capsys.readouterr().out)["settings"]
+    assert [(x["name"], x["asked"]) for x in found[2:]] == [("density 0.9", 0.9), ("density 0.05", 0.05)]
+    assert abs(found[2]["density"] - 0.9) < 0.05
+    assert found[3]["density"] > 0.05  # what is forced
+
+
 def test_each_is_prefilled_once_and_warmed_by_two_layers(tmp_path: Path) -> None:
     model = inputs.load_decoder(str(save_tiny_model(tmp_path, num_hidden_layers=4)), torch.device("cpu"), "sdpa")
     calls: list[int] = []
@@ -79,7 +91,10 @@ def test_each_is_prefilled_once_and_warmed_by_two_layers(tmp_path: Path) -> None
     hooks = [module.register_forward_hook(lambda *_, n=n: calls.append(n)) for n, module in enumerate(attention)]
     stages: list[str] = []
     tokens = inputs.read_text(inputs.default_text(), 700).long()
-    found = comparison.compare(model, tokens, lambda stage, done, total: stages.append(f"{stage} {done}/{total}"))
+    settings = settings_of(DENSITIES)
+    found = comparison.compare(
+        model, tokens, lambda stage, done, total: stages.append(f"{stage} {done}/{total}"), settings
+    )
     for hook in hooks:
         hook.remove()
     assert calls == [0, 1, 0, 1, 2, 3] * 4
@@ -90,13 +105,12 @@ def test_each_is_prefilled_once_and_warmed_by_two_layers(tmp_path: Path) -> None
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_figures_are_those_of_the_logits(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_are_those_of_the_logits(model_folder: Path) -> None:
     """Against a prefill by hand, at every position."""
     model: Any = inputs.load_decoder(str(model_folder), torch.device("cpu"), "sdpa")
     tokens = inputs.read_text(inputs.default_text(), 600).long()
     config = ProxyConfig(gamma=0.5, min_budget=64)
-    monkeypatch.setattr(comparison, "SETTINGS", {"half": config})
-    dense, half = comparison.compare(model, tokens, lambda *_: None).settings
+    dense, half = comparison.compare(model, tokens, lambda *_: None, {"half": config}).settings
     from flexproxy.integrations.transformers import configure
 
     logits = {}
@@ -119,13 +133,16 @@ def test_a_hybrid() -> None:
     model = make_model("gemma3", num_hidden_layers=4, layer_types=kinds)
     model.set_attn_implementation("sdpa")
     stages: list[str] = []
-    found = comparison.compare(model, make_tokens(1, 700), lambda stage, done, total: stages.append(f"{stage} {done}"))
+    settings = settings_of(DENSITIES)
+    found = comparison.compare(
+        model, make_tokens(1, 700), lambda stage, done, total: stages.append(f"{stage} {done}"), settings
+    )
     assert stages[:5] == ["dense, warming up 0", *(f"dense, warming up {n}" for n in (1, 2, 3)), "dense 0"]
     assert 0 < found.settings[-1].density < 1
 
 
 def compared(*settings: tuple[str, float, float]) -> Comparison:
-    dense = Setting("dense", 1.0, 1.0, 2.0, 10.0)
+    dense = Setting("dense", 1.0, 1.0, 1.0, 2.0, 10.0)
     others = (replace(dense, name=name, loss=loss, seconds=seconds) for name, loss, seconds in settings)
     return Comparison(8192, 1024, "CPU", "float32", (dense, *others))
 
@@ -178,6 +195,7 @@ def test_only_the_needed_text_is_tokenized(tmp_path: Path, monkeypatch: pytest.M
         ("--picture compared.txt", "no picture format ends in '.txt'"),
         ("--text nothing", "cannot read the text nothing: No such file or directory"),
         ("--text one", "the text has one token; pass a longer one"),
+        ("--density 0", "--density: expected a number in (0, 1], got 0.0"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -33,6 +33,10 @@ def compare(
     model: Model,
     text: Prompt = None,
     length: Annotated[int | None, typer.Option(min=2, help=PROMPT_LENGTH)] = None,
+    density: Annotated[
+        list[float] | None,
+        typer.Option(help="Density to try, with a min_budget of 256; repeat it for several. By default 0.25 and 0.12."),
+    ] = None,
     picture: Annotated[Path | None, typer.Option(help="Where to write a picture (.png, .svg, .pdf).")] = None,
     force: Force = False,
     device: Where = Device.auto,
@@ -42,6 +46,7 @@ def compare(
     from flexproxy.cli import comparison, inputs
 
     check_picture(picture, force)
+    settings = comparison.settings_of(density or comparison.DENSITIES)
     notes = Console(stderr=True, highlight=False)
     path = text or inputs.default_text()
     where = inputs.pick_device(device.value)
@@ -55,7 +60,7 @@ def compare(
         soft_wrap=True,
     )
     with progress_bar(notes) as progress:
-        result = comparison.compare(loaded, tokens, progress)
+        result = comparison.compare(loaded, tokens, progress, settings)
     if picture is not None:
         from flexproxy import plot
 
