@@ -26,10 +26,10 @@ _PACKAGES = {
         "flexproxy[flash]",
     ),
     "transformers": (
-        "flexproxy.integrations.transformers; recording and calibrating models; demo, inspect, calibrate",
+        "flexproxy.integrations.transformers; recording and calibrating models; demo, inspect, compare, calibrate",
         "flexproxy[hf]",
     ),
-    "safetensors": ("models: demo, inspect, calibrate", "flexproxy[hf]"),
+    "safetensors": ("models: demo, inspect, compare, calibrate", "flexproxy[hf]"),
     "matplotlib": ("flexproxy.plot; the pictures of demo, inspect and calibrate", "flexproxy[hf]"),
     "typer": ("this command line", "flexproxy[hf]"),
     "rich": ("this command line", "flexproxy[hf]"),

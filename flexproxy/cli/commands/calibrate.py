@@ -58,7 +58,7 @@ def calibrate(
     ] = 4,
     min_budget: Annotated[int, typer.Option(min=0, help="Tokens that every row keeps at least.")] = 2048,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Every how many tokens one is sampled for the scores; by default 4.")
+        int | None, typer.Option(min=1, help="One of this many tokens is sampled for the scores; by default 4.")
     ] = None,
     output: Annotated[Path, typer.Option(help="Where to write the settings, for configure(model, PATH).")] = Path(
         "calibration.json"

@@ -40,7 +40,7 @@ def demo(
     stride: Annotated[
         int,
         typer.Option(
-            help="Every how many tokens one is sampled for the scores. The library's default is the paper's 4, which "
+            help="One of this many tokens is sampled for the scores. The library's default is the paper's 4, which "
             "steps over some of the demo's needles: their values are four bytes long."
         ),
     ] = 2,

@@ -46,7 +46,7 @@ def inspect(
     gamma: Annotated[float | None, typer.Option(help="Attention mass of every budget, in (0, 1].")] = None,
     density: Annotated[float | None, typer.Option(help="Mean density to reach, instead of --gamma.")] = None,
     num_proxies: Annotated[int | None, typer.Option(help="Proxy heads.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Every how many tokens one is sampled.")] = None,
+    stride: Annotated[int | None, typer.Option(help="One of this many tokens is sampled.")] = None,
     min_budget: Annotated[int | None, typer.Option(help="Tokens that every row keeps at least.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="Settings of the layers, as save_configuration writes them, instead of options.")
