@@ -85,14 +85,14 @@ def test_where_there_is_an_address() -> None:
 @pytest.mark.parametrize("layout", [part, expanded, *OTHERS])
 @pytest.mark.parametrize("shape", ["long", "short"])
 def test_any_layout(shape: str, layout: Layout, package: bool, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all three, and of the keys alone; with flash-attn-4 where it is installed, and without."""
+    """Of all, of the keys, and of the queries, which replays; with flash-attn-4 where it is installed, and without."""
     if not package:
         monkeypatch.setattr(compat, "flash_backend_exists", lambda: False)
     config = ProxyConfig(gamma=1.0) if how == "dense" else ProxyConfig(density=0.3, min_budget=128)
     arguments: dict[str, Any] = {"config": config, "when": "auto" if how == "dense" else "always"}
     q, k, v = qkv(shape, len(SHAPES))
     with mock.patch.dict(plan_attention.plans, clear=True):
-        for x in ((layout(q), layout(k), layout(v)), (q, layout(k), v)):
+        for x in ((layout(q), layout(k), layout(v)), (q, layout(k), v), (layout(q), k, v)):
             if how == "with the log-sum-exp":
                 out = flexproxy.attention(*x, **arguments, return_lse=True)[0]
             else:
