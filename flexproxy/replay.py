@@ -3,19 +3,21 @@
 NOTE [Replays]
 A model calls with the same shapes in every layer, and up to some ten thousand tokens the host takes longer to start the
 small kernels of an estimate than they run. So what an estimate chooses, and its lists, are captured as a CUDA graph
-when a plan is met for the second time. Only what reads q and k is launched by itself, into memory that the graph reads.
-A graph belongs to a stream and to a thread, for the next call writes to the same memory. So do all graphs of that
-stream and thread: with memory of its own each would keep it from everything else until torch runs out of memory. The
-last MAX_KEPT are kept; where more plans take turns, each is new at every call and none is replayed. Capturing waits for
-nothing.
+when a plan is met for the second time, after the same steps have run once more; the third call is the first replay.
+Only what reads q and k is launched by itself, into memory that the graph reads. Capturing waits for nothing.
+
+All graphs of a stream, a thread and a mode write to the same memory, so what one gave lasts until another runs. With
+memory of its own each would take it from torch for good, but where torch runs out. On each GPU the last MAX_KEPT are
+kept; where more plans take turns, each is new at every call, and none is captured. A plan for whose graph there is no
+memory is not tried again while it is known.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Hashable
-from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -36,6 +38,7 @@ MAX_KEPT = 4
 # of all heads, those of 32K tokens with 32 heads and blocks of 128: a graph keeps 9 bytes for each. Rows of the proxy
 # heads: up to 128 MiB with a head dimension of 128.
 MAX_PAIRS, MAX_PROXY_ROWS = 2**21, 2**19
+NO_CACHE = "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ  # for debugging; then torch takes no memory in a capture
 
 
 class Blocks(NamedTuple):
@@ -51,16 +54,17 @@ def replayed(q: Tensor, k: Tensor, plan: Plan, rows_apart: int = 0, copies: bool
 
     Args:
         rows_apart: last rows that keep one block.
-        copies: give tensors that stay as they are; others may be written over by the next call.
+        copies: give tensors that stay as they are; others may be written over by the next call of this thread.
 
     Returns:
         None where nothing is replayed: at the first call with a plan, not on a GPU, in a trace or a capture, and where
         it would not pay.
     """
     place = place_of(q.device) if q.is_cuda else None
-    if place is None or not _pays(plan) or picked(q.device) != "triton":
+    if place is None or not _pays(plan) or picked(q.device) != "triton" or NO_CACHE:
         return None
-    return _replay_of((place, threading.get_ident()), q.device, plan, rows_apart).blocks(q, k, copies)
+    thread = threading.get_ident()
+    return _replays_on(q.device)((place, thread), thread, plan, rows_apart).blocks(q, k, copies)
 
 
 def blocks_of(selection: Selection, rows_apart: int) -> Blocks:
@@ -82,22 +86,32 @@ def _pays(plan: Plan) -> bool:
     return pairs <= MAX_PAIRS and frame.batch * len(frame.groups) * sampled <= MAX_PROXY_ROWS
 
 
-@functools.lru_cache(MAX_KEPT)
-def _replay_of(key: Hashable, device: torch.device, plan: Plan, rows_apart: int) -> Replay:
-    return Replay(_captures_of(key, device), plan, rows_apart)
+@functools.cache
+def _replays_on(device: torch.device) -> Callable[[Hashable, int, Plan, int], Replay]:
+    """The last replays on a GPU, by what tells streams, threads and modes apart, thread, plan and ``rows_apart``."""
+
+    @functools.lru_cache(MAX_KEPT)
+    def captures_of(_key: Hashable, thread: int) -> Captures:
+        return Captures(*_streams_of(device, thread))
+
+    @functools.lru_cache(MAX_KEPT)
+    def replay_of(key: Hashable, thread: int, plan: Plan, rows_apart: int) -> Replay:
+        return Replay(captures_of(key, thread), plan, rows_apart)
+
+    return replay_of
 
 
-@functools.lru_cache(MAX_KEPT)
-def _captures_of(_key: Hashable, device: torch.device) -> Captures:
-    return Captures(device)
+@functools.lru_cache(64)
+def _streams_of(device: torch.device, _thread: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """For captures: two of torch's 32, which others get too when these are used up."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 class Captures:
-    """The captures of one stream and thread, whose graphs share their memory: it is theirs while they run."""
+    """Captures whose graphs share their memory. See NOTE [Replays]. main, side: streams for them."""
 
-    def __init__(self, device: torch.device) -> None:
-        # Two of torch's 32, which others get too when these are used up.
-        self._main, self._side = torch.cuda.Stream(device), torch.cuda.Stream(device)
+    def __init__(self, main: torch.cuda.Stream, side: torch.cuda.Stream) -> None:
+        self._main, self._side = main, side
         self._last: torch.cuda.CUDAGraph | None = None  # holds the memory
 
     def capture(self, work: Callable[[torch.cuda.Stream], Blocks]) -> tuple[torch.cuda.CUDAGraph, Blocks]:
@@ -105,9 +119,12 @@ class Captures:
 
         ``torch.cuda.graph`` would wait for the device first.
         """
-        graph, pool = torch.cuda.CUDAGraph(), None if self._last is None else self._last.pool()
+        graph, last = torch.cuda.CUDAGraph(), self._last
+        self._last = None  # after an error the next capture begins with other memory
+        pool = None if last is None else last.pool()
         with torch.cuda.stream(self._main):
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            with torch.inference_mode(False):  # else torch up to 2.10 refuses later captures outside of that mode
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 blocks = work(self._side)
             finally:
@@ -121,29 +138,40 @@ class Replay:
 
     def __init__(self, captures: Captures, plan: Plan, rows_apart: int) -> None:
         self._captures, self._plan, self._rows_apart = captures, plan, rows_apart
-        self._met = False
+        self._met, self._full = False, False
         self._steps: _Steps | None = None
         self._captured: tuple[torch.cuda.CUDAGraph, Blocks] | None = None
 
     def blocks(self, q: Tensor, k: Tensor, copies: bool = False) -> Blocks | None:
-        """Those of these queries and keys; None at the first call. ``copies`` as in ``replayed``."""
-        if not self._met:
+        """Those of these queries and keys, or None as from ``replayed``, which also says what ``copies`` are."""
+        if self._full or not self._met:
             self._met = True
             return None
         with on_device_of(q):
-            steps = self._steps = self._steps or _Steps(q.device, self._plan, self._rows_apart)
-            steps.read(q, k)
-            if self._captured is None:
-                blocks = steps.choose(None)  # and loads kernels, which no capture should do
-                # A capture can take nothing of what torch keeps for others. The next call tries again.
-                with suppress(torch.OutOfMemoryError):
-                    self._captured = self._captures.capture(steps.choose)
-                return blocks
+            if self._captured is None or self._steps is None:
+                return self._begin(q, k)
+            self._steps.read(q, k)
             graph, (kept, lists, allowed) = self._captured
             graph.replay()
-        if copies:
-            kept, lists = kept.clone(), (lists[0].clone(), lists[1].clone(), lists[2].clone(), lists[3].clone())
+            if copies:
+                kept, lists = kept.clone(), (lists[0].clone(), lists[1].clone(), lists[2].clone(), lists[3].clone())
         return Blocks(kept, lists, allowed)
+
+    def _begin(self, q: Tensor, k: Tensor) -> Blocks | None:
+        """The blocks, and a graph for those of later calls; None where the GPU is full, now and from now on."""
+        try:
+            steps = _Steps(q.device, self._plan, self._rows_apart)
+            steps.read(q, k)
+            blocks = steps.choose(None)  # and loads kernels, which no capture should do
+            self._captured = self._captures.capture(steps.choose)
+        except RuntimeError as error:
+            # A capture can take nothing of what torch keeps for others. The driver's own error has no type.
+            if not (isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)):
+                raise
+            self._full = True
+            return None
+        self._steps = steps
+        return blocks
 
 
 class _Steps:

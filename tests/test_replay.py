@@ -15,6 +15,7 @@ from flexproxy import ProxyConfig, building, masks, pipeline, replay
 from flexproxy.ops import implementations
 from flexproxy.plan import plan_estimate
 from flexproxy.stages.lists import block_lists
+from tests.caches import forget_tensors
 from tests.sparse.test_inference import CONFIGS, SHAPES, assert_near, qkv
 
 
@@ -114,7 +115,7 @@ def captures(device: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     if implementations.chosen() != "triton":
         pytest.skip("a replay is made of kernels")
     if device != "cpu":
-        return replay.Captures(torch.device(device))
+        return replay.Captures(torch.cuda.Stream(), torch.cuda.Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     return Again()
 
@@ -157,91 +158,122 @@ def test_blocks_are_those_of_select(
     assert found[2][0].data_ptr() == again._captured[1].kept.data_ptr()
 
 
-def test_where_a_capture_finds_no_memory(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call gives its blocks all the same, and the next one tries again. Other errors are the caller's."""
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), RuntimeError("CUDA error: out of memory"), RuntimeError("broken")]
+)
+def test_where_a_capture_fails(error: Exception, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no memory the ordinary way is left; other errors are the caller's, until a later call succeeds."""
     config = ProxyConfig(**SMALL)
     q, k = small(implementation, 0)
     made = captures(implementation, monkeypatch)
-    again, capture = replay.Replay(made, plan_estimate((q, k), None, None, (config, None)), 0), made.capture
-    failures: list[Exception] = [torch.OutOfMemoryError("full"), RuntimeError("broken")]
-
-    def fail(work: Any) -> Any:
-        return capture(work) if not failures else failing(failures.pop())
-
-    def failing(error: Exception) -> Any:
-        raise error
-
-    monkeypatch.setattr(made, "capture", fail)
+    again = replay.Replay(made, plan_estimate((q, k), None, None, (config, None)), 0)
     again.blocks(q, k)
-    with pytest.raises(RuntimeError, match="broken"):
-        again.blocks(q, k)
-    assert_of_select(again.blocks(q, k), q, k, config)
-    assert again._captured is None
-    again.blocks(q, k)
-    assert again._captured is not None
+    with monkeypatch.context() as failing:
+        failing.setattr(made, "capture", mock.Mock(side_effect=error))
+        if "memory" in str(error) or isinstance(error, torch.OutOfMemoryError):
+            assert again.blocks(q, k) is None
+            assert again.blocks(q, k) is None
+            assert made.capture.call_count == 1
+            return
+        with pytest.raises(RuntimeError, match="broken"):
+            again.blocks(q, k)
+    for _ in range(2):
+        assert_of_select(again.blocks(q, k), q, k, config)
 
 
-def test_more_plans_than_are_kept() -> None:
+def test_more_plans_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """In turn each is new at every call; as many as are kept are not."""
     q, k = small("cpu", 0)
     plans = [
         plan_estimate((q, k), None, None, (ProxyConfig(**SMALL | {"density": 0.3 + n / 10}), None))
         for n in range(replay.MAX_KEPT + 1)
     ]
-    with mock.patch.object(replay, "Captures"), mock.patch.object(replay, "_Steps") as steps:
-        for _ in range(3):
-            for plan in plans:
-                assert replay._replay_of("more", q.device, plan, 0).blocks(q, k) is None
-        assert not steps.called
-        for _ in range(2):
-            for plan in plans[1:]:
-                replay._replay_of("as many", q.device, plan, 0).blocks(q, k)
-        assert steps.call_count == replay.MAX_KEPT
-    replay._replay_of.cache_clear()
-    replay._captures_of.cache_clear()
+    monkeypatch.setattr(replay, "_streams_of", lambda *_: (None, None))
+    begin = mock.Mock(return_value=None)
+    monkeypatch.setattr(replay.Replay, "_begin", begin)
+    replay_of = replay._replays_on.__wrapped__(q.device)
+    for _ in range(3):
+        for plan in plans:
+            assert replay_of("key", 0, plan, 0).blocks(q, k) is None
+    assert not begin.called
+    for plan in plans[1:]:
+        replay_of("key", 0, plan, 0).blocks(q, k)
+    assert begin.call_count == replay.MAX_KEPT
 
 
 @pytest.mark.gpu
-def test_graphs_share_their_memory() -> None:
-    """Of many lengths, the longest first: those that follow find room where it was."""
-    replay._replay_of.cache_clear()
-    reserved = []
-    for length in range(4224, 4224 - 20 * 128, -128):
+@pytest.mark.parametrize("step", [-128, 128])
+def test_graphs_share_their_memory(step: int) -> None:
+    """Those of many lengths, the longest first or last: most find room where others were."""
+    forget_tensors()
+    torch.cuda.empty_cache()
+    lengths = range(4224, 4224 - 20 * 128, -128)
+    for length in lengths if step < 0 else reversed(lengths):
         x = [tensor[:, :, :length].contiguous() for tensor in qkv("long", 0)]
         for _ in range(3):
             flexproxy.attention(*x, config=CONFIGS["density"], when="always")
-        reserved.append(torch.cuda.memory_reserved())
-    assert replay._replay_of.cache_info().currsize == replay.MAX_KEPT
-    assert reserved[-1] - reserved[replay.MAX_KEPT] < 2**21 * 5, "a graph alone takes 2 MiB and more"
+    segments = [s for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] != (0, 0)]
+    assert 0 < sum(s["total_size"] for s in segments) <= 12 * 2**20, "of their own they would have 4 MiB each"
+
+
+@pytest.mark.gpu
+def test_plans_in_turn() -> None:
+    """Graphs write to the same memory, and not over what calls gave."""
+    calls = [
+        ("long", "density", True),
+        ("long", "defaults", True),
+        ("a chunk", "density", False),
+        ("short", "rows", False),
+    ]
+    assert len(calls) <= replay.MAX_KEPT
+    found: list[Any] = []
+    for seed in range(5):
+        for shape, name, attends in calls:
+            q, k, v = qkv(shape, seed)
+            if attends:
+                found.append(flexproxy.attention(q, k, v, config=CONFIGS[name], when="always"))
+            else:
+                found.append(flexproxy.build(q, k, config=CONFIGS[name]))
+    for seed in range(5):
+        for shape, name, attends in calls:
+            x, given = qkv(shape, seed), found.pop(0)
+            if attends:
+                assert_near(given, x, CONFIGS[name])
+            else:
+                assert_same(given, flexproxy.select(*x[:2], config=CONFIGS[name]).block_mask())
 
 
 @pytest.mark.gpu
 def test_in_inference_mode() -> None:
+    """In turn with calls outside of it."""
     config = CONFIGS["density"]
-    for seed in range(4):
+    for seed in range(8):
         with torch.inference_mode(seed % 2 == 0):
             x = qkv("long", seed)
             assert_near(flexproxy.attention(*x, config=config, when="always"), x, config)
 
 
 @pytest.mark.gpu
-def test_an_error_in_a_capture_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_an_error_in_a_capture_ends_it(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     """The next call is right, and torch's memory can still be given back; where memory is short the call is, too."""
     config, x, choose = ProxyConfig(density=0.35, min_budget=128), qkv("long", 0), pipeline.choose
+    forget_tensors()
     flexproxy.attention(*x, config=config, when="always")
 
     def fail(*arguments: Any) -> Any:
         chosen = choose(*arguments)
         if torch.cuda.is_current_stream_capturing():
-            raise errors.pop()
+            raise error("in the capture")
         return chosen
 
-    errors: list[Exception] = [torch.OutOfMemoryError("in the capture"), MemoryError("in the capture")]
     with monkeypatch.context() as broken:
         broken.setattr(replay, "choose", fail)
-        with pytest.raises(MemoryError, match="in the capture"):
-            flexproxy.attention(*x, config=config, when="always")
-        assert_near(flexproxy.attention(*x, config=config, when="always"), x, config)
+        if error is MemoryError:
+            with pytest.raises(MemoryError, match="in the capture"):
+                flexproxy.attention(*x, config=config, when="always")
+        else:
+            assert_near(flexproxy.attention(*x, config=config, when="always"), x, config)
     torch.cuda.empty_cache()
     for _ in range(3):
         assert_near(flexproxy.attention(*x, config=config, when="always"), x, config)

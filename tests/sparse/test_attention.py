@@ -118,8 +118,9 @@ def test_every_shape_runs_on_a_gpu(
     """Head dimensions, dtypes and block sizes from end to end of what is supported, compiled."""
     options = {"block_size": block_size, "min_budget": block_size, "gamma": 0.6}
     case = case_of(2, 6, 2, (num_queries, num_keys), dim, dtype, "cuda", **options)
-    out = flexproxy.attention(case.q, case.k, case.v, config=case.config, when="always")
-    check_output(case, mask_of(case), out)
+    for _ in range(3):  # as it compiles, as it captures, and replayed
+        out = flexproxy.attention(case.q, case.k, case.v, config=case.config, when="always")
+        check_output(case, mask_of(case), out)
 
 
 @needs_kernel
