@@ -263,10 +263,11 @@ def model() -> str:
         if not flash:
             cells.insert(1, "")
         lines.append([tokens(length), *cells, f"{ours['peak_mib'] - dense['peak_mib']:+.0f}"])
-    step = find("prefill", part="decode")["ratio"]
+    step = find("prefill", part="decode")["ratio"] - 1
+    longer = "as long as" if abs(step) < 0.005 else f"{100 * step:.1f} % longer than"
     return (
         f"{table(lines)}\n\n{measured('prefill')}. A decoding step behind {tokens(LONG)} tokens takes "
-        f"{100 * (step - 1):.1f} % longer than with sdpa."
+        f"{longer} with sdpa."
     )
 
 
