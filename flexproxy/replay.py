@@ -6,10 +6,10 @@ small kernels of an estimate than they run. So what an estimate chooses, and its
 when a plan is met for the second time, after the same steps have run once more; the third call is the first replay.
 Only what reads q and k is launched by itself, into memory that the graph reads. Capturing waits for nothing.
 
-All graphs of a stream, a thread and a mode write to the same memory, so what one gave lasts until another runs. With
-memory of its own each would take it from torch for good, but where torch runs out. On each GPU the last MAX_KEPT are
-kept; where more plans take turns, each is new at every call, and none is captured. A plan for whose graph there is no
-memory is not tried again while it is known.
+All graphs of a stream, a thread and a mode write to the same memory, so what one gave lasts until another runs. (If
+each had its own, torch could use that of a dropped graph for nothing else until the GPU is full.) On each GPU the last
+MAX_KEPT are kept; where more plans take turns, each is new at every call, and none is captured. A plan for whose graph
+there was no memory is not captured as long as it is among the last.
 """
 
 from __future__ import annotations
@@ -63,8 +63,7 @@ def replayed(q: Tensor, k: Tensor, plan: Plan, rows_apart: int = 0, copies: bool
     place = place_of(q.device) if q.is_cuda else None
     if place is None or not _pays(plan) or picked(q.device) != "triton" or NO_CACHE:
         return None
-    thread = threading.get_ident()
-    return _replays_on(q.device)((place, thread), thread, plan, rows_apart).blocks(q, k, copies)
+    return _replays_on(q.device)(place, threading.get_ident(), plan, rows_apart).blocks(q, k, copies)
 
 
 def blocks_of(selection: Selection, rows_apart: int) -> Blocks:
@@ -88,15 +87,15 @@ def _pays(plan: Plan) -> bool:
 
 @functools.cache
 def _replays_on(device: torch.device) -> Callable[[Hashable, int, Plan, int], Replay]:
-    """The last replays on a GPU, by what tells streams, threads and modes apart, thread, plan and ``rows_apart``."""
+    """The last replays on a GPU, by their place (of ``place_of``), thread, plan and ``rows_apart``."""
 
     @functools.lru_cache(MAX_KEPT)
-    def captures_of(_key: Hashable, thread: int) -> Captures:
+    def captures_of(_place: Hashable, thread: int) -> Captures:
         return Captures(*_streams_of(device, thread))
 
     @functools.lru_cache(MAX_KEPT)
-    def replay_of(key: Hashable, thread: int, plan: Plan, rows_apart: int) -> Replay:
-        return Replay(captures_of(key, thread), plan, rows_apart)
+    def replay_of(place: Hashable, thread: int, plan: Plan, rows_apart: int) -> Replay:
+        return Replay(captures_of(place, thread), plan, rows_apart)
 
     return replay_of
 
@@ -139,8 +138,7 @@ class Replay:
     def __init__(self, captures: Captures, plan: Plan, rows_apart: int) -> None:
         self._captures, self._plan, self._rows_apart = captures, plan, rows_apart
         self._met, self._full = False, False
-        self._steps: _Steps | None = None
-        self._captured: tuple[torch.cuda.CUDAGraph, Blocks] | None = None
+        self._captured: tuple[_Steps, torch.cuda.CUDAGraph, Blocks] | None = None
 
     def blocks(self, q: Tensor, k: Tensor, copies: bool = False) -> Blocks | None:
         """Those of these queries and keys, or None as from ``replayed``, which also says what ``copies`` are."""
@@ -148,10 +146,10 @@ class Replay:
             self._met = True
             return None
         with on_device_of(q):
-            if self._captured is None or self._steps is None:
+            if self._captured is None:
                 return self._begin(q, k)
-            self._steps.read(q, k)
-            graph, (kept, lists, allowed) = self._captured
+            steps, graph, (kept, lists, allowed) = self._captured
+            steps.read(q, k)
             graph.replay()
             if copies:
                 kept, lists = kept.clone(), (lists[0].clone(), lists[1].clone(), lists[2].clone(), lists[3].clone())
@@ -163,14 +161,13 @@ class Replay:
             steps = _Steps(q.device, self._plan, self._rows_apart)
             steps.read(q, k)
             blocks = steps.choose(None)  # and loads kernels, which no capture should do
-            self._captured = self._captures.capture(steps.choose)
+            self._captured = steps, *self._captures.capture(steps.choose)
         except RuntimeError as error:
             # A capture can take nothing of what torch keeps for others. The driver's own error has no type.
             if not (isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)):
                 raise
             self._full = True
             return None
-        self._steps = steps
         return blocks
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 from unittest import mock
 
@@ -125,7 +126,7 @@ SMALL: dict[str, Any] = {"block_size": 32, "stride": 2, "density": 0.5, "min_bud
 
 def small(device: str, seed: int) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(seed)
-    q, k = (torch.randn(1, heads, length, 16, generator=rng).to(device) for heads, length in ((4, 70), (2, 100)))
+    q, k = (torch.randn(1, heads, length, 16, generator=rng).to(device) for heads, length in ((4, 70), (2, 150)))
     return q, k
 
 
@@ -155,7 +156,10 @@ def test_blocks_are_those_of_select(
         found.append((blocks.kept, blocks.kept.clone()))
     assert all(torch.equal(kept, then) for kept, then in found)
     assert again._captured is not None
-    assert found[2][0].data_ptr() == again._captured[1].kept.data_ptr()
+    logits = again._captured[0]._reader._logits
+    if logits is not None:
+        assert logits.values.untyped_storage().nbytes() == 4 * 1024, "640 numbers, in few sizes"
+    assert found[2][0].data_ptr() == again._captured[-1].kept.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -179,6 +183,36 @@ def test_where_a_capture_fails(error: Exception, implementation: str, monkeypatc
             again.blocks(q, k)
     for _ in range(2):
         assert_of_select(again.blocks(q, k), q, k, config)
+
+
+def test_captures_share_the_memory_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as a graph holds it; after an error the next one has other memory. A capture ends in any case."""
+    graphs = [mock.Mock(pool=mock.Mock(return_value=n)) for n in range(4)]
+    made = iter(graphs)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: next(made))
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    main, side, given = mock.Mock(), mock.Mock(), mock.Mock()
+    captures = replay.Captures(main, side)
+    work = mock.Mock(side_effect=[given, given, RuntimeError("broken"), given])
+    for _ in range(2):
+        captures.capture(work)
+    with pytest.raises(RuntimeError, match="broken"):
+        captures.capture(work)
+    captures.capture(work)
+    assert [graph.capture_begin.call_args.kwargs["pool"] for graph in graphs] == [None, 0, 1, None]
+    assert all(graph.capture_end.call_count == 1 for graph in graphs)
+    assert work.call_args_list == [mock.call(side)] * 4
+
+
+def test_nothing_is_replayed_where_a_capture_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    replays_on = mock.Mock()
+    for name, value in {"place_of": "here", "_pays": True, "picked": "triton"}.items():
+        monkeypatch.setattr(replay, name, mock.Mock(return_value=value))
+    monkeypatch.setattr(replay, "_replays_on", replays_on)
+    q, plan = mock.Mock(is_cuda=True), mock.Mock()
+    assert replay.replayed(q, q, plan) is replays_on.return_value.return_value.blocks.return_value
+    monkeypatch.setattr(replay, "NO_CACHE", True)
+    assert replay.replayed(q, q, plan) is None
 
 
 def test_more_plans_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

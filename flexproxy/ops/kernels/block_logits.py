@@ -37,7 +37,7 @@ LOG2_E = math.log2(math.e)
 # Enough programs to fill a GPU twice. Where there would be fewer, each takes fewer steps than its tile says, at least
 # MIN_STEPS.
 MANY_PROGRAMS, MIN_STEPS = 512, 4
-MAX_ROUNDED = 2**24  # numbers
+MAX_ROUNDED = 2**24  # numbers, of 4 bytes
 
 
 class Tile(NamedTuple):
@@ -315,9 +315,8 @@ def block_logits(
         row_blocks = -(-number // q_cell)
         shape = batch, heads, row_blocks, num_columns, q_cell
         count = math.prod(shape)
-        # In few sizes, of which those that come later find room where earlier ones were. (In a graph torch never gives
-        # a size back to the driver.)
-        taken = count if count > MAX_ROUNDED else power_of_2(count, 1, MAX_ROUNDED)
+        # Rounded up, so that the graphs of many lengths, which share their memory, find room where others had theirs.
+        taken = max(count, power_of_2(count, 1, MAX_ROUNDED))
         values = torch.empty(taken, dtype=torch.float32, device=q.device)[:count].view(shape)
         partial = torch.empty(batch, heads, splits, number, dtype=torch.float32, device=q.device)
     else:
