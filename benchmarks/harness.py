@@ -59,7 +59,9 @@ def repeats_within(budget_ms: float, once_ms: float) -> int:
 
 
 def time_ms(run: Callable[[], Any], budget_ms: float = 300.0, cold_l2: bool = True) -> Row:
-    """Times of one call by CUDA events, as ``quantiles``. The first call compiles, the second decides the repeats.
+    """Times of one call by CUDA events, as ``quantiles``.
+
+    The first call compiles, the second may capture a graph (NOTE [Replays]), the third decides the repeats.
 
     Repeats are queued without waiting in between, as layers are in a prefill, where the CPU runs ahead of the GPU.
     (``triton.testing.do_bench`` runs a call at least eight times and may time it once; some calls take seconds.)
@@ -69,7 +71,8 @@ def time_ms(run: Callable[[], Any], budget_ms: float = 300.0, cold_l2: bool = Tr
         cold_l2: overwrite the L2 cache before each repeat, outside of what is timed: in a model, other layers have.
     """
     cache = _l2_sized_buffer() if cold_l2 else None
-    run()
+    for _ in range(2):
+        run()
     once = _event_times(run, 1, cache)[0]
     return quantiles(_event_times(run, repeats_within(budget_ms, once), cache))
 
