@@ -18,7 +18,7 @@ from flexproxy.sparse import attention as sparse_attention
 from flexproxy.sparse import kernel as sparse_kernel
 from flexproxy.sparse.plan import plan_attention
 from tests.layouts import LOADABLE, OTHERS, Layout, expanded, part
-from tests.sparse.test_inference import SHAPES, assert_near, qkv
+from tests.sparse.test_inference import assert_near, qkv
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -79,20 +79,26 @@ def test_where_there_is_an_address() -> None:
     assert seen == [True, True, False, False, False]
 
 
+def same(x: Tensor) -> Tensor:
+    return x
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", ["dense", "sparse", "with the log-sum-exp"])
 @pytest.mark.parametrize("package", [True, False])
 @pytest.mark.parametrize("layout", [part, expanded, *OTHERS])
 @pytest.mark.parametrize("shape", ["long", "short"])
 def test_any_layout(shape: str, layout: Layout, package: bool, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all, of the keys, and of the queries, which replays; with flash-attn-4 where it is installed, and without."""
+    """Of all, of the keys, and of the queries, which replays; other values each time. With flash-attn-4 and without."""
     if not package:
         monkeypatch.setattr(compat, "flash_backend_exists", lambda: False)
     config = ProxyConfig(gamma=1.0) if how == "dense" else ProxyConfig(density=0.3, min_budget=128)
     arguments: dict[str, Any] = {"config": config, "when": "auto" if how == "dense" else "always"}
-    q, k, v = qkv(shape, len(SHAPES))
     with mock.patch.dict(plan_attention.plans, clear=True):
-        for x in ((layout(q), layout(k), layout(v)), (q, layout(k), v), (layout(q), k, v)):
+        for seed, laid in enumerate(((layout, layout, layout), (same, layout, same), (layout, same, same))):
+            of_q, of_k, of_v = laid
+            q, k, v = qkv(shape, seed)
+            x = of_q(q), of_k(k), of_v(v)
             if how == "with the log-sum-exp":
                 out = flexproxy.attention(*x, **arguments, return_lse=True)[0]
             else:
