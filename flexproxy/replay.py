@@ -8,8 +8,8 @@ Only what reads q and k is launched by itself, into memory that the graph reads.
 
 All graphs of a stream, a thread and a mode write to the same memory, so what one gave lasts until another runs. (If
 each had its own, torch could use that of a dropped graph for nothing else until the GPU is full.) On each GPU the last
-MAX_KEPT are kept; where more plans take turns, each is new at every call, and none is captured. A plan for whose graph
-there was no memory is not captured as long as it is among the last.
+MAX_KEPT are kept; where more plans take turns, call by call, each is new every time, and none is captured. A plan for
+whose graph there was no memory is not captured as long as it is among the last.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MAX_KEPT = 4
 # of all heads, those of 32K tokens with 32 heads and blocks of 128: a graph keeps 9 bytes for each. Rows of the proxy
 # heads: up to 128 MiB with a head dimension of 128.
 MAX_PAIRS, MAX_PROXY_ROWS = 2**21, 2**19
-NO_CACHE = "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ  # for debugging; then torch takes no memory in a capture
+MAX_STREAMS = 64  # of all threads and modes, whose captures are kept; torch has 32 in a thread
 
 
 class Blocks(NamedTuple):
@@ -61,7 +61,7 @@ def replayed(q: Tensor, k: Tensor, plan: Plan, rows_apart: int = 0, copies: bool
         it would not pay.
     """
     place = place_of(q.device) if q.is_cuda else None
-    if place is None or not _pays(plan) or picked(q.device) != "triton" or NO_CACHE:
+    if place is None or not _pays(plan) or picked(q.device) != "triton" or not _memory_can_be_captured():
         return None
     return _replays_on(q.device)(place, threading.get_ident(), plan, rows_apart).blocks(q, k, copies)
 
@@ -86,10 +86,16 @@ def _pays(plan: Plan) -> bool:
 
 
 @functools.cache
+def _memory_can_be_captured() -> bool:
+    """Whether torch's own allocator is at work; others may give what a capture took to somebody else."""
+    return "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ and torch.cuda.get_allocator_backend() == "native"
+
+
+@functools.cache
 def _replays_on(device: torch.device) -> Callable[[Hashable, int, Plan, int], Replay]:
     """The last replays on a GPU, by their place (of ``place_of``), thread, plan and ``rows_apart``."""
 
-    @functools.lru_cache(MAX_KEPT)
+    @functools.lru_cache(MAX_STREAMS)  # the memory of one that is dropped is of use to nobody until the GPU is full
     def captures_of(_place: Hashable, thread: int) -> Captures:
         return Captures(*_streams_of(device, thread))
 
@@ -100,7 +106,7 @@ def _replays_on(device: torch.device) -> Callable[[Hashable, int, Plan, int], Re
     return replay_of
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(MAX_STREAMS)
 def _streams_of(device: torch.device, _thread: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
     """For captures: two of torch's 32, which others get too when these are used up."""
     return torch.cuda.Stream(device), torch.cuda.Stream(device)
@@ -118,9 +124,11 @@ class Captures:
 
         ``torch.cuda.graph`` would wait for the device first.
         """
-        graph, last = torch.cuda.CUDAGraph(), self._last
+        graph, last, current = torch.cuda.CUDAGraph(), self._last, torch.cuda.current_stream()
         self._last = None  # after an error the next capture begins with other memory
         pool = None if last is None else last.pool()
+        # Torch up to 2.10 begins with a write to the state of random numbers, which a graph of the caller may read.
+        self._main.wait_stream(current)
         with torch.cuda.stream(self._main):
             with torch.inference_mode(False):  # else torch up to 2.10 refuses later captures outside of that mode
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -128,6 +136,7 @@ class Captures:
                 blocks = work(self._side)
             finally:
                 graph.capture_end()
+        current.wait_stream(self._main)
         self._last = graph
         return graph, blocks
 

@@ -193,7 +193,8 @@ def test_captures_share_the_memory_of_the_last(monkeypatch: pytest.MonkeyPatch) 
     made = iter(graphs)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: next(made))
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    main, side, given = mock.Mock(), mock.Mock(), mock.Mock()
+    main, side, current, given = mock.Mock(), mock.Mock(), mock.Mock(), mock.Mock()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
     captures = replay.Captures(main, side)
     work = mock.Mock(side_effect=[given, given, RuntimeError("broken"), given])
     for _ in range(2):
@@ -204,16 +205,26 @@ def test_captures_share_the_memory_of_the_last(monkeypatch: pytest.MonkeyPatch) 
     assert [graph.capture_begin.call_args.kwargs["pool"] for graph in graphs] == [None, 0, 1, None]
     assert all(graph.capture_end.call_count == 1 for graph in graphs)
     assert work.call_args_list == [mock.call(side)] * 4
+    assert main.wait_stream.call_args_list == [mock.call(current)] * 4, "or torch writes what is being read"
+    assert current.wait_stream.call_args_list == [mock.call(main)] * 3
 
 
 def test_nothing_is_replayed_where_a_capture_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    replays_on = mock.Mock()
+    """Of torch's own allocator: another, or none that keeps any."""
+    backend, replays_on = mock.Mock(return_value="native"), mock.Mock()
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", backend)
+    monkeypatch.setattr(replay, "_memory_can_be_captured", replay._memory_can_be_captured.__wrapped__)
+    monkeypatch.delenv("PYTORCH_NO_CUDA_MEMORY_CACHING", raising=False)
     for name, value in {"place_of": "here", "_pays": True, "picked": "triton"}.items():
         monkeypatch.setattr(replay, name, mock.Mock(return_value=value))
     monkeypatch.setattr(replay, "_replays_on", replays_on)
     q, plan = mock.Mock(is_cuda=True), mock.Mock()
     assert replay.replayed(q, q, plan) is replays_on.return_value.return_value.blocks.return_value
-    monkeypatch.setattr(replay, "NO_CACHE", True)
+    for name in ("cudaMallocAsync", "pluggable"):
+        backend.return_value = name
+        assert replay.replayed(q, q, plan) is None
+    backend.return_value = "native"
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
     assert replay.replayed(q, q, plan) is None
 
 
@@ -235,6 +246,15 @@ def test_more_plans_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for plan in plans[1:]:
         replay_of("key", 0, plan, 0).blocks(q, k)
     assert begin.call_count == replay.MAX_KEPT
+
+
+def test_captures_of_many_streams_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each would leave memory behind that is of use to nobody."""
+    monkeypatch.setattr(replay, "_streams_of", lambda *_: (None, None))
+    replay_of = replay._replays_on.__wrapped__(torch.device("cpu"))
+    first, second = ([replay_of(stream, 0, mock.Mock(), 0)._captures for stream in range(32)] for _ in range(2))
+    assert len(set(first)) == 32
+    assert first == second
 
 
 @pytest.mark.gpu
