@@ -38,7 +38,7 @@ MAX_KEPT = 4
 # of all heads, those of 32K tokens with 32 heads and blocks of 128: a graph keeps 9 bytes for each. Rows of the proxy
 # heads: up to 128 MiB with a head dimension of 128.
 MAX_PAIRS, MAX_PROXY_ROWS = 2**21, 2**19
-MAX_STREAMS = 64  # of all threads and modes, whose captures are kept; torch has 32 in a thread
+MAX_STREAMS = 64  # of all threads and modes, whose captures are kept; torch has 32 on a GPU, used in turn
 
 
 class Blocks(NamedTuple):
