@@ -17,7 +17,7 @@ from flexproxy.ops import compat
 from flexproxy.sparse import attention as sparse_attention
 from flexproxy.sparse import kernel as sparse_kernel
 from flexproxy.sparse.plan import plan_attention
-from tests.layouts import LOADABLE, OTHERS, Layout, expanded, part
+from tests.layouts import LOADABLE, OTHERS, Layout, expanded, part, tokens_first
 from tests.sparse.test_inference import assert_near, qkv
 
 
@@ -79,10 +79,6 @@ def test_where_there_is_an_address() -> None:
     assert seen == [True, True, False, False, False]
 
 
-def same(x: Tensor) -> Tensor:
-    return x
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", ["dense", "sparse", "with the log-sum-exp"])
 @pytest.mark.parametrize("package", [True, False])
@@ -95,8 +91,8 @@ def test_any_layout(shape: str, layout: Layout, package: bool, how: str, monkeyp
     config = ProxyConfig(gamma=1.0) if how == "dense" else ProxyConfig(density=0.3, min_budget=128)
     arguments: dict[str, Any] = {"config": config, "when": "auto" if how == "dense" else "always"}
     with mock.patch.dict(plan_attention.plans, clear=True):
-        for seed, laid in enumerate(((layout, layout, layout), (same, layout, same), (layout, same, same))):
-            of_q, of_k, of_v = laid
+        usual = tokens_first  # of qkv
+        for seed, (of_q, of_k, of_v) in enumerate(((layout,) * 3, (usual, layout, usual), (layout, usual, usual))):
             q, k, v = qkv(shape, seed)
             x = of_q(q), of_k(k), of_v(v)
             if how == "with the log-sum-exp":
