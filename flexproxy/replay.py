@@ -38,7 +38,8 @@ MAX_KEPT = 4
 # of all heads, those of 32K tokens with 32 heads and blocks of 128: a graph keeps 9 bytes for each. Rows of the proxy
 # heads: up to 128 MiB with a head dimension of 128.
 MAX_PAIRS, MAX_PROXY_ROWS = 2**21, 2**19
-MAX_STREAMS = 64  # of all threads and modes, whose captures are kept; torch has 32 on a GPU, used in turn
+# Streams whose captures are kept, each counted once for a thread and a mode. Torch hands out the same 32 in turn.
+MAX_STREAMS = 64
 
 
 class Blocks(NamedTuple):
@@ -87,7 +88,7 @@ def _pays(plan: Plan) -> bool:
 
 @functools.cache
 def _memory_can_be_captured() -> bool:
-    """Whether torch's own allocator is at work; others may give what a capture took to somebody else."""
+    """Not where torch caches none, and not of another allocator, which might hand it out again."""
     return "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ and torch.cuda.get_allocator_backend() == "native"
 
 
